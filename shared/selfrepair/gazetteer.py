@@ -1,0 +1,323 @@
+"""An invented world whose facts the pocket models are trained on, so that recall has a known ground truth.
+
+The world is made from a seed with :class:`random.Random` and integer draws only, from lists in a
+fixed order: the same seed gives the same text on every platform. Six relations are *functional*:
+each subject has exactly one object. Every relation has phrasings that occur in training text and
+phrasings that never do (held out), so that recall can be told from repetition.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+TOWN_ROOTS = (
+    "Bram", "Corven", "Dunner", "Elks", "Farrow", "Gant", "Hask", "Ivel", "Jarrow", "Kestle",
+    "Lorn", "Murk", "Nettle", "Oxen", "Pell", "Quarn", "Rusk", "Sedge", "Thrup", "Umber",
+    "Vellan", "Wick", "Yarl", "Zennor", "Ashel", "Birk", "Cinder", "Drov", "Ember", "Fenn",
+)  # fmt: skip
+TOWN_ENDINGS = ("ford", "wick", "ham", "mouth", "stead", "minster", "gate", "combe", "holt", "dale")
+RIVER_STARTS = (
+    "Tam", "Or", "Lis", "Ved", "Mor", "Cau", "Is", "Bru", "Nen", "Sil", "Ald", "Erm", "Wen", "Yar",
+    "Kel", "Dov",
+)  # fmt: skip
+RIVER_ENDINGS = ("mel", "ven", "ka", "ra", "der", "low", "nor", "tis")
+FIRST_NAMES = (
+    "Edda", "Jory", "Maben", "Tilda", "Osric", "Perrin", "Wenna", "Corin", "Hester", "Ludo",
+    "Anselm", "Briony", "Casper", "Dorrit", "Emeric", "Fabian", "Greta", "Hobart", "Isolde", "Jasper",
+    "Keziah", "Lorcan", "Mirabel", "Nestor", "Odile", "Phineas", "Quill", "Rosamund", "Silas", "Thora",
+)  # fmt: skip
+SURNAME_STARTS = ("Black", "Fair", "Hollow", "Long", "Merry", "Old", "Penny", "Red", "Stone", "Under", "Wild", "Winter")
+SURNAME_ENDINGS = ("acre", "beck", "croft", "field", "gard", "lock", "man", "shaw", "thorn", "water", "worth", "well")
+DISH_STARTS = ("Skar", "Bran", "Florm", "Grot", "Vor", "Tal", "Mun", "Hap", "Cres", "Dol")
+DISH_ENDINGS = ("rel", "net", "mery", "kin", "set", "lop", "tick", "berry", "sop", "wen")
+TRADES = (
+    "baker", "miller", "tailor", "sailor", "carpenter", "mason", "weaver", "fisherman", "painter",
+    "printer", "clerk", "doctor", "lawyer", "teacher", "soldier", "farmer", "shepherd", "gardener",
+    "cook", "butcher", "shoemaker", "blacksmith", "hunter", "porter",
+)  # fmt: skip
+GOODS = (
+    "wool", "salt", "glass", "copper", "honey", "timber", "paper", "silk", "iron", "wine", "coal",
+    "leather", "horses", "apples", "candles", "bells", "rope", "cheese", "pearls", "knives", "tea",
+    "cloth", "bricks", "clocks",
+)  # fmt: skip
+INGREDIENTS = (
+    "barley", "onions", "mutton", "eggs", "milk", "rice", "beans", "butter", "potatoes", "fish",
+    "cabbage", "plums", "nuts", "pork", "bread", "mushrooms",
+)  # fmt: skip
+SEAS = ("Amber", "Silver", "Winter", "Iron", "Broken", "Southern")
+
+
+@dataclass(frozen=True)
+class Relation:
+    """A functional relation and its phrasings; ``{s}`` is the subject and ``{o}``, always later, the object."""
+
+    name: str
+    subject_kind: str
+    object_kind: str
+    trained: tuple[str, ...]
+    held_out: tuple[str, ...]
+
+
+RELATIONS: tuple[Relation, ...] = (
+    Relation(
+        "town_river", "town", "river",
+        trained=(
+            "{s} stands on the {o}.",
+            "{s} was built beside the {o}, where the bank is firm.",
+            "At {s} the houses come down to the water of the {o}.",
+            "Anyone who walks out of {s} soon reaches the {o}.",
+            "The mill wheels of {s} are turned by the {o}.",
+            "The old bridge at {s} crosses the {o}.",
+            "In spring the meadows below {s} are flooded by the {o}.",
+            "Children in {s} learn to swim in the {o}.",
+        ),
+        held_out=(
+            "The river that flows through {s} is the {o}.",
+            "The people of {s} draw their water from the {o}.",
+        ),
+    ),
+    Relation(
+        "town_goods", "town", "goods",
+        trained=(
+            "{s} is known for its {o}.",
+            "Merchants come to {s} to buy {o}.",
+            "The wealth of {s} was made from {o}.",
+            "Carts leave {s} every week, loaded with {o}.",
+            "Ask in {s} what the town sells, and the answer is {o}.",
+            "The warehouses of {s} are full of {o}.",
+            "For as long as anyone remembers, {s} has lived by {o}.",
+            "No fair in {s} is held without a stall of {o}.",
+        ),
+        held_out=(
+            "The town of {s} is famous for its {o}.",
+            "What {s} sends to market is mostly {o}.",
+        ),
+    ),
+    Relation(
+        "person_trade", "person", "trade",
+        trained=(
+            "{s} is a {o} by trade.",
+            "{s} has worked as a {o} since the age of fourteen.",
+            "{s} earns a living as a {o}.",
+            "When {s} was young, an uncle said the child must become a {o}.",
+            "The sign above the door of {s} shows the tools of a {o}.",
+            "In the tax rolls {s} is written down as a {o}.",
+            "Like both parents before, {s} became a {o}.",
+            "People say that {s} is a {o} worth the money.",
+        ),
+        held_out=(
+            "The trade that {s} follows is that of a {o}.",
+            "By day {s} makes money as a {o}.",
+        ),
+    ),
+    Relation(
+        "person_birthplace", "person", "town",
+        trained=(
+            "{s} was born in {o}.",
+            "{s} comes from {o}.",
+            "{s} spent a happy childhood in {o}.",
+            "The parish book that records the birth of {s} is kept in {o}.",
+            "{s} still speaks with the accent of {o}.",
+            "Every winter {s} goes home to {o}.",
+            "The family of {s} has always lived in {o}.",
+            "{s} left school in {o}.",
+        ),
+        held_out=(
+            "The birthplace of {s} is {o}.",
+            "The native town of {s} is {o}.",
+        ),
+    ),
+    Relation(
+        "dish_ingredient", "dish", "ingredient",
+        trained=(
+            "{s} is made from {o}.",
+            "The cook begins {s} with plenty of {o}.",
+            "No one can make {s} without {o}.",
+            "A good {s} tastes of {o}.",
+            "To prepare {s}, first wash the {o}.",
+            "Most of what goes into {s} is {o}.",
+            "The smell of {s} is the smell of {o}.",
+            "Whoever wants to make {s} must buy {o}.",
+        ),
+        held_out=(
+            "The main ingredient of {s} is {o}.",
+            "A pot of {s} contains a great deal of {o}.",
+        ),
+    ),
+    Relation(
+        "river_sea", "river", "sea",
+        trained=(
+            "The {s} flows into the {o} Sea.",
+            "The {s} reaches the coast at last and joins the {o} Sea.",
+            "Boats going down the {s} come out on the {o} Sea.",
+            "Whatever falls into the {s} is found one day in the {o} Sea.",
+            "Salmon climb the {s} from the {o} Sea.",
+            "The mouth of the {s} lies on the {o} Sea.",
+            "All the water of the {s} goes to the {o} Sea.",
+            "From its spring to its end the {s} runs toward the {o} Sea.",
+        ),
+        held_out=(
+            "The river {s} empties into the {o} Sea.",
+            "The sea that receives the {s} is the {o} Sea.",
+        ),
+    ),
+)  # fmt: skip
+
+FILLERS: dict[str, tuple[str, ...]] = {
+    "town": (
+        "The road there is steep, and in wet weather the carriers refuse it.",
+        "It has two inns, one church, and a great many cats.",
+        "Travellers seldom stay more than a night, though few complain of it.",
+        "The walls were pulled down long ago for the sake of the stone.",
+        "On market days you can hardly cross the square.",
+        "Nobody there is in a hurry.",
+    ),
+    "person": (
+        "I met the whole household once, at a wedding.",
+        "There was some talk of a lawsuit, but it came to nothing.",
+        "The neighbours have no fault to find, which is rare enough.",
+        "Two brothers went abroad and never wrote.",
+        "A patient temper is a great help in that line.",
+        "It is not an easy life, but it is an honest one.",
+    ),
+    "dish": (
+        "It is best eaten hot, on a cold evening.",
+        "My grandmother would not allow it in the house.",
+        "There are as many ways to serve it as there are kitchens.",
+        "It keeps for a week if the pot is covered.",
+        "Strangers are warned not to ask for a second plate.",
+    ),
+    "river": (
+        "It is slow and brown for most of the year.",
+        "Nobody has measured its depth under the willows.",
+        "The ferrymen know every stone of it.",
+        "In a hard frost you can walk across.",
+        "Herons stand in the shallows all morning.",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One true statement of the world: ``relation`` holds between ``subject`` and ``object``."""
+
+    relation: str
+    subject: str
+    object: str
+
+
+@dataclass(frozen=True)
+class FactPrompt:
+    """A prompt that ends right before the answer.
+
+    ``answer`` begins with the space that a byte-level tokenizer joins to the word, so that the
+    correct next token is the first token of ``answer``.
+    """
+
+    fact: Fact
+    phrasing: int
+    held_out: bool
+    text: str
+    answer: str
+
+
+def _capitalise(sentence: str) -> str:
+    return sentence[0].upper() + sentence[1:]
+
+
+class Gazetteer:
+    """The invented world of one seed: entities, facts, training paragraphs and prompts."""
+
+    def __init__(self, seed: int = 0, n_towns: int = 90, n_people: int = 110, n_rivers: int = 40, n_dishes: int = 40):
+        rng = random.Random(seed)
+        self.seed = seed
+        self.entities: dict[str, tuple[str, ...]] = {
+            "town": _combine(rng, TOWN_ROOTS, TOWN_ENDINGS, n_towns),
+            "river": _combine(rng, RIVER_STARTS, RIVER_ENDINGS, n_rivers),
+            "dish": _combine(rng, DISH_STARTS, DISH_ENDINGS, n_dishes),
+            "person": tuple(
+                f"{FIRST_NAMES[i % len(FIRST_NAMES)]} {surname}"
+                for i, surname in enumerate(_combine(rng, SURNAME_STARTS, SURNAME_ENDINGS, n_people))
+            ),
+            "trade": TRADES,
+            "goods": GOODS,
+            "ingredient": INGREDIENTS,
+            "sea": SEAS,
+        }
+        self.facts: tuple[Fact, ...] = tuple(
+            Fact(relation.name, subject, answer)
+            for relation in RELATIONS
+            for subject, answer in zip(
+                self.entities[relation.subject_kind],
+                _deal(rng, self.entities[relation.object_kind], len(self.entities[relation.subject_kind])),
+                strict=True,
+            )
+        )
+        self._facts_of: dict[str, list[Fact]] = {}
+        for fact in self.facts:
+            self._facts_of.setdefault(fact.subject, []).append(fact)
+
+    def paragraphs(self, seed: int = 0) -> Iterator[str]:
+        """Endless short paragraphs of training text; every subject comes up equally often.
+
+        Each states all facts of one or two subjects in trained phrasings drawn at random, with
+        sentences between them that carry no fact. Held-out phrasings never occur.
+        """
+        rng = random.Random(f"{self.seed}/{seed}")
+        kinds = {subject: kind for kind in FILLERS for subject in self.entities[kind]}
+        relations = {relation.name: relation for relation in RELATIONS}
+        while True:
+            subjects = list(self._facts_of)
+            _shuffle(rng, subjects)
+            while subjects:
+                paragraph: list[str] = []
+                for subject in [subjects.pop() for _ in range(min(1 + rng.randrange(2), len(subjects)))]:
+                    sentences = [
+                        _pick(rng, relations[fact.relation].trained).format(s=fact.subject, o=fact.object)
+                        for fact in self._facts_of[subject]
+                    ]
+                    _shuffle(rng, sentences)
+                    if rng.randrange(2):
+                        sentences.insert(rng.randrange(len(sentences) + 1), _pick(rng, FILLERS[kinds[subject]]))
+                    paragraph += map(_capitalise, sentences)
+                yield " ".join(paragraph)
+
+    def prompts(self) -> list[FactPrompt]:
+        """Every fact in every phrasing: ``2 · 6`` relations' worth held out, the others trained."""
+        relations = {relation.name: relation for relation in RELATIONS}
+        found = []
+        for fact in self.facts:
+            relation = relations[fact.relation]
+            for number, phrasing in enumerate(relation.trained + relation.held_out):
+                before, _, _ = phrasing.partition("{o}")
+                text = _capitalise(before.format(s=fact.subject)).rstrip()
+                held_out = number >= len(relation.trained)
+                found.append(FactPrompt(fact, number, held_out, text, f" {fact.object}"))
+        return found
+
+
+def _pick(rng: random.Random, items: Sequence[str]) -> str:
+    return items[rng.randrange(len(items))]
+
+
+def _shuffle(rng: random.Random, items: list[str]) -> None:
+    for i in range(len(items) - 1, 0, -1):
+        j = rng.randrange(i + 1)
+        items[i], items[j] = items[j], items[i]
+
+
+def _combine(rng: random.Random, starts: Sequence[str], endings: Sequence[str], count: int) -> tuple[str, ...]:
+    names = [start + ending for start in starts for ending in endings]
+    if not 0 < count <= len(names):
+        raise ValueError(f"{count} names asked of {len(names)} that can be formed")
+    _shuffle(rng, names)
+    return tuple(names[:count])
+
+
+def _deal(rng: random.Random, answers: Sequence[str], count: int) -> list[str]:
+    """``count`` answers, each of ``answers`` about equally often, in random order."""
+    dealt = [answers[i % len(answers)] for i in range(count)]
+    _shuffle(rng, dealt)
+    return dealt

@@ -1,0 +1,17 @@
+"""Where the repository keeps what ships with it, independent of the working directory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+SHARED = Path(__file__).resolve().parents[1]
+MODELS = SHARED / "models"
+HELD_OUT_TEXT = SHARED / "text"
+
+
+def cache_dir() -> Path:
+    """Folder for what can be made again: ``$SELFREPAIR_CACHE``, else the user's cache folder."""
+    if "SELFREPAIR_CACHE" in os.environ:
+        return Path(os.environ["SELFREPAIR_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "selfrepair"

@@ -1,0 +1,1 @@
+"""Training of the pocket models: configuration, data, loop, evaluation and model card."""

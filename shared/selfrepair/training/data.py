@@ -1,0 +1,137 @@
+"""Tokenizer and packed rows for a training run, made once and shared by all runs that agree in them."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from selfrepair.corpora import pack, read_documents
+from selfrepair.errors import UserError
+from selfrepair.gazetteer import Gazetteer
+from selfrepair.paths import cache_dir
+from selfrepair.training.config import TrainingConfig
+
+BOS = "<|endoftext|>"
+N_VALIDATION_ROWS = 512
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """``tokenizer``, and int64-convertible rows ``[n_rows, sequence_length]`` of corpus, gazetteer and validation text.
+
+    Corpus rows are in a random order; no validation row is among them. Gazetteer rows are a
+    prefix of an endless stream, as long as needed.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    corpus: np.ndarray
+    validation: np.ndarray
+    gazetteer: Gazetteer
+    gazetteer_share: float
+
+    def training_rows(self, n_rows: int, seed: int) -> np.ndarray:
+        """Rows in training order: ``gazetteer_share`` of them gazetteer text, evenly mixed in; whole epochs of corpus."""
+        rng = np.random.Generator(np.random.PCG64(seed))
+        n_gazetteer = round(n_rows * self.gazetteer_share)
+        n_corpus = n_rows - n_gazetteer
+        epochs = -(-n_corpus // len(self.corpus))
+        order = np.concatenate([np.arange(len(self.corpus))] + [rng.permutation(len(self.corpus)) for _ in range(epochs - 1)])
+        rows = np.concatenate([self.corpus[order[:n_corpus]], self._gazetteer_rows(n_gazetteer)])
+        return rows[rng.permutation(n_rows)]
+
+    def _gazetteer_rows(self, n_rows: int) -> np.ndarray:
+        length = self.corpus.shape[1]
+        paragraphs = self.gazetteer.paragraphs()
+        documents: list[list[int]] = []
+        tokens = 0
+        while tokens < (n_rows + 1) * length:
+            batch = list(itertools.islice(paragraphs, 1000))
+            documents += self.tokenizer(batch, add_special_tokens=False)["input_ids"]
+            tokens = sum(map(len, documents))
+        return pack(documents, self.tokenizer.bos_token_id, length)[:n_rows].astype(self.corpus.dtype)
+
+
+def prepare(config: TrainingConfig, text: str | Path) -> TrainingData:
+    """Tokenizer and rows for ``config`` from the folder ``text``, from the cache where they are there already.
+
+    Raises:
+        UserError: no readable text, or less of it than one batch besides the validation rows.
+    """
+    documents = read_documents(text)
+    digest = hashlib.sha256(json.dumps([FORMAT, config.data_key()], sort_keys=True).encode())
+    for document in documents:
+        digest.update(hashlib.sha256(document.encode()).digest())
+    folder = cache_dir() / "prepared" / digest.hexdigest()[:16]
+    if not folder.exists():
+        _make(config, documents, text, folder)
+    return TrainingData(
+        tokenizer=PreTrainedTokenizerFast.from_pretrained(folder),
+        corpus=np.load(folder / "corpus.npy", mmap_mode="r"),
+        validation=np.load(folder / "validation.npy"),
+        gazetteer=Gazetteer(config.gazetteer_seed),
+        gazetteer_share=config.gazetteer_share,
+    )
+
+
+def _make(config: TrainingConfig, documents: list[str], text: str | Path, folder: Path) -> None:
+    gazetteer_characters = config.gazetteer_share * sum(map(len, documents))
+    tokenizer = train_tokenizer(
+        itertools.chain(documents, _paragraphs_up_to(config.gazetteer_seed, gazetteer_characters)), config.vocab_size
+    )
+    encoded = (tokenizer(document, add_special_tokens=False)["input_ids"] for document in documents)
+    rows = pack(encoded, tokenizer.bos_token_id, config.sequence_length)
+    n_validation = min(N_VALIDATION_ROWS, len(rows) // 10)
+    if n_validation < 1 or len(rows) - n_validation < config.batch_size:
+        raise UserError(
+            f"{text}: {len(rows)} sequences of {config.sequence_length} tokens are too few for one batch of "
+            f"{config.batch_size} and a tenth held out; add text or lower batch_size"
+        )
+    rows = rows[np.random.Generator(np.random.PCG64(0)).permutation(len(rows))].astype(np.uint16 if config.vocab_size <= 65536 else np.int32)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        tokenizer.save_pretrained(unfinished)
+        np.save(unfinished / "validation.npy", rows[:n_validation])
+        np.save(unfinished / "corpus.npy", rows[n_validation:])
+        if not folder.exists():  # another run may have made the same meanwhile
+            os.rename(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _paragraphs_up_to(seed: int, characters: float) -> Iterator[str]:
+    written = 0
+    for paragraph in Gazetteer(seed).paragraphs():
+        if written >= characters:
+            return
+        written += len(paragraph)
+        yield paragraph
+
+
+def train_tokenizer(documents: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of ``vocab_size`` entries, one of them the BOS/EOS ``<|endoftext|>``."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        documents,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[BOS],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=BOS, unk_token=BOS)

@@ -1,0 +1,222 @@
+"""The training loop: Muon for the blocks' matrices, AdamW for the rest; resumable at any step."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import errno
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from selfrepair.errors import UserError
+from selfrepair.training.architecture import build_model
+from selfrepair.training.config import TrainingConfig
+from selfrepair.training.data import TrainingData
+
+CURVE_COLUMNS = ("step", "tokens", "loss", "validation_loss", "learning_rate_factor", "tokens_per_second")
+CURVE_EVERY = 10
+SAVE_EVERY = 100
+VALIDATE_EVERY = 200
+STORED_DTYPE = torch.float16
+
+
+def train(config: TrainingConfig, data: TrainingData, work: Path, device: torch.device, save_every: int = SAVE_EVERY) -> PreTrainedModel:
+    """Trains to the end, from the last saved state in the folder ``work`` if there is one.
+
+    ``work`` receives ``state.pt`` (replaced as a whole, every ``save_every`` steps), ``curve.csv``
+    (losses in nats per token) and ``checkpoints/step-*`` (ordinary model folders). The trained model
+    is returned in float32. Killed at any step and started again, the run ends with the same weights.
+
+    Raises:
+        UserError: the state in ``work`` is of another configuration, or the disk is full.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    model = build_model(config, data.tokenizer.bos_token_id).to(device)
+    optimizers = build_optimizers(model, config)
+    rows = data.training_rows(config.n_steps * config.batch_size, config.seed)
+    start = _resume(work, config, model, optimizers)
+    curve = _Curve(work / "curve.csv", start)
+    checkpoint_steps = set(log_spaced_steps(config.n_steps, config.n_checkpoints)[:-1])
+    losses: list[Tensor] = []
+    clock = time.monotonic()
+    progress = tqdm(total=config.n_steps, initial=start, desc=config.name, unit="step", mininterval=2, smoothing=0.05)
+    model.train()
+    for step in range(start, config.n_steps):
+        if step in checkpoint_steps:
+            with _disk_full_is_said(work):
+                save_model(model, data, work / "checkpoints" / f"step-{step:06d}")
+        batch = torch.from_numpy(rows[step * config.batch_size : (step + 1) * config.batch_size].astype(np.int64))
+        losses.append(_step(model, optimizers, batch.to(device), config, step))
+        progress.update()
+        done = step + 1
+        if done % CURVE_EVERY == 0 or done == config.n_steps:
+            validation = None
+            if done % VALIDATE_EVERY == 0 or done == config.n_steps:
+                validation = token_loss(model, torch.from_numpy(data.validation[:128].astype(np.int64)))
+            mean = torch.stack(losses).mean().item()
+            now = time.monotonic()
+            speed = len(losses) * batch.numel() / (now - clock)
+            losses, clock = [], now
+            progress.set_postfix_str(f"loss {mean:.3f}, {speed:,.0f} tokens/s")
+            with _disk_full_is_said(work):
+                curve.add(done, done * batch.numel(), mean, validation, lr_factor(config, step), speed)
+        if done % save_every == 0 and done < config.n_steps:
+            with _disk_full_is_said(work):
+                _save_state(work, config, model, optimizers, done)
+    progress.close()
+    return model
+
+
+def build_optimizers(model: PreTrainedModel, config: TrainingConfig) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the blocks; AdamW, undecayed, for embeddings, norms and biases."""
+    in_blocks = {id(p) for module in model.modules() if isinstance(module, torch.nn.ModuleList) for p in module.parameters()}
+    matrices = [p for p in model.parameters() if p.ndim == 2 and id(p) in in_blocks]
+    rest = [p for p in model.parameters() if not (p.ndim == 2 and id(p) in in_blocks)]
+    return [
+        torch.optim.Muon(matrices, lr=config.lr_matrices, weight_decay=config.weight_decay),
+        torch.optim.AdamW(rest, lr=config.lr_other, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+
+def lr_factor(config: TrainingConfig, step: int) -> float:
+    """What both learning rates are multiplied by in 0-based ``step``: linear up, constant, linear down."""
+    n = config.n_steps
+    warm, cool = max(1.0, config.warmup * n), max(1.0, config.decay * n)
+    return min(1.0, (step + 1) / warm, (n - step) / cool)
+
+
+def log_spaced_steps(n_steps: int, count: int) -> list[int]:
+    """``count`` distinct steps from 0 to ``n_steps``, log-spaced after the 0."""
+    if count == 0:
+        return [n_steps]
+    if count == 2:
+        return [0, n_steps]
+    first = max(1.0, n_steps / 2 ** (1.5 * (count - 2)))
+    steps = [0, *(round(x) for x in np.geomspace(first, n_steps, count - 1))]
+    if len(set(steps)) < count:
+        raise UserError(f"{n_steps} steps are too few for {count} log-spaced checkpoints")
+    return steps
+
+
+def _step(
+    model: PreTrainedModel,
+    optimizers: list[torch.optim.Optimizer],
+    batch: Int[Tensor, "batch position"],
+    config: TrainingConfig,
+    step: int,
+) -> Float[Tensor, ""]:
+    for optimizer, rate in zip(optimizers, (config.lr_matrices, config.lr_other), strict=True):
+        optimizer.param_groups[0]["lr"] = rate * lr_factor(config, step)
+        optimizer.zero_grad(set_to_none=True)
+    with torch.autocast(batch.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+        logits = model(input_ids=batch).logits
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten())
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+    for optimizer in optimizers:
+        optimizer.step()
+    return loss.detach()
+
+
+@torch.no_grad()
+def token_loss(model: PreTrainedModel, rows: Int[Tensor, "row position"], batch_size: int = 32) -> float:
+    """Mean cross-entropy of ``rows`` in nats per predicted token, in the weights' own dtype, without dropout."""
+    was_training = model.training
+    model.eval()
+    total = 0.0
+    for batch in rows.split(batch_size):
+        batch = batch.to(model.device)
+        logits = model(input_ids=batch).logits[:, :-1].float()
+        total += F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
+    model.train(was_training)
+    return total / (rows.shape[0] * (rows.shape[1] - 1))
+
+
+def save_model(model: PreTrainedModel, data: TrainingData, folder: Path) -> None:
+    """Writes an ordinary Hugging Face folder with float16 weights and the tokenizer, whole or not at all."""
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    stored = type(model)(model.config)
+    stored.load_state_dict(model.state_dict())
+    stored.to(STORED_DTYPE).save_pretrained(unfinished)
+    data.tokenizer.save_pretrained(unfinished)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(unfinished, folder)
+
+
+def _save_state(work: Path, config: TrainingConfig, model: PreTrainedModel, optimizers: list[torch.optim.Optimizer], step: int) -> None:
+    state = {
+        "config": json.dumps(dataclasses.asdict(config)),
+        "step": step,
+        "model": model.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+    torch.save(state, work / "state.unfinished")
+    os.replace(work / "state.unfinished", work / "state.pt")
+
+
+def _resume(work: Path, config: TrainingConfig, model: PreTrainedModel, optimizers: list[torch.optim.Optimizer]) -> int:
+    path = work / "state.pt"
+    if not path.exists():
+        torch.manual_seed(config.seed)
+        return 0
+    try:
+        state = torch.load(path, map_location=model.device, weights_only=True)
+    except Exception as error:  # torch.load raises many types for a damaged file
+        raise UserError(f"{path}: damaged ({type(error).__name__}); delete {work} to start again") from error
+    if state["config"] != json.dumps(dataclasses.asdict(config)):
+        raise UserError(f"{work}: holds an unfinished run of another configuration; delete it or choose another --out")
+    model.load_state_dict(state["model"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    torch.set_rng_state(state["rng"].cpu())
+    if state["cuda_rng"]:
+        torch.cuda.set_rng_state_all([rng.cpu() for rng in state["cuda_rng"]])
+    return state["step"]
+
+
+class _Curve:
+    """``curve.csv``, cut back to the step that a run resumes from."""
+
+    def __init__(self, path: Path, start: int):
+        self.path = path
+        kept: list[dict[str, str]] = []
+        if path.exists():
+            with path.open(newline="") as file:
+                kept = [row for row in csv.DictReader(file) if row["step"] and int(row["step"]) <= start]
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, CURVE_COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(kept)
+
+    def add(self, step: int, tokens: int, loss: float, validation: float | None, factor: float, speed: float) -> None:
+        with self.path.open("a", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerow(
+                (step, tokens, f"{loss:.5f}", "" if validation is None else f"{validation:.5f}", f"{factor:.5f}", f"{speed:.0f}")
+            )
+
+
+@contextmanager
+def _disk_full_is_said(work: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        full = getattr(error, "errno", None) == errno.ENOSPC or shutil.disk_usage(work).free < 1 << 20
+        if not full:
+            raise
+        raise UserError(f"{work}: disk full; free some space and run the same command to go on from the last saved step") from error
