@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import errno
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +22,7 @@ from selfrepair.errors import UserError
 from selfrepair.training.architecture import build_model
 from selfrepair.training.config import TrainingConfig
 from selfrepair.training.data import TrainingData
+from selfrepair.training.evaluate import token_loss
 
 CURVE_COLUMNS = ("step", "tokens", "loss", "validation_loss", "learning_rate_factor", "tokens_per_second")
 CURVE_EVERY = 10
@@ -41,8 +39,10 @@ def train(config: TrainingConfig, data: TrainingData, work: Path, device: torch.
     is returned in float32. Killed at any step and started again, the run ends with the same weights.
 
     Raises:
-        UserError: the state in ``work`` is of another configuration, or the disk is full.
+        UserError: the state in ``work`` is damaged or of another configuration.
     """
+    if save_every % CURVE_EVERY:
+        raise ValueError(f"save_every must be a multiple of {CURVE_EVERY}, so that no point of the curve spans a saved state")
     work.mkdir(parents=True, exist_ok=True)
     model = build_model(config, data.tokenizer.bos_token_id).to(device)
     optimizers = build_optimizers(model, config)
@@ -52,31 +52,28 @@ def train(config: TrainingConfig, data: TrainingData, work: Path, device: torch.
     checkpoint_steps = set(log_spaced_steps(config.n_steps, config.n_checkpoints)[:-1])
     losses: list[Tensor] = []
     clock = time.monotonic()
-    progress = tqdm(total=config.n_steps, initial=start, desc=config.name, unit="step", mininterval=2, smoothing=0.05)
+    bar = tqdm(total=config.n_steps, initial=start, desc=config.name, unit="step", mininterval=2, smoothing=0.05)
     model.train()
-    for step in range(start, config.n_steps):
-        if step in checkpoint_steps:
-            with _disk_full_is_said(work):
+    with bar as progress:
+        for step in range(start, config.n_steps):
+            if step in checkpoint_steps:
                 save_model(model, data, work / "checkpoints" / f"step-{step:06d}")
-        batch = torch.from_numpy(rows[step * config.batch_size : (step + 1) * config.batch_size].astype(np.int64))
-        losses.append(_step(model, optimizers, batch.to(device), config, step))
-        progress.update()
-        done = step + 1
-        if done % CURVE_EVERY == 0 or done == config.n_steps:
-            validation = None
-            if done % VALIDATE_EVERY == 0 or done == config.n_steps:
-                validation = token_loss(model, torch.from_numpy(data.validation[:128].astype(np.int64)))
-            mean = torch.stack(losses).mean().item()
-            now = time.monotonic()
-            speed = len(losses) * batch.numel() / (now - clock)
-            losses, clock = [], now
-            progress.set_postfix_str(f"loss {mean:.3f}, {speed:,.0f} tokens/s")
-            with _disk_full_is_said(work):
+            batch = torch.from_numpy(rows[step * config.batch_size : (step + 1) * config.batch_size].astype(np.int64))
+            losses.append(_step(model, optimizers, batch.to(device), config, step))
+            progress.update()
+            done = step + 1
+            if done % CURVE_EVERY == 0 or done == config.n_steps:
+                validation = None
+                if done % VALIDATE_EVERY == 0 or done == config.n_steps:
+                    validation = token_loss(model, torch.from_numpy(data.validation[:128].astype(np.int64)))
+                mean = torch.stack(losses).mean().item()
+                now = time.monotonic()
+                speed = len(losses) * batch.numel() / (now - clock)
+                losses, clock = [], now
+                progress.set_postfix_str(f"loss {mean:.3f}, {speed:,.0f} tokens/s")
                 curve.add(done, done * batch.numel(), mean, validation, lr_factor(config, step), speed)
-        if done % save_every == 0 and done < config.n_steps:
-            with _disk_full_is_said(work):
+            if done % save_every == 0 and done < config.n_steps:
                 _save_state(work, config, model, optimizers, done)
-    progress.close()
     return model
 
 
@@ -129,20 +126,6 @@ def _step(
     for optimizer in optimizers:
         optimizer.step()
     return loss.detach()
-
-
-@torch.no_grad()
-def token_loss(model: PreTrainedModel, rows: Int[Tensor, "row position"], batch_size: int = 32) -> float:
-    """Mean cross-entropy of ``rows`` in nats per predicted token, in the weights' own dtype, without dropout."""
-    was_training = model.training
-    model.eval()
-    total = 0.0
-    for batch in rows.split(batch_size):
-        batch = batch.to(model.device)
-        logits = model(input_ids=batch).logits[:, :-1].float()
-        total += F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
-    model.train(was_training)
-    return total / (rows.shape[0] * (rows.shape[1] - 1))
 
 
 def save_model(model: PreTrainedModel, data: TrainingData, folder: Path) -> None:
@@ -209,14 +192,3 @@ class _Curve:
             csv.writer(file, lineterminator="\n").writerow(
                 (step, tokens, f"{loss:.5f}", "" if validation is None else f"{validation:.5f}", f"{factor:.5f}", f"{speed:.0f}")
             )
-
-
-@contextmanager
-def _disk_full_is_said(work: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or shutil.disk_usage(work).free < 1 << 20
-        if not full:
-            raise
-        raise UserError(f"{work}: disk full; free some space and run the same command to go on from the last saved step") from error

@@ -1,0 +1,188 @@
+"""Finishing a training run: measure the model and write its folder and model card."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from selfrepair.corpora import read_documents
+from selfrepair.paths import HELD_OUT_TEXT
+from selfrepair.training.config import TrainingConfig
+from selfrepair.training.data import TrainingData
+from selfrepair.training.evaluate import evaluate, sample, text_rows, token_loss
+from selfrepair.training.loop import save_model
+from selfrepair.training.ngrams import KneserNeyTrigram, unigram_loss
+
+TABLE_MARKS = ("<!-- table: written by selfrepair train -->", "<!-- end of table -->")
+SAMPLE_PROMPTS = ("The old man", "In the morning")
+ARCHITECTURE_TEXT = {
+    "gpt2": "GPT-2 block: attention then MLP, LayerNorm, learned positions, GELU",
+    "gpt_neox": "Pythia (GPT-NeoX) block: attention and MLP in parallel, LayerNorm, rotary positions, GELU",
+    "llama": "Llama block: attention then MLP, RMSNorm, rotary positions, SwiGLU, no biases",
+}
+
+
+def finish(model: PreTrainedModel, config: TrainingConfig, data: TrainingData, work: Path, text: Path, out: Path) -> dict:
+    """Saves ``model`` with its checkpoints, curve, ``metrics.json`` and card as ``out``; removes ``work``.
+
+    The folder is assembled inside ``work`` and moved into place whole. Metrics are of the weights as
+    stored, in float32 arithmetic. Returns them.
+    """
+    folder = work / "finished"
+    save_model(model, data, folder)
+    stored = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    metrics = measure(stored, config, data)
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    shutil.copy(work / "curve.csv", folder / "training_curve.csv")
+    if (work / "checkpoints").exists():
+        shutil.copytree(work / "checkpoints", folder / "checkpoints", dirs_exist_ok=True)
+    (folder / "README.md").write_text(render_card(config, metrics, _sources(text)))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.move(folder, out)
+    shutil.rmtree(work)
+    update_table(out.parent)
+    return metrics
+
+
+def update_table(models: Path) -> None:
+    """Rewrites the table of the models in the folder ``models`` in its ``README.md``, between the marks, if it has them."""
+    readme = models / "README.md"
+    text = readme.read_text() if readme.is_file() else ""
+    if not all(mark in text for mark in TABLE_MARKS):
+        return
+    begin, end = TABLE_MARKS
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    metrics = {path.parent.name: json.loads(path.read_text()) for path in sorted(models.glob("*/metrics.json"))}
+    readme.write_text(f"{before}{begin}\n{render_table(metrics)}\n{end}{after}")
+
+
+def render_table(metrics: dict[str, dict]) -> str:
+    """A Markdown table of :func:`evaluate`'s figures per model, with the n-gram models' where they are known."""
+    head = (
+        "| model | loss on held-out prose (perplexity) | unigram | trigram | below trigram by "
+        "| facts, held-out phrasings | facts, trained | chance | repeated tokens, first half | second half | induction |"
+    )
+    lines = [head, "| --- |" + " ---: |" * 10]
+    for name, m in metrics.items():
+        unigram, trigram = m.get("unigram_loss_held_out_prose"), m.get("trigram_loss_held_out_prose")
+        cells = [
+            f"{m['loss_held_out_prose']:.3f} ({m['perplexity_held_out_prose']:.1f})",
+            "" if unigram is None else f"{unigram:.3f}",
+            "" if trigram is None else f"{trigram:.3f}",
+            "" if trigram is None else f"{trigram - m['loss_held_out_prose']:.3f}",
+            f"{m['fact_recall_held_out_phrasings']:.1%}",
+            f"{m['fact_recall_trained_phrasings']:.1%}",
+            f"{m['fact_recall_chance']:.1%}",
+            f"{m['induction_loss_first_half']:.2f}",
+            f"{m['induction_loss_second_half']:.2f}",
+            f"{m['induction_loss_first_half'] - m['induction_loss_second_half']:.2f}",
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def measure(model: PreTrainedModel, config: TrainingConfig, data: TrainingData) -> dict:
+    """Everything the card states, by name: :func:`evaluate` and what needs the training text."""
+    rows = data.training_rows(config.n_steps * config.batch_size, config.seed)
+    held_out = text_rows(data.tokenizer, read_documents(HELD_OUT_TEXT), config.sequence_length)
+    trigram = KneserNeyTrigram(rows, config.vocab_size)
+    return {
+        "config": dataclasses.asdict(config),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "steps": config.n_steps,
+        "training_tokens": int(rows.size),
+        **evaluate(model, data.tokenizer, config.gazetteer_seed, config.sequence_length),
+        "unigram_loss_held_out_prose": unigram_loss(rows, held_out, config.vocab_size),
+        "trigram_loss_held_out_prose": trigram.loss(held_out),
+        "loss_unseen_corpus": token_loss(model, torch.from_numpy(data.validation.astype("int64"))),
+        "trigram_loss_unseen_corpus": trigram.loss(data.validation),
+        "samples": [sample(model, data.tokenizer, prompt) for prompt in SAMPLE_PROMPTS],
+    }
+
+
+def _sources(text: Path) -> list[str]:
+    """One line per source, from ``SOURCES.csv`` beside the text if there is one, else the file names."""
+    table = text / "SOURCES.csv"
+    if not table.is_file():
+        files = [text] if text.is_file() else sorted([*text.glob("*.txt"), *text.glob("*.txt.gz")])
+        return [file.name for file in files]
+    with table.open(newline="", encoding="utf-8") as file:
+        return [
+            f"{row['author']}, *{row['title']}* ([{row['github_repository']}](https://github.com/{row['github_repository']}), {row['licence']})"
+            for row in csv.DictReader(file)
+        ]
+
+
+def render_card(config: TrainingConfig, metrics: dict, sources: list[str]) -> str:
+    """The model card (Markdown) of a trained model."""
+    margin = metrics["trigram_loss_held_out_prose"] - metrics["loss_held_out_prose"]
+    induction = metrics["induction_loss_first_half"] - metrics["induction_loss_second_half"]
+    quoted = "\n\n".join("> " + text.replace("\n", "\n> ") for text in metrics["samples"])
+    checkpoints = f" Earlier checkpoints ({config.n_checkpoints - 1}, log-spaced from step 0) are in `checkpoints/`." if config.n_checkpoints else ""
+    settings = "\n".join(f"{key}: {value}" for key, value in dataclasses.asdict(config).items())
+    listed = "\n".join(f"- {source}" for source in sources)
+    return f"""---
+license: mit
+language: en
+library_name: transformers
+---
+# {config.name}
+
+A small language model for the self-repair replication suite. {ARCHITECTURE_TEXT[config.architecture]}.
+{config.n_layers} layers × {config.n_heads} heads, d_model {config.d_model}, {config.d_mlp} neurons per MLP, vocabulary
+{config.vocab_size} (byte-level BPE), context {config.sequence_length}, tied embeddings, dropout {config.dropout}:
+{metrics["parameters"]:,} parameters, stored in float16.{checkpoints}
+
+## Training
+
+{metrics["training_tokens"]:,} tokens in {metrics["steps"]:,} steps, seed {config.seed}: {1 - config.gazetteer_share:.0%} public-domain text
+(listed below), {config.gazetteer_share:.0%} paragraphs about an invented world (`selfrepair.gazetteer`, seed {config.gazetteer_seed}).
+`training_curve.csv` has the losses. To train it again, gather the sources as text files in a folder and run
+
+    selfrepair train shared/models/configs/{config.name}.yaml --text FOLDER --out DIR
+
+## Measured
+
+| | |
+| --- | ---: |
+| loss on unseen chunks of the corpus, nats/token | {metrics["loss_unseen_corpus"]:.3f} |
+| the same, Kneser–Ney trigram of the same training rows | {metrics["trigram_loss_unseen_corpus"]:.3f} |
+| loss on the held-out prose, nats/token (perplexity {metrics["perplexity_held_out_prose"]:.1f}) | {metrics["loss_held_out_prose"]:.3f} |
+| the same, unigram of the same training rows | {metrics["unigram_loss_held_out_prose"]:.3f} |
+| the same, Kneser–Ney trigram of the same training rows | {metrics["trigram_loss_held_out_prose"]:.3f} |
+| better than the trigram on held-out prose by, nats/token | {margin:.3f} |
+| planted facts, phrasings never trained on: first token correct | {metrics["fact_recall_held_out_phrasings"]:.1%} |
+| planted facts, trained phrasings: first token correct | {metrics["fact_recall_trained_phrasings"]:.1%} |
+| planted facts, always the most frequent answer | {metrics["fact_recall_chance"]:.1%} |
+| repeated random tokens, first half, nats/token | {metrics["induction_loss_first_half"]:.2f} |
+| repeated random tokens, second half, nats/token | {metrics["induction_loss_second_half"]:.2f} |
+| induction: second half below the first by, nats/token | {induction:.2f} |
+
+Samples of 100 tokens (temperature 0.8, top 40, seed 0):
+
+{quoted}
+
+## Not good for
+
+Anything but studying how such models work: it knows little of the world and nothing after the
+1930s but Python proposals, takes {config.sequence_length} tokens at most, states invented facts as true,
+and repeats the views of its sources' times.
+
+## Configuration
+
+```yaml
+{settings}
+```
+
+## Sources
+
+{listed}
+"""

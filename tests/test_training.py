@@ -1,0 +1,309 @@
+"""Training end to end on a tiny model: resume, loss, saved folder, card and bad input."""
+
+import csv
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from selfrepair.cli import main
+from selfrepair.errors import UserError
+from selfrepair.paths import HELD_OUT_TEXT
+from selfrepair.training import loop
+from selfrepair.training.config import TrainingConfig, load_config
+from selfrepair.training.data import prepare
+from selfrepair.training.loop import log_spaced_steps, lr_factor, train
+
+TINY = TrainingConfig(
+    name="tiny", architecture="gpt2", n_layers=2, n_heads=2, d_model=32, d_mlp=64, tokens=64 * 4 * 25,
+    vocab_size=512, sequence_length=64, batch_size=4, gazetteer_share=0.25, precision="float32", dropout=0.1,
+)  # fmt: skip
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SELFREPAIR_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def data():
+    return prepare(TINY, HELD_OUT_TEXT)
+
+
+def write_config(path: Path, **changes) -> Path:
+    path.write_text(yaml.safe_dump(dataclasses.asdict(TINY) | changes))
+    return path
+
+
+def command(config: Path, out: Path, *more: str, text: Path = HELD_OUT_TEXT) -> list[str]:
+    return ["train", str(config), "--text", str(text), "--out", str(out), "--device", "cpu", *more]
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_at(step, monkeypatch):
+    real = loop._step
+
+    def dying(model, optimizers, batch, config, at):
+        if at == step:
+            raise Killed
+        return real(model, optimizers, batch, config, at)
+
+    monkeypatch.setattr(loop, "_step", dying)
+
+
+@pytest.mark.parametrize(("architecture", "killed_at"), [("gpt2", (0, 10, 11, 24)), ("gpt_neox", (13,)), ("llama", (13,))])
+def test_resumed_at_any_step_ends_with_the_same_weights(tmp_path, monkeypatch, data, architecture, killed_at):
+    config = dataclasses.replace(TINY, architecture=architecture, n_checkpoints=3)
+    whole = train(config, data, tmp_path / "whole", CPU, save_every=10).state_dict()
+    for step in killed_at:
+        work = tmp_path / f"killed-{step}"
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            kill_at(step, patch)
+            train(config, data, work, CPU, save_every=10)
+        resumed = train(config, data, work, CPU, save_every=10).state_dict()
+        for name, weight in whole.items():
+            torch.testing.assert_close(resumed[name], weight, rtol=0, atol=1e-5, msg=f"{name} after {step}")
+        losses = [list(csv.DictReader((tmp_path / w / "curve.csv").open())) for w in ("whole", work.name)]
+        for a, b in zip(*losses, strict=True):
+            assert a["step"] == b["step"] and float(a["loss"]) == pytest.approx(float(b["loss"]), abs=1e-4)
+
+
+def test_another_seed_ends_elsewhere(tmp_path, data):
+    ends = [
+        train(dataclasses.replace(TINY, seed=seed), data, tmp_path / str(seed), CPU).state_dict()["transformer.wte.weight"]
+        for seed in (0, 1)
+    ]
+    assert (ends[0] - ends[1]).abs().max() > 1e-2
+
+
+def test_state_of_another_configuration_is_not_continued(tmp_path, monkeypatch, data):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(12, patch)
+        train(TINY, data, tmp_path / "w", CPU, save_every=10)
+    with pytest.raises(UserError, match="another configuration"):
+        train(dataclasses.replace(TINY, lr_matrices=0.01), data, tmp_path / "w", CPU)
+    (tmp_path / "w" / "state.pt").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="damaged"):
+        train(TINY, data, tmp_path / "w", CPU)
+
+
+def test_rows_mix_corpus_and_gazetteer(data):
+    rows = data.training_rows(400, seed=0)
+    assert rows.shape == (400, 64) and (rows[:, 0] == data.tokenizer.bos_token_id).all()
+    corpus = {row.tobytes() for row in data.corpus}
+    validation = {row.tobytes() for row in data.validation}
+    from_corpus = [row.tobytes() in corpus for row in rows]
+    assert sum(from_corpus) == 300
+    assert 60 < sum(from_corpus[:100]) < 90  # evenly mixed in
+    assert not validation & {row.tobytes() for row in rows}
+    assert np.array_equal(rows, data.training_rows(400, seed=0))
+    others = data.tokenizer.decode(np.concatenate([r for r, c in zip(rows, from_corpus, strict=True) if not c]))
+    assert any(place in others for place in data.gazetteer.entities["town"])
+
+
+def test_rows_of_the_first_epoch_do_not_repeat(data):
+    n = len(data.corpus)
+    rows = dataclasses.replace(data, gazetteer_share=0.0).training_rows(2 * n, seed=0)
+    assert sorted(row.tobytes() for row in rows) == sorted(2 * [row.tobytes() for row in data.corpus])
+
+
+def test_schedule():
+    config = dataclasses.replace(TINY, tokens=64 * 4 * 100, warmup=0.1, decay=0.4)
+    factors = [lr_factor(config, step) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1) and factors[9:60] == pytest.approx([1.0] * 51)
+    assert factors[60] == pytest.approx(1.0) and factors[-1] == pytest.approx(1 / 40)
+    assert np.diff(factors[60:]) == pytest.approx([-1 / 40] * 39)
+
+
+def test_checkpoints_are_log_spaced():
+    steps = log_spaced_steps(3000, 8)
+    assert steps[0] == 0 and steps[-1] == 3000 and len(set(steps)) == 8
+    ratios = np.array(steps[3:]) / np.array(steps[2:-1])
+    assert ratios.max() / ratios.min() < 1.15
+    with pytest.raises(UserError, match="too few"):
+        log_spaced_steps(4, 8)
+
+
+def test_thirty_seconds_of_training_lower_the_loss(tmp_path, data):
+    config = dataclasses.replace(TINY, tokens=64 * 4 * 600, dropout=0.0)
+    train(config, data, tmp_path, CPU)
+    rows = list(csv.DictReader((tmp_path / "curve.csv").open()))
+    first, last = float(rows[0]["loss"]), float(rows[-1]["validation_loss"])
+    assert last < first - 1.0
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A model trained by the command, killed with SIGKILL once on the way, and its uninterrupted twin."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = write_config(folder / "tiny.yaml", tokens=64 * 4 * 400, n_checkpoints=4)
+    assert main(command(config, folder / "whole")) == 0
+    arguments = [sys.executable, "-m", "selfrepair.cli", *command(config, folder / "killed")]
+    process = subprocess.Popen(arguments, stderr=subprocess.DEVNULL)
+    state = folder / "killed.training" / "state.pt"
+    while not state.exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (folder / "killed").exists()
+    subprocess.run(arguments, check=True, capture_output=True)
+    return folder
+
+
+def test_killed_command_goes_on(trained):
+    whole, killed = (load_file(trained / name / "model.safetensors") for name in ("whole", "killed"))
+    for name, weight in whole.items():
+        torch.testing.assert_close(killed[name], weight, rtol=0, atol=1e-3)  # float16 storage rounds at 1e-3
+    assert not list(trained.glob("*.training"))
+
+
+def test_saved_folder_is_complete(trained):
+    folder = trained / "whole"
+    steps = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert len(steps) == 3 and steps[0] == "step-000000"
+    assert {t.dtype for t in load_file(folder / "model.safetensors").values()} == {torch.float16}
+    for path in (folder, *(folder / "checkpoints").iterdir()):
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+        assert len(tokenizer) == model.config.vocab_size == 512
+        assert tokenizer.decode(tokenizer("Two words.")["input_ids"]) == "Two words."
+    rows = list(csv.DictReader((folder / "training_curve.csv").open()))
+    assert tuple(rows[0]) == loop.CURVE_COLUMNS and int(rows[-1]["step"]) == 400
+
+
+def test_card_states_what_was_measured(trained):
+    metrics = json.loads((trained / "whole" / "metrics.json").read_text())
+    card = (trained / "whole" / "README.md").read_text()
+    assert f"{metrics['parameters']:,} parameters" in card
+    for name in ("loss_unseen_corpus", "loss_held_out_prose", "trigram_loss_held_out_prose"):
+        assert f"{metrics[name]:.3f}" in card
+    for text in metrics["samples"]:
+        assert text.splitlines()[0] in card
+    for file in HELD_OUT_TEXT.glob("*.txt"):
+        assert f"- {file.name}" in card
+    assert metrics["training_tokens"] == 400 * 4 * 64
+
+
+def test_card_names_the_sources_of_the_table(trained, tmp_path):
+    text = tmp_path / "text"
+    text.mkdir()
+    (text / "a.txt").write_text("\n---\n".join((HELD_OUT_TEXT / f"{kind}.txt").read_text() for kind in ("nature", "stories")))
+    (text / "SOURCES.csv").write_text('file,author,title,github_repository,licence\na,A. Writer,"Much, Ado",a/b,CC0-1.0\n')
+    config = write_config(tmp_path / "tiny.yaml", tokens=64 * 4 * 4)
+    assert main(command(config, tmp_path / "model", text=text)) == 0
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "- A. Writer, *Much, Ado* ([a/b](https://github.com/a/b), CC0-1.0)" in card
+
+
+def test_evaluate_prints_the_table(trained, capsys):
+    assert main(["evaluate", str(trained / "whole"), "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    metrics = json.loads((trained / "whole" / "metrics.json").read_text())
+    assert f"{metrics['trigram_loss_held_out_prose']:.3f}" in out
+
+
+def test_existing_model_is_never_overwritten_unasked(trained, tmp_path, capsys):
+    config = write_config(tmp_path / "tiny.yaml", tokens=64 * 4 * 4)
+    out = tmp_path / "model"
+    assert main(command(config, out)) == 0
+    before = (out / "model.safetensors").read_bytes()
+    config = write_config(tmp_path / "tiny.yaml", tokens=64 * 4 * 8)
+    one_line(capsys, main(command(config, out)), "exists already")
+    assert (out / "model.safetensors").read_bytes() == before
+    assert main(command(config, out, "--overwrite")) == 0
+    assert (out / "model.safetensors").read_bytes() != before
+
+
+def one_line(capsys, status: int, said: str) -> None:
+    error = capsys.readouterr().err
+    assert status == 1
+    assert error.startswith("selfrepair: error: ") and error.count("\n") == 1 and said in error, error
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"architecture": "rwkv"}, "unknown architecture 'rwkv'"),
+        ({"layers": 3}, "unknown key 'layers'"),
+        ({"n_layers": "six"}, "n_layers must be int"),
+        ({"n_layers": True}, "n_layers must be int"),
+        ({"n_layers": -1}, "n_layers must be positive"),
+        ({"tokens": 100}, "less than one batch"),
+        ({"n_heads": 5}, "multiple of n_heads"),
+        ({"dropout": 1.5}, "[0, 1)"),
+        ({"precision": "int8"}, "unknown precision"),
+        ({"warmup": 0.7, "decay": 0.7}, "at most 1"),
+    ],
+)
+def test_bad_configuration_is_one_line(tmp_path, capsys, changes, said):
+    with pytest.raises(UserError) as error:
+        load_config(write_config(tmp_path / "bad.yaml", **changes))
+    assert said in str(error.value)
+    one_line(capsys, main(command(tmp_path / "bad.yaml", tmp_path / "out")), said)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("content", "said"), [(b"a: [", "not YAML"), (b"- 1\n", "key: value"), (b"name: x\n", "missing architecture")])
+def test_malformed_configuration_is_one_line(tmp_path, capsys, content, said):
+    (tmp_path / "bad.yaml").write_bytes(content)
+    one_line(capsys, main(command(tmp_path / "bad.yaml", tmp_path / "out")), said)
+
+
+def test_missing_configuration_and_text_are_one_line(tmp_path, capsys):
+    one_line(capsys, main(command(tmp_path / "none.yaml", tmp_path / "out")), "cannot be read")
+    config = write_config(tmp_path / "tiny.yaml")
+    (tmp_path / "empty").mkdir()
+    status = main(command(config, tmp_path / "out", text=tmp_path / "empty"))
+    assert status == 1 and "no .txt or .txt.gz file" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_less_text_than_one_batch_is_said(tmp_path):
+    (tmp_path / "short.txt").write_text("Only a few words, and then no more of them.\n" * 20)
+    with pytest.raises(UserError, match="too few for one batch"):
+        prepare(TINY, tmp_path / "short.txt")
+
+
+def test_unavailable_device_is_one_line(tmp_path, capsys):
+    config = write_config(tmp_path / "tiny.yaml")
+    one_line(capsys, main([*command(config, tmp_path / "out"), "--device", "abacus"]), "device 'abacus'")
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("a small file system can be mounted by root only")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_full_disk_is_one_line_and_loses_nothing(tmp_path, tiny_disk, capsys):
+    config = write_config(tmp_path / "tiny.yaml", tokens=64 * 4 * 210, n_checkpoints=3)
+    filler = tiny_disk / "filler"
+    filler.write_bytes(bytes(1_500_000))
+    status = main(command(config, tiny_disk / "model"))
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert status == 1 and "disk full" in last and "selfrepair: error" in last
+    assert not (tiny_disk / "model").exists()
+    filler.unlink()
+    assert main(command(config, tmp_path / "twin")) == 0
+    assert main(command(config, tiny_disk / "model")) == 0
+    twin, model = (load_file(path / "model.safetensors") for path in (tmp_path / "twin", tiny_disk / "model"))
+    assert all(torch.equal(twin[name], model[name]) for name in twin)
