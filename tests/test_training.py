@@ -142,7 +142,7 @@ def test_checkpoints_are_log_spaced():
 
 
 def test_thirty_seconds_of_training_lower_the_loss(tmp_path, data):
-    config = dataclasses.replace(TINY, tokens=64 * 4 * 600, dropout=0.0)
+    config = dataclasses.replace(TINY, tokens=64 * 4 * 400, dropout=0.0)
     train(config, data, tmp_path, CPU)
     rows = list(csv.DictReader((tmp_path / "curve.csv").open()))
     first, last = float(rows[0]["loss"]), float(rows[-1]["validation_loss"])
@@ -224,6 +224,7 @@ def test_existing_model_is_never_overwritten_unasked(trained, tmp_path, capsys):
     assert main(command(config, out)) == 0
     before = (out / "model.safetensors").read_bytes()
     config = write_config(tmp_path / "tiny.yaml", tokens=64 * 4 * 8)
+    capsys.readouterr()
     one_line(capsys, main(command(config, out)), "exists already")
     assert (out / "model.safetensors").read_bytes() == before
     assert main(command(config, out, "--overwrite")) == 0

@@ -20,8 +20,10 @@ from selfrepair.paths import HELD_OUT_TEXT
 def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, gazetteer_seed: int, length: int = 128) -> dict[str, float]:
     """Figures by name: losses in nats per token, shares in [0, 1].
 
-    Losses are over packed rows of ``length`` tokens, each beginning with BOS.
+    Losses are over packed rows of ``length`` tokens, or the model's context if that is shorter,
+    each beginning with BOS.
     """
+    length = min(length, model.config.max_position_embeddings)
     loss = token_loss(model, torch.from_numpy(text_rows(tokenizer, read_documents(HELD_OUT_TEXT), length)))
     prompts = Gazetteer(gazetteer_seed).prompts()
     recalled = fact_recall(model, tokenizer, prompts)
