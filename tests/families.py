@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from selfrepair.models import Model, load_model
+from selfrepair.paths import MODELS
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -18,9 +20,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from selfrepair.models import Model, load_model
-from selfrepair.paths import MODELS
-
 VOCAB = 61
 LENGTH = 12
 SHAPE = dict(vocab_size=VOCAB, num_hidden_layers=3, num_attention_heads=4, hidden_size=32, max_position_embeddings=32)
@@ -31,9 +30,7 @@ def _build(family: str) -> PreTrainedModel:
         case "gpt2":
             return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_layer=3, n_head=4, n_embd=32, n_positions=32))
         case "neox-parallel" | "neox-sequential":
-            return GPTNeoXForCausalLM(
-                GPTNeoXConfig(intermediate_size=64, use_parallel_residual=family == "neox-parallel", **SHAPE)
-            )
+            return GPTNeoXForCausalLM(GPTNeoXConfig(intermediate_size=64, use_parallel_residual=family == "neox-parallel", **SHAPE))
         case "llama":
             return LlamaForCausalLM(LlamaConfig(intermediate_size=48, num_key_value_heads=4, **SHAPE))
         case "llama-gqa":

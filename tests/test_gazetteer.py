@@ -5,7 +5,6 @@ import sys
 from collections import defaultdict
 
 import pytest
-
 from selfrepair.gazetteer import RELATIONS, Gazetteer
 
 WORLD = Gazetteer(0)
@@ -99,9 +98,7 @@ def test_training_text_states_every_fact_and_no_false_one():
 
 def test_prompts_end_before_the_answer():
     prompts = WORLD.prompts()
-    assert len(prompts) == sum(
-        len(r.trained + r.held_out) * len(WORLD.entities[r.subject_kind]) for r in RELATIONS
-    )
+    assert len(prompts) == sum(len(r.trained + r.held_out) * len(WORLD.entities[r.subject_kind]) for r in RELATIONS)
     phrasings = {r.name: r.trained + r.held_out for r in RELATIONS}
     n_trained = {r.name: len(r.trained) for r in RELATIONS}
     for prompt in prompts:

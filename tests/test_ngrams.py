@@ -2,7 +2,6 @@ from collections import Counter
 
 import numpy as np
 import pytest
-
 from selfrepair.training.ngrams import KneserNeyTrigram, unigram_loss
 
 V = 6
@@ -48,7 +47,7 @@ def test_sums_to_one():
     model = KneserNeyTrigram(ROWS, V)
     probe = np.array([[0, b, c] for b in range(V) for c in range(V)])
     probabilities = model.probabilities(probe)
-    assert probabilities[:: V, 0].sum() == pytest.approx(1)
+    assert probabilities[::V, 0].sum() == pytest.approx(1)
     assert probabilities[:, 1].reshape(V, V).sum(1) == pytest.approx(np.ones(V))
 
 

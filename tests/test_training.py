@@ -15,8 +15,6 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from selfrepair.cli import main
 from selfrepair.errors import UserError
 from selfrepair.paths import HELD_OUT_TEXT
@@ -24,6 +22,7 @@ from selfrepair.training import loop
 from selfrepair.training.config import TrainingConfig, load_config
 from selfrepair.training.data import prepare
 from selfrepair.training.loop import log_spaced_steps, lr_factor, train
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TINY = TrainingConfig(
     name="tiny", architecture="gpt2", n_layers=2, n_heads=2, d_model=32, d_mlp=64, tokens=64 * 4 * 25,

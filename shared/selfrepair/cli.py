@@ -49,6 +49,34 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("model", help="embedded name, local folder or hub id")
     evaluate.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 … (default auto)")
     evaluate.set_defaults(run=_evaluate)
+
+    sweep = commands.add_parser("sweep", help="ablate every head of a model; prints the store's path last")
+    sweep.add_argument("--model", required=True, help="embedded name, local folder or hub id")
+    sweep.add_argument("--tokens", type=Path, help=".npy of token ids [n_prompts, prompt_len]")
+    sweep.add_argument("--text", type=Path, help="text file or folder of .txt/.txt.gz (default: the held-out prose)")
+    sweep.add_argument("--dataset", help="dataset id on the Hugging Face hub, or 'pile' for its Pile sample")
+    sweep.add_argument("--n-prompts", type=int, help="even number of prompts (default: all)")
+    sweep.add_argument("--prompt-len", type=int, default=128, help="tokens per prompt, BOS included (default 128)")
+    sweep.add_argument("--ablation", default="resample", choices=("resample", "mean", "zero"))
+    sweep.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 … (default auto)")
+    sweep.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16", "float16"), help="of the weights")
+    sweep.add_argument("--seed", type=int, default=0, help="which prompts are taken, in which order (default 0)")
+    sweep.add_argument("--out", type=Path, required=True, help="folder for the store")
+    sweep.set_defaults(run=_sweep)
+
+    heads = commands.add_parser("heads", help="table of a store's heads")
+    heads.add_argument("store", type=Path)
+    heads.add_argument("--fraction", type=float, default=0.02, help="top fraction of tokens by direct effect (default 0.02)")
+    heads.add_argument("--csv", type=Path, help="write the table here instead of printing it")
+    heads.set_defaults(run=_heads)
+
+    notebooks = commands.add_parser("notebooks", help="run the notebooks of a profile into a results folder")
+    notebooks.add_argument("--profile", default="pocket", help="name of a profile or path of a .yaml file (default pocket)")
+    notebooks.add_argument("--only", nargs="+", default=[], metavar="NN", help="numbers or beginnings of names (default: all)")
+    notebooks.add_argument("--model", help="measure this model instead of the profile's")
+    notebooks.add_argument("--out", type=Path, help="results folder (default: results/<profile>)")
+    notebooks.add_argument("--jobs", type=int, default=1, help="notebooks run side by side (default 1)")
+    notebooks.set_defaults(run=_notebooks)
     return parser
 
 
@@ -99,6 +127,61 @@ def _evaluate(options: argparse.Namespace) -> None:
     kept = json.loads(card.read_text()) if card.is_file() else {}
     seed = kept["config"]["gazetteer_seed"] if kept else 0
     print(render_table({options.model: kept | evaluate(model, tokenizer, seed)}))
+
+
+def _sweep(options: argparse.Namespace) -> None:
+    if options.seed < 0:
+        raise UserError(f"seed must not be negative, not {options.seed}")
+    import torch
+    from transformers.utils import logging
+
+    from selfrepair.corpora import load_tokens
+    from selfrepair.disk import disk_full_is_said
+    from selfrepair.models import load_model
+    from selfrepair.sweep import sweep
+
+    logging.disable_progress_bar()
+    model = load_model(options.model, options.device, getattr(torch, options.dtype))
+    prompts = load_tokens(
+        model.tokenizer,
+        text=options.text,
+        dataset=options.dataset,
+        tokens=options.tokens,
+        n_prompts=options.n_prompts,
+        prompt_len=options.prompt_len,
+        seed=options.seed,
+    )
+    with disk_full_is_said(options.out):
+        print(sweep(model, prompts, options.ablation, options.out, options.seed))
+
+
+def _heads(options: argparse.Namespace) -> None:
+    from selfrepair.breakdown import heads_table
+    from selfrepair.disk import disk_full_is_said
+    from selfrepair.results import open_store, write_atomically
+
+    table = heads_table(open_store(options.store), options.fraction).to_csv(index=False, float_format="%.6g")
+    if options.csv is None:
+        print(table, end="")
+    else:
+        with disk_full_is_said(options.csv.parent):
+            write_atomically(options.csv, table.encode())
+
+
+def _notebooks(options: argparse.Namespace) -> None:
+    if options.jobs < 1:
+        raise UserError(f"jobs must be at least 1, not {options.jobs}")
+    from selfrepair.disk import disk_full_is_said
+    from selfrepair.notebooks import run_notebooks
+    from selfrepair.paths import REPOSITORY
+    from selfrepair.profiles import load_profile
+
+    load_profile(options.profile)
+    out = options.out or REPOSITORY / "results" / Path(options.profile).stem
+    parameters = {} if options.model is None else {"model": options.model}
+    with disk_full_is_said(out):
+        run_notebooks(options.profile, out, parameters, options.jobs, options.only)
+    print(out)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
+import itertools
 import re
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Int
+from transformers import PreTrainedTokenizerBase
 
 from selfrepair.errors import UserError
+from selfrepair.paths import HELD_OUT_TEXT
 
 SEPARATOR = re.compile(r"^---$", re.MULTILINE)
 
@@ -65,3 +71,107 @@ def pack(documents: Iterable[Sequence[int]], bos: int, length: int) -> np.ndarra
         rows.append(np.concatenate([np.full(own, bos, dtype=np.int64), stream[position:end]]))
         position = end
     return np.stack(rows) if rows else np.empty((0, length), dtype=np.int64)
+
+
+PILE_SAMPLE = "NeelNanda/pile-10k"
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Token ids ``[prompt, position]`` to measure on, and where they come from."""
+
+    tokens: Int[np.ndarray, "prompt position"]
+    source: str
+
+    @property
+    def sha256(self) -> str:
+        ids = np.ascontiguousarray(self.tokens, dtype="<i8")
+        return hashlib.sha256(f"{ids.shape}".encode() + ids.tobytes()).hexdigest()
+
+
+def load_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    text: str | Path | None = None,
+    dataset: str | None = None,
+    tokens: str | Path | None = None,
+    n_prompts: int | None = None,
+    prompt_len: int = 128,
+    seed: int = 0,
+) -> Prompts:
+    """``n_prompts`` prompts from the held-out prose (default), a text file or folder, a dataset of the
+    Hugging Face hub (``pile`` is its Pile sample), or an ``.npy`` of token ids ``[n_prompts, prompt_len]``.
+
+    Documents are concatenated and cut into prompts that each begin with BOS; which are taken, and in
+    which order, is drawn from ``seed``. Without ``n_prompts``, all of them (one fewer if odd).
+
+    Raises:
+        UserError: more than one source; ``n_prompts`` odd, negative or more than there are; missing or malformed file.
+    """
+    if sum(source is not None for source in (text, dataset, tokens)) > 1:
+        raise UserError("give one of a token file, a text or a dataset, not several")
+    if n_prompts is not None and (n_prompts < 2 or n_prompts % 2):
+        raise UserError(f"n_prompts must be a positive even number (prompts are each other's donors in pairs), not {n_prompts}")
+    if prompt_len < 2:
+        raise UserError(f"prompt_len must be at least 2, not {prompt_len}")
+    if tokens is not None:
+        rows, source = _load_ids(Path(tokens)), str(tokens)
+    elif dataset is not None:
+        source = PILE_SAMPLE if dataset == "pile" else dataset
+        rows = _pack_until(_dataset_documents(source), tokenizer, prompt_len, n_prompts)
+    else:
+        path = HELD_OUT_TEXT if text is None else Path(text)
+        source = "held-out prose" if text is None else str(text)
+        rows = _pack_until(iter(read_documents(path)), tokenizer, prompt_len, None)
+    available = len(rows) - len(rows) % 2
+    if available < max(2, n_prompts or 2):
+        raise UserError(
+            f"{source}: gives {len(rows)} prompts of {rows.shape[1]} tokens; {n_prompts or 2} were asked for: lower n_prompts or add text"
+        )
+    order = np.random.Generator(np.random.PCG64(seed)).permutation(len(rows))
+    return Prompts(rows[order[: n_prompts or available]], source)
+
+
+def _load_ids(path: Path) -> np.ndarray:
+    try:
+        ids = np.load(path, allow_pickle=False)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: not an .npy file of token ids") from error
+    if not isinstance(ids, np.ndarray) or ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or ids.shape[1] < 2:
+        raise UserError(f"{path}: must hold integer token ids [n_prompts, prompt_len], prompt_len at least 2")
+    if ids.size and ids.min() < 0:
+        raise UserError(f"{path}: holds a negative token id")
+    return ids.astype(np.int64)
+
+
+def _pack_until(
+    documents: Iterator[str], tokenizer: PreTrainedTokenizerBase, length: int, n_rows: int | None
+) -> Int[np.ndarray, "row position"]:
+    """Packs documents, tokenising no more of them than ``n_rows`` rows need (plus a few)."""
+    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    encoded: list[list[int]] = []
+    n_tokens = 0
+    while batch := list(itertools.islice(documents, 100)):
+        encoded += tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+        n_tokens = sum(map(len, encoded))
+        if n_rows is not None and n_tokens >= n_rows * length:
+            break
+    return pack(encoded, bos, length)
+
+
+def _dataset_documents(name: str) -> Iterator[str]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(name, split="train", streaming=True)
+        for row in rows:
+            yield row["text"]
+    except KeyError as error:
+        raise UserError(f"dataset {name}: has no column 'text'") from error
+    except Exception as error:  # the hub's libraries raise many types when a name or the network is missing
+        raise UserError(
+            f"dataset {name}: the Hugging Face hub gave nothing for it ({type(error).__name__}); check the name and the "
+            "network, or use a local text; the default held-out prose needs no network"
+        ) from error

@@ -125,7 +125,7 @@ def load_model(name: str, device: str | torch.device = "auto", dtype: torch.dtyp
             bridge = TransformerBridge.boot_transformers(where, device=device, dtype=dtype)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(_why_not_loaded(name, where, error)) from error
-    return name_parts(name, bridge)
+    return name_parts(Path(where).name if Path(where).is_dir() else name, bridge)
 
 
 def name_parts(name: str, bridge: TransformerBridge) -> Model:

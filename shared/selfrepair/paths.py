@@ -8,6 +8,10 @@ from pathlib import Path
 SHARED = Path(__file__).resolve().parents[1]
 MODELS = SHARED / "models"
 HELD_OUT_TEXT = SHARED / "text"
+PUBLISHED = SHARED / "published"
+REPOSITORY = SHARED.parent
+PROFILES = REPOSITORY / "profiles"
+NOTEBOOKS = REPOSITORY / "notebooks"
 
 
 def cache_dir() -> Path:

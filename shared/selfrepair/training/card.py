@@ -126,7 +126,9 @@ def render_card(config: TrainingConfig, metrics: dict, sources: list[str]) -> st
     margin = metrics["trigram_loss_held_out_prose"] - metrics["loss_held_out_prose"]
     induction = metrics["induction_loss_first_half"] - metrics["induction_loss_second_half"]
     quoted = "\n\n".join("> " + text.replace("\n", "\n> ") for text in metrics["samples"])
-    checkpoints = f" Earlier checkpoints ({config.n_checkpoints - 1}, log-spaced from step 0) are in `checkpoints/`." if config.n_checkpoints else ""
+    checkpoints = (
+        f" Earlier checkpoints ({config.n_checkpoints - 1}, log-spaced from step 0) are in `checkpoints/`." if config.n_checkpoints else ""
+    )
     settings = "\n".join(f"{key}: {value}" for key, value in dataclasses.asdict(config).items())
     listed = "\n".join(f"- {source}" for source in sources)
     return f"""---

@@ -98,7 +98,9 @@ def _make(config: TrainingConfig, documents: list[str], text: str | Path, folder
             f"{text}: {len(rows)} sequences of {config.sequence_length} tokens are too few for one batch of "
             f"{config.batch_size} and a tenth held out; add text or lower batch_size"
         )
-    rows = rows[np.random.Generator(np.random.PCG64(0)).permutation(len(rows))].astype(np.uint16 if config.vocab_size <= 65536 else np.int32)
+    rows = rows[np.random.Generator(np.random.PCG64(0)).permutation(len(rows))].astype(
+        np.uint16 if config.vocab_size <= 65536 else np.int32
+    )
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(dir=folder.parent))
     try:

@@ -107,7 +107,15 @@ def induction_losses(model: PreTrainedModel, bos: int, length: int, n_rows: int 
 
 
 @torch.no_grad()
-def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: str, n_tokens: int = 100, temperature: float = 0.8, top_k: int = 40, seed: int = 0) -> str:
+def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompt: str,
+    n_tokens: int = 100,
+    temperature: float = 0.8,
+    top_k: int = 40,
+    seed: int = 0,
+) -> str:
     """``prompt`` and ``n_tokens`` drawn after it from the ``top_k`` most likely tokens; BOS and as much as the context holds are seen."""
     context = model.config.max_position_embeddings
     generator = torch.Generator().manual_seed(seed)

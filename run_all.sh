@@ -1,0 +1,234 @@
+#!/usr/bin/env bash
+# From a fresh clone to every figure with one command. ./run_all.sh --help says what can be chosen.
+set -euo pipefail
+trap 'exit 130' INT
+
+ROOT="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)"
+
+show_help() {
+    cat <<'HELP'
+Usage: ./run_all.sh [--profile NAME] [--jobs N]
+       ./run_all.sh --test [--jobs N]
+       ./run_all.sh --lab
+
+Sets up a Python environment if there is none yet, then runs every notebook of the suite.
+
+  --profile NAME  what to measure: a file profiles/NAME.yaml (default: pocket, which needs no network)
+  --jobs N        how many notebooks run side by side (default: the number of cores);
+                  with --test: how many threads the tests may use (default: PyTorch's choice)
+  --test          run the unit tests, then check the notebooks' saved outputs
+  --lab           open the notebooks in JupyterLab
+  --help          show this text
+
+Environment variables:
+  SELFREPAIR_USE_ACTIVE=1  install into the conda or virtual environment that is active, instead of
+                           .venv in the repository
+  TORCH_INDEX_URL=URL      the package index that PyTorch alone is installed from; without an NVIDIA GPU,
+                           PyTorch's index of CPU builds saves gigabytes
+
+The set-up needs Python 3.11 or newer. It is done again only if requirements.lock, pyproject.toml, the
+repository's folder or the Python version changes, or if it was interrupted.
+HELP
+}
+
+say() { printf 'run_all.sh: %s\n' "$1" >&2; }
+
+# fail MESSAGE [STATUS]
+fail() {
+    say "error: $1"
+    exit "${2:-1}"
+}
+
+# fail_usage MESSAGE [VALUE]: the value is quoted, so that the message stays on one line whatever it holds.
+fail_usage() {
+    local message=$1
+    if (($# > 1)); then message+=" $(printf '%q' "$2")"; fi
+    fail "$message (see ./run_all.sh --help)" 2
+}
+
+count_cores() {
+    local cores
+    cores="$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || true)"
+    printf '%s\n' "${cores:-1}"
+}
+
+known_profiles() {
+    local file
+    for file in "$ROOT"/profiles/*.yaml; do
+        if [[ -f "$file" ]]; then printf ' %s' "$(basename -- "$file" .yaml)"; fi
+    done
+}
+
+PROFILE=pocket
+JOBS=
+MODE=notebooks
+while (($# > 0)); do
+    option=$1
+    shift
+    case "$option" in
+        --profile | --jobs)
+            (($# > 0)) || fail_usage "$option needs a value"
+            value=$1
+            shift
+            ;;
+        --profile=* | --jobs=*)
+            value=${option#*=}
+            option=${option%%=*}
+            ;;
+    esac
+    case "$option" in
+        --profile)
+            [[ "$value" =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$ ]] || fail_usage "--profile needs a profile's name, not" "$value"
+            PROFILE=$value
+            ;;
+        --jobs)
+            [[ "$value" =~ ^[1-9][0-9]{0,3}$ ]] || fail_usage "--jobs needs a whole number from 1 to 9999, not" "$value"
+            JOBS=$value
+            ;;
+        --test | --lab)
+            [[ "$MODE" == notebooks || "$MODE" == "${option#--}" ]] || fail_usage "--test and --lab exclude each other"
+            MODE=${option#--}
+            ;;
+        --help | -h)
+            show_help
+            exit 0
+            ;;
+        *) fail_usage "unknown option" "$option" ;;
+    esac
+done
+# Said before the set-up, which takes minutes the first time.
+if [[ "$MODE" == notebooks && ! -f "$ROOT/profiles/$PROFILE.yaml" ]]; then
+    fail_usage "no profile $PROFILE; there are:$(known_profiles)"
+fi
+
+OWN_ENVIRONMENT=1
+ENVIRONMENT="$ROOT/.venv"
+if [[ "${SELFREPAIR_USE_ACTIVE:-}" == 1 ]]; then
+    if [[ -n "${VIRTUAL_ENV:-${CONDA_PREFIX:-}}" ]]; then
+        OWN_ENVIRONMENT=0
+        ENVIRONMENT="${VIRTUAL_ENV:-$CONDA_PREFIX}"
+    else
+        say "SELFREPAIR_USE_ACTIVE=1, but no environment is active: using $ENVIRONMENT"
+    fi
+fi
+PYTHON="$ENVIRONMENT/bin/python"
+STAMP="$ENVIRONMENT/selfrepair-lock.sha256" # hash of what the finished set-up was made from
+UNFINISHED="$ENVIRONMENT/selfrepair-unfinished"
+
+# recent_enough PYTHON MODULE: whether it is Python 3.11 or newer and has the module.
+recent_enough() {
+    "$1" -c "import sys, $2; sys.exit(sys.version_info < (3, 11))" >/dev/null 2>&1
+}
+
+find_python() {
+    local candidate
+    for candidate in python3.11 python3.12 python3.13 python3; do
+        if recent_enough "$candidate" ensurepip; then # without it, venv makes environments that lack pip
+            command -v "$candidate"
+            return
+        fi
+    done
+    fail "Python 3.11 or newer with its venv module is needed; looked for python3.11, python3.12, python3.13 and python3"
+}
+
+wanted_stamp() {
+    "$PYTHON" - "$ROOT" <<'PYTHON'
+import hashlib, os, sys
+
+root = sys.argv[1]
+digest = hashlib.sha256()
+for name in ("requirements.lock", "pyproject.toml"):
+    with open(os.path.join(root, name), "rb") as file:
+        digest.update(file.read())
+digest.update(os.fsencode(root) + b"\0%d.%d" % sys.version_info[:2])  # the package is installed by its folder
+print(digest.hexdigest())
+PYTHON
+}
+
+is_set_up() {
+    [[ -x "$PYTHON" && -s "$STAMP" ]] && [[ "$(<"$STAMP")" == "$(wanted_stamp)" ]]
+}
+
+# lock_set_up PYTHON: one set-up at a time. The lock is on file descriptor 9, so the kernel frees it when this script ends.
+lock_set_up() {
+    exec 9<"$ROOT/requirements.lock"
+    "$1" - <<'PYTHON' || true
+import sys
+
+try:
+    import fcntl
+
+    try:
+        fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print("run_all.sh: waiting for another set-up of this repository", file=sys.stderr)
+        fcntl.flock(9, fcntl.LOCK_EX)
+except (ImportError, OSError):
+    pass  # a file system or platform without such locks
+PYTHON
+}
+
+pip_install() {
+    "$PYTHON" -m pip install --disable-pip-version-check "$@" 9<&- ||
+        fail "the set-up failed, pip says above why; the same command starts it again"
+}
+
+set_up() {
+    local base
+    if ((OWN_ENVIRONMENT)); then
+        base="$(find_python)"
+    else
+        base="$PYTHON"
+        recent_enough "$base" pip || fail "the active environment $ENVIRONMENT has no Python 3.11 or newer with pip"
+    fi
+    lock_set_up "$base"
+    if ! is_set_up; then install_all "$base"; fi # else the set-up that this one waited for has done it
+    exec 9<&-
+}
+
+# install_all PYTHON: leaves $STAMP only if everything is installed.
+install_all() {
+    local torch
+    local from_index=()
+    say "setting up $ENVIRONMENT (some minutes, once)"
+    if ((OWN_ENVIRONMENT)) && { [[ -e "$UNFINISHED" ]] || ! recent_enough "$PYTHON" pip; }; then
+        "$1" -m venv --clear "$ENVIRONMENT" 9<&- || fail "could not make $ENVIRONMENT with $1"
+    fi
+    : >"$UNFINISHED"
+    rm -f -- "$STAMP"
+
+    torch="$(grep '^torch==' "$ROOT/requirements.lock")" || fail "requirements.lock has no line torch==VERSION"
+    if [[ -n "${TORCH_INDEX_URL:-}" ]]; then from_index=(--index-url "$TORCH_INDEX_URL"); fi
+    pip_install ${from_index[@]+"${from_index[@]}"} "$torch"
+    pip_install -r "$ROOT/requirements.lock"
+    pip_install --no-deps --no-build-isolation -e "$ROOT"
+
+    wanted_stamp >"$STAMP.new"
+    mv -f -- "$STAMP.new" "$STAMP"
+    rm -f -- "$UNFINISHED"
+}
+
+cd -- "$ROOT"
+export PYTHONNOUSERSITE=1
+if ! is_set_up; then set_up; fi
+export PATH="$ENVIRONMENT/bin:$PATH"
+export JUPYTER_PREFER_ENV_PATH=1 # the notebooks' kernel "python3" is this environment's, not the user's
+
+case "$MODE" in
+    notebooks)
+        exec "$PYTHON" -m selfrepair.cli notebooks --profile "$PROFILE" --jobs "${JOBS:-$(count_cores)}"
+        ;;
+    lab)
+        exec "$PYTHON" -m jupyterlab notebooks
+        ;;
+    test)
+        export HF_HUB_OFFLINE=1
+        if [[ -n "$JOBS" ]]; then export OMP_NUM_THREADS="$JOBS"; fi
+        status=0
+        "$PYTHON" -m pytest tests || status=$?
+        if compgen -G 'notebooks/*.ipynb' >/dev/null; then
+            "$PYTHON" -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=1200 notebooks/ || status=$?
+        fi
+        exit "$status"
+        ;;
+esac

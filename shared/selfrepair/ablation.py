@@ -1,0 +1,237 @@
+"""One clean pass, and what every head's ablation does to it: the engine's hot path.
+
+A head's ablation is carried through the blocks above it only, for all heads of a layer at once,
+stacked along the batch; nothing the size of the vocabulary is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from selfrepair.direct_effect import FinalNorm, token_directions
+from selfrepair.models import Model
+
+#: ``(layer, z) → z`` of the same shape ``[prompt, position, head, d_head]`` to put in its place.
+Replacement = Callable[[int, Tensor], Tensor]
+
+#: Prompts, times heads ablated, in one forward pass on the CPU, where more brings no speed.
+CPU_ROWS = 32
+
+
+@dataclass(frozen=True)
+class CleanRun:
+    """What one clean pass leaves for the ablations; lists are by layer.
+
+    ``attention_outputs`` are the output projections' (bias included), ``z`` their inputs.
+    """
+
+    residuals: list[Float[Tensor, "prompt position d_model"]]
+    z: list[Float[Tensor, "prompt position head d_head"]]
+    attention_outputs: list[Float[Tensor, "prompt position d_model"]]
+    final_residual: Float[Tensor, "prompt position d_model"]
+
+
+@dataclass(frozen=True)
+class HeadAblations:
+    """Effects of ablating each head of the layers swept, in logits; definitions in the design's terms.
+
+    All but ``sigma_clean`` (``[prompt, position]``) are ``[layer, head, prompt, position]``; the last
+    position, which has no next token, is dropped.
+    """
+
+    direct_effect: Tensor
+    ablated_direct_effect: Tensor
+    logit_change: Tensor
+    self_repair_heads: Tensor
+    self_repair_mlps: Tensor
+    sigma_ablated: Tensor
+    sigma_clean: Tensor
+
+
+class Replay:
+    """Runs single blocks with the arguments that the model itself gives them.
+
+    The arguments (masks, rotary tables, position ids) are recorded on a pass over one prompt: their
+    batch dimension is 1 and broadcasts over any batch of unpadded prompts of the same length.
+    """
+
+    def __init__(self, model: Model, prompt_len: int):
+        self.model = model
+        self._arguments: list[tuple[tuple, dict]] = []
+
+        def record(_: nn.Module, positional: tuple, named: dict) -> None:
+            self._arguments.append((positional[1:], {k: v for k, v in named.items() if k != "hidden_states"}))
+
+        handles = [block.register_forward_pre_hook(record, with_kwargs=True) for block in model.blocks]
+        try:
+            tokens = torch.zeros(1, prompt_len, dtype=torch.long, device=model.device)
+            model.hf.base_model(input_ids=tokens, use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def block(self, layer: int, residual: Float[Tensor, "batch position d_model"]) -> Float[Tensor, "batch position d_model"]:
+        """Output of block ``layer`` for the residual stream before it."""
+        positional, named = self._arguments[layer]
+        output = self.model.blocks[layer](residual, *positional, **named)
+        return output[0] if isinstance(output, tuple) else output
+
+    def block_given_attention(
+        self, layer: int, residual: Float[Tensor, "batch position d_model"], attention_output: Float[Tensor, "batch position d_model"]
+    ) -> Float[Tensor, "batch position d_model"]:
+        """The same with the attention's output given instead of computed."""
+        attention = self.model.attentions[layer]
+        attention.forward = lambda *_, **__: (attention_output, None)
+        try:
+            return self.block(layer, residual)
+        finally:
+            del attention.forward
+
+
+@torch.no_grad()
+def run_clean(model: Model, tokens: Int[Tensor, "prompt position"]) -> CleanRun:
+    """The clean pass over ``tokens``, without the unembedding."""
+    residuals: list[Tensor] = []
+    z: list[Tensor] = []
+    outputs: list[Tensor] = []
+    final: list[Tensor] = []
+
+    def before_block(_: nn.Module, positional: tuple, named: dict) -> None:
+        residuals.append(positional[0] if positional else named["hidden_states"])
+
+    def after_projection(_: nn.Module, positional: tuple, output: Tensor) -> None:
+        z.append(positional[0].unflatten(-1, (model.n_heads, -1)))
+        outputs.append(output)
+
+    handles = [block.register_forward_pre_hook(before_block, with_kwargs=True) for block in model.blocks]
+    handles += [projection.register_forward_hook(after_projection) for projection in model.output_projections]
+    handles.append(model.final_norm.register_forward_pre_hook(lambda _, positional: final.append(positional[0])))
+    try:
+        model.hf.base_model(input_ids=tokens, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return CleanRun(residuals, z, outputs, final[0])
+
+
+@torch.no_grad()
+def ablate_heads(
+    model: Model,
+    tokens: Int[Tensor, "prompt position"],
+    replacement: Replacement,
+    layers: range | None = None,
+    rows: int = CPU_ROWS,
+) -> HeadAblations:
+    """Ablates every head of ``layers`` (all), one at a time, on every prompt at all positions.
+
+    ``rows`` bounds the prompts × heads in one pass, and with it the memory. It is halved when the
+    device runs out of memory. Rushing & Nanda 2024, §2 and §4.
+    """
+    clean = run_clean(model, tokens)
+    replay = Replay(model, tokens.shape[1])
+    norm = FinalNorm.of(model.final_norm)
+    direction, _ = token_directions(model, tokens)
+
+    def read(residual: Tensor) -> Tensor:
+        """``u · r``, not divided by σ; ``[..., prompt, position-1]``."""
+        return torch.einsum("...pkd,pkd->...pk", residual[..., :-1, :].to(direction.dtype), direction)
+
+    sigma = norm.sigma(clean.final_residual[:, :-1])
+    clean_read = read(clean.final_residual)
+    attention_read = [read(output) for output in clean.attention_outputs]
+    parts: list[tuple[Tensor, ...]] = []
+    for layer in range(model.n_layers) if layers is None else layers:
+        z, bias, W_O = clean.z[layer], model.value_biases[layer], model.W_O(layer)
+        replaced = replacement(layer, z)
+        along = torch.einsum("pkd,hed->pkhe", direction, W_O.to(direction.dtype))  # u W_Oᵀ, per head
+        effect, ablated_effect = (
+            torch.einsum("pkhe,pkhe->hpk", (x - bias)[:, :-1].to(direction.dtype), along) / sigma for x in (z, replaced)
+        )
+        change = replaced - z
+        logits, sigmas, heads, reads = (torch.empty_like(effect) for _ in range(4))
+        for chunk in _chunks(model, tokens.shape[0], rows):
+            with chunk as (first, last):
+                delta = torch.einsum("pkhe,hed->hpkd", change[:, :, first:last], W_O[first:last])
+                final, downstream = _carry(model, replay, clean, layer, delta, read)
+                heads[first:last] = (downstream - sum(attention_read[layer + 1 :], torch.zeros_like(clean_read))) / sigma
+                reads[first:last] = read(final) - clean_read
+                sigmas[first:last] = norm.sigma(final[..., :-1, :])
+                logits[first:last] = (reads[first:last] + clean_read) / sigmas[first:last] - clean_read / sigma
+        unchanged = ~change.flatten(3).ne(0).any(-1).any(0).any(0)
+        mlps = reads / sigma - (ablated_effect - effect) - heads
+        if model.parallel and layer == model.n_layers - 1:
+            mlps.zero_()  # nothing is above; rounding would leave 1e-6
+        for tensor in (logits, heads, mlps):
+            tensor[unchanged] = 0  # exactly, where rounding of differently stacked passes would leave 1e-7
+        sigmas[unchanged] = sigma
+        parts.append((effect, ablated_effect, logits, heads, mlps, sigmas))
+    return HeadAblations(*map(torch.stack, zip(*parts, strict=True)), sigma)
+
+
+def _carry(
+    model: Model,
+    replay: Replay,
+    clean: CleanRun,
+    layer: int,
+    delta: Float[Tensor, "variant prompt position d_model"],
+    read: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Final residuals after adding ``delta`` to the attention output of ``layer``, and Σ ``u · attention`` above it."""
+    n = delta.shape[0]
+    if model.parallel:
+        after = clean.residuals[layer + 1] if layer + 1 < model.n_layers else clean.final_residual
+        residual = (after + delta).flatten(0, 1)
+    else:
+        before = clean.residuals[layer].expand(n, -1, -1, -1).flatten(0, 1)
+        residual = replay.block_given_attention(layer, before, (clean.attention_outputs[layer] + delta).flatten(0, 1))
+    attention = read(torch.zeros_like(delta))
+    for above in range(layer + 1, model.n_layers):
+        with _output_of(model.output_projections[above]) as output:
+            residual = replay.block(above, residual)
+        attention += read(output[0].unflatten(0, (n, -1)))
+    return residual.unflatten(0, (n, -1)), attention
+
+
+@contextmanager
+def _output_of(module: nn.Module) -> Iterator[list[Tensor]]:
+    seen: list[Tensor] = []
+    handle = module.register_forward_hook(lambda _, __, output: seen.append(output))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def _chunks(model: Model, n_prompts: int, rows: int) -> Iterator[_Chunk]:
+    """Ranges of heads that together cover the layer; a range that ran out of memory is given again in halves."""
+    pending = [(h, min(h + max(1, rows // n_prompts), model.n_heads)) for h in range(0, model.n_heads, max(1, rows // n_prompts))]
+    while pending:
+        chunk = _Chunk(*pending.pop(0))
+        yield chunk
+        if chunk.out_of_memory is not None:
+            if chunk.last - chunk.first == 1:
+                raise chunk.out_of_memory
+            middle = (chunk.first + chunk.last) // 2
+            pending[:0] = [(chunk.first, middle), (middle, chunk.last)]
+
+
+class _Chunk:
+    def __init__(self, first: int, last: int):
+        self.first, self.last = first, last
+        self.out_of_memory: BaseException | None = None
+
+    def __enter__(self) -> tuple[int, int]:
+        return self.first, self.last
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> bool:
+        if isinstance(error, torch.OutOfMemoryError):
+            self.out_of_memory = error
+            torch.cuda.empty_cache()
+            return True
+        return False

@@ -1,0 +1,113 @@
+"""Sweeps on disk: labelled, checksummed, written in shards, never computed twice."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+
+from selfrepair.errors import UserError
+
+FORMAT = 1
+
+
+def identity(attributes: dict[str, object]) -> str:
+    """Twelve hexadecimal digits that differ where any attribute does."""
+    text = json.dumps({"format": FORMAT, **attributes}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def code_version(*modules: str) -> str:
+    """Hash of the source of library modules, by file name: it changes when the code that makes the numbers does."""
+    folder = Path(__file__).parent
+    return hashlib.sha256(b"".join((folder / module).read_bytes() for module in modules)).hexdigest()[:12]
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        unfinished.write_bytes(content)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+class Shards:
+    """Named groups of arrays in a folder. A shard is there whole, with a matching checksum, or not at all."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def read(self, name: str) -> dict[str, np.ndarray] | None:
+        """The arrays, or ``None`` if the shard is missing or damaged."""
+        try:
+            content = (self.folder / f"{name}.npz").read_bytes()
+            if (self.folder / f"{name}.sha256").read_text() != hashlib.sha256(content).hexdigest():
+                return None
+        except (FileNotFoundError, UnicodeDecodeError):
+            return None
+        with np.load(io.BytesIO(content)) as arrays:
+            return dict(arrays)
+
+    def write(self, name: str, arrays: dict[str, np.ndarray]) -> None:
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)
+        content = buffer.getvalue()
+        write_atomically(self.folder / f"{name}.npz", content)
+        write_atomically(self.folder / f"{name}.sha256", hashlib.sha256(content).hexdigest().encode())
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def write_store(dataset: xr.Dataset, path: Path) -> None:
+    """Writes ``dataset`` as a Zarr store with a checksum on every variable; whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stamped = dataset.assign({name: array.assign_attrs(sha256=_checksum(array.values)) for name, array in dataset.data_vars.items()})
+    unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=path.parent))
+    try:
+        stamped.to_zarr(unfinished, mode="w", consolidated=False)
+        if path.exists():
+            shutil.rmtree(path)
+        os.rename(unfinished, path)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def open_store(path: str | Path) -> xr.Dataset:
+    """Reads a store that :func:`write_store` wrote, into memory.
+
+    Raises:
+        UserError: nothing there, of another format, or damaged.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such store")
+    try:
+        dataset = xr.open_zarr(path, consolidated=False).load()
+        version = dataset.attrs["format"]
+        if version != FORMAT:
+            raise UserError(f"{path}: written in format {version}, this version reads {FORMAT}; make it again with 'selfrepair sweep'")
+        damaged = [name for name, array in dataset.data_vars.items() if array.attrs["sha256"] != _checksum(array.values)]
+    except UserError:
+        raise
+    except Exception as error:  # zarr, its codecs and xarray raise many types for a damaged or foreign folder
+        raise UserError(f"{path}: damaged or no sweep ({type(error).__name__}); delete it and sweep again") from error
+    if damaged:
+        raise UserError(f"{path}: damaged ({', '.join(damaged)}); delete it and sweep again")
+    return dataset
+
+
+def _checksum(values: np.ndarray) -> str:
+    values = np.ascontiguousarray(values)
+    return hashlib.sha256(f"{values.dtype.str}{values.shape}".encode() + values.tobytes()).hexdigest()

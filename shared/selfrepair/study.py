@@ -1,0 +1,78 @@
+"""What the notebooks share: a profile with the reader's changes, its sweeps, and where results go."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import xarray as xr
+from transformers.utils import logging
+
+from selfrepair.breakdown import heads_table
+from selfrepair.claims import to_markdown
+from selfrepair.corpora import load_tokens
+from selfrepair.models import load_model
+from selfrepair.paths import REPOSITORY
+from selfrepair.profiles import Profile, load_profile
+from selfrepair.results import open_store, write_atomically
+from selfrepair.sweep import sweep
+
+
+@dataclass(frozen=True)
+class Study:
+    """A profile, a seed, a device and the folder that results go to."""
+
+    profile: Profile
+    seed: int
+    device: str
+    out_dir: Path
+
+    @classmethod
+    def of(
+        cls,
+        profile: str = "pocket",
+        model: str | None = None,
+        n_prompts: int | None = None,
+        seed: int = 0,
+        device: str = "auto",
+        ablation: str | None = None,
+        out_dir: str | None = None,
+    ) -> Study:
+        """The profile with whatever is not ``None`` in its place; results go to ``results/<profile>`` by default.
+
+        Raises:
+            UserError: as :func:`load_profile`.
+        """
+        changes: dict[str, object] = {}
+        if model is not None:
+            changes["models"] = [model]
+        if ablation is not None:
+            changes["ablations"] = [ablation]
+        if n_prompts is not None:
+            changes["n_prompts"] = n_prompts
+        folder = REPOSITORY / "results" / Path(profile).stem if out_dir is None else Path(out_dir)
+        return cls(dataclasses.replace(load_profile(profile), **changes), seed, device, folder)
+
+    def sweep(self, model: str, ablation: str) -> xr.Dataset:
+        """The sweep of one model, from disk if it is there already."""
+        logging.disable_progress_bar()
+        loaded = load_model(model, self.device)
+        p = self.profile
+        prompts = load_tokens(loaded.tokenizer, dataset=p.dataset, n_prompts=p.n_prompts, prompt_len=p.prompt_len, seed=self.seed)
+        return open_store(sweep(loaded, prompts, ablation, self.out_dir / "sweeps", self.seed, progress=False))
+
+    def sweeps(self, ablation: str) -> dict[str, xr.Dataset]:
+        """The sweeps of every model."""
+        return {model: self.sweep(model, ablation) for model in self.profile.models}
+
+    def heads(self, sweeps: dict[str, xr.Dataset]) -> pd.DataFrame:
+        """The heads tables of several sweeps, one under the other."""
+        return pd.concat([heads_table(s, self.profile.fraction) for s in sweeps.values()], ignore_index=True)
+
+    def write_claims(self, table: pd.DataFrame) -> None:
+        """Writes ``figures/claims.csv`` and ``.md``."""
+        folder = self.out_dir / "figures"
+        write_atomically(folder / "claims.csv", table.to_csv(index=False).encode())
+        write_atomically(folder / "claims.md", (to_markdown(table) + "\n").encode())

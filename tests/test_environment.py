@@ -1,0 +1,364 @@
+"""The places that say what to install agree with each other, and run_all.sh sets it up and passes its options on."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+LOCK_LINES = [line for line in (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+SCRIPT = (ROOT / "run_all.sh").read_text(encoding="utf-8")
+
+
+def locked() -> dict[str, Version]:
+    pins = [line.split("==") for line in LOCK_LINES]
+    return {canonicalize_name(name): Version(version) for name, version in pins}
+
+
+def needed() -> list[str]:
+    project = PYPROJECT["project"]
+    return project["dependencies"] + project["optional-dependencies"]["dev"] + PYPROJECT["build-system"]["requires"]
+
+
+def drift(requirement: str, pins: Mapping[str, Version]) -> str | None:
+    """What is wrong with the pin of a requirement, or None."""
+    wanted = Requirement(requirement)
+    pin = pins.get(canonicalize_name(wanted.name))
+    if pin is None:
+        return f"{wanted.name} is not in requirements.lock"
+    if not wanted.specifier.contains(pin, prereleases=True):
+        return f"requirements.lock has {wanted.name} {pin}, pyproject.toml wants {wanted.specifier}"
+    return None
+
+
+# --- the lock file -------------------------------------------------------------------------------------------------
+
+
+def test_lock_holds_sorted_exact_pins_only():
+    assert [line for line in LOCK_LINES if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*==[0-9][A-Za-z0-9.]*", line)] == []
+    assert LOCK_LINES == sorted(LOCK_LINES, key=str.lower)
+    assert len(locked()) == len(LOCK_LINES), "a package is pinned twice"
+    assert "wheel" in locked(), "the package is installed without build isolation"
+    assert "pip" not in locked()
+
+
+@pytest.mark.parametrize("requirement", needed())
+def test_lock_has_what_pyproject_asks_for(requirement):
+    assert drift(requirement, locked()) is None
+
+
+@pytest.mark.parametrize(
+    "requirement, pin, complaint",
+    [
+        ("Foo_bar>=1,<2", "1.9", None),
+        ("foo-bar>=1,<2", "2.0", "requirements.lock has foo-bar 2.0, pyproject.toml wants <2,>=1"),
+        ("foo-bar>=1.10", "1.9", "requirements.lock has foo-bar 1.9, pyproject.toml wants >=1.10"),
+        ("other", "1.9", "other is not in requirements.lock"),
+    ],
+)
+def test_drift_is_noticed(requirement, pin, complaint):
+    assert drift(requirement, {"foo-bar": Version(pin)}) == complaint
+
+
+# --- environment.yml and the Python version ------------------------------------------------------------------------
+
+
+def test_environment_yml_takes_its_versions_from_the_lock():
+    (pip,) = [part["pip"] for part in ENVIRONMENT["dependencies"] if isinstance(part, dict)]
+    assert pip == ["-r requirements.lock", "-e ."]
+    assert ENVIRONMENT["name"] == PYPROJECT["project"]["name"]
+    pins = locked()
+    for part in (part for part in ENVIRONMENT["dependencies"] if isinstance(part, str)):
+        name, *version = re.split(r"=+", part)
+        assert name in ("python", "pip") or version == [str(pins[canonicalize_name(name)])], f"{part} differs from requirements.lock"
+
+
+def test_python_version_bounds_agree():
+    bound = SpecifierSet(PYPROJECT["project"]["requires-python"])
+    (lowest,) = [Version(part.version) for part in bound if part.operator == ">="]
+    (conda,) = [part.split("=")[1] for part in ENVIRONMENT["dependencies"] if str(part).startswith("python=")]
+    assert bound.contains(conda)
+    assert PYPROJECT["tool"]["ruff"]["target-version"] == f"py{lowest.major}{lowest.minor}"
+    assert f"sys.version_info < ({lowest.major}, {lowest.minor})" in SCRIPT
+    assert f"Python {lowest} or newer" in SCRIPT
+    looked_for = re.search(r"for candidate in (.*); do", SCRIPT)[1].split()
+    assert looked_for[-1] == "python3"
+    assert all(bound.contains(name.removeprefix("python")) for name in looked_for[:-1])
+
+
+# --- run_all.sh ----------------------------------------------------------------------------------------------------
+
+needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="run_all.sh needs bash")
+
+# Stands in for Python: runs programs given by -c or on standard input, "makes" environments and writes down every other call.
+STAND_IN = f"""#!/bin/sh
+case "$1" in
+    -c | -) exec "{sys.executable}" "$@" ;;
+esac
+echo "$*" >>"$CALLS"
+case "$2" in
+    venv)
+        for folder in "$@"; do :; done
+        rm -rf "$folder"
+        mkdir -p "$folder/bin"
+        cp "$0" "$folder/bin/python"
+        ;;
+    pip) if [ -n "${{SLOW_PIP-}}" ]; then sleep 30; fi ;;
+esac
+case "$*" in
+    *"${{FAIL_AT-nothing}}"*) exit 3 ;;
+esac
+"""
+
+
+class Clone:
+    """A copy of what run_all.sh needs, in a folder with spaces, with a stand-in for Python."""
+
+    def __init__(self, folder: Path):
+        self.root = folder / "a b" / "clone"
+        self.elsewhere = folder / "some where"
+        self.calls_file = folder / "calls"
+        programs = folder / "programs"
+        for made in (self.root / ".ci", self.root / "profiles", self.elsewhere, programs):
+            made.mkdir(parents=True)
+        for name in ("run_all.sh", ".ci/run", "requirements.lock", "pyproject.toml"):
+            shutil.copy(ROOT / name, self.root / name)
+        (self.root / "profiles" / "pocket.yaml").touch()
+        self.stand_in = programs / "python3.11"
+        self.stand_in.write_text(STAND_IN)
+        self.stand_in.chmod(0o755)
+        hidden = ("SELFREPAIR_USE_ACTIVE", "VIRTUAL_ENV", "CONDA_PREFIX", "TORCH_INDEX_URL", "OMP_NUM_THREADS")
+        self.environment = {name: value for name, value in os.environ.items() if name not in hidden}
+        self.environment |= {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "CALLS": str(self.calls_file)}
+
+    def run(self, *options: str, script: str = "run_all.sh", **environment: str) -> subprocess.CompletedProcess[str]:
+        self.calls_file.write_text("")
+        command = ["bash", str(self.root / script), *options]
+        return subprocess.run(
+            command, cwd=self.elsewhere, env=self.environment | environment, capture_output=True, text=True, timeout=60, check=False
+        )
+
+    @property
+    def calls(self) -> list[str]:
+        """What Python was asked to do in the last run."""
+        return self.calls_file.read_text().splitlines()
+
+    @property
+    def installation(self) -> list[str]:
+        pip = "-m pip install --disable-pip-version-check"
+        return [
+            f"{pip} torch=={locked()['torch']}",
+            f"{pip} -r {self.root}/requirements.lock",
+            f"{pip} --no-deps --no-build-isolation -e {self.root}",
+        ]
+
+    @property
+    def making(self) -> str:
+        return f"-m venv --clear {self.root}/.venv"
+
+    def add_notebook(self) -> None:
+        (self.root / "notebooks").mkdir()
+        (self.root / "notebooks" / "01_one.ipynb").touch()
+
+
+@pytest.fixture
+def clone(tmp_path) -> Clone:
+    return Clone(tmp_path)
+
+
+TESTS = "-m pytest tests"
+NOTEBOOK_TESTS = "-m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=1200 notebooks/"
+
+
+@needs_bash
+def test_help_lists_every_option_from_any_folder(clone):
+    done = clone.run("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    cases = re.findall(r"^ +(-[-a-z |]*)\)$", SCRIPT, flags=re.MULTILINE)
+    options = {option for case in cases for option in case.split(" | ") if option.startswith("--")}
+    assert options == {"--profile", "--jobs", "--test", "--lab", "--help"}
+    assert all(re.search(rf"^  {option} ", done.stdout, flags=re.MULTILINE) for option in options)
+    assert all(name in done.stdout for name in ("SELFREPAIR_USE_ACTIVE=1", "TORCH_INDEX_URL"))
+    assert clone.calls == [], "nothing may be set up for --help"
+
+
+@needs_bash
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--nonsense"],
+        ["stray"],
+        ["two\nlines"],
+        ["--jobs"],
+        ["--jobs", "0"],
+        ["--jobs=two"],
+        ["--jobs", "1\n2"],
+        ["--profile"],
+        ["--profile", ""],
+        ["--profile", "../pocket"],
+        ["--profile", "no-such-profile"],
+        ["--test", "--lab"],
+    ],
+)
+def test_wrong_options_are_one_line_and_status_2(clone, options):
+    done = clone.run(*options)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"run_all\.sh: error: .*\n", done.stderr)
+    assert clone.calls == []
+
+
+@needs_bash
+def test_an_unknown_profile_is_answered_with_those_there_are(clone):
+    (clone.root / "profiles" / "paper.yaml").touch()
+    assert "no profile pokcet; there are: paper pocket" in clone.run("--profile", "pokcet").stderr
+
+
+@needs_bash
+def test_first_run_installs_and_second_does_not(clone):
+    assert clone.run("--jobs", "3").returncode == 0
+    main_job = "-m selfrepair.cli notebooks --profile pocket --jobs 3"
+    assert clone.calls == [clone.making, *clone.installation, main_job]
+    done = clone.run("--jobs=3")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert clone.calls == [main_job]
+
+
+@needs_bash
+@pytest.mark.parametrize("changed", ["requirements.lock", "pyproject.toml"])
+def test_a_changed_list_is_installed_into_the_same_environment(clone, changed):
+    clone.run("--test")
+    with (clone.root / changed).open("a") as file:
+        file.write("# changed\n")
+    assert clone.run("--test").returncode == 0
+    assert clone.calls == [*clone.installation, TESTS]
+    clone.run("--test")
+    assert clone.calls == [TESTS]
+
+
+@needs_bash
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_a_failed_set_up_stops_and_is_made_anew(clone, step):
+    failing = clone.installation[step].split("version-check ")[1]
+    done = clone.run("--test", FAIL_AT=failing)
+    assert done.returncode == 1
+    assert "the set-up failed" in done.stderr
+    assert clone.calls == [clone.making, *clone.installation[: step + 1]]
+    assert clone.run("--test").returncode == 0
+    assert clone.calls == [clone.making, *clone.installation, TESTS]
+
+
+@needs_bash
+def test_a_killed_set_up_is_made_anew(clone):
+    clone.calls_file.write_text("")
+    process = subprocess.Popen(
+        ["bash", str(clone.root / "run_all.sh"), "--test"],
+        env=clone.environment | {"SLOW_PIP": "1"},
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 30
+    while len(clone.calls) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, 9)
+    process.wait()
+    assert clone.calls == [clone.making, clone.installation[0]]
+    assert clone.run("--test").returncode == 0
+    assert clone.calls == [clone.making, *clone.installation, TESTS]
+
+
+@needs_bash
+def test_two_set_ups_at_once_install_once(clone):
+    clone.calls_file.write_text("")
+    command = ["bash", str(clone.root / "run_all.sh"), "--test"]
+    both = [subprocess.Popen(command, env=clone.environment, stderr=subprocess.DEVNULL) for _ in range(2)]
+    assert [process.wait(timeout=60) for process in both] == [0, 0]
+    assert sorted(clone.calls) == sorted([clone.making, *clone.installation, TESTS, TESTS])
+
+
+@needs_bash
+def test_torch_alone_comes_from_its_own_index(clone):
+    clone.run("--test", TORCH_INDEX_URL="file:///an/index")
+    torch, *others = clone.installation
+    assert clone.calls[1:4] == [torch.replace("version-check", "version-check --index-url file:///an/index"), *others]
+
+
+@needs_bash
+@pytest.mark.parametrize("variable", ["VIRTUAL_ENV", "CONDA_PREFIX"])
+def test_the_active_environment_is_used_only_if_asked_for(clone, tmp_path, variable):
+    active = tmp_path / "active environment"
+    (active / "bin").mkdir(parents=True)
+    shutil.copy(clone.stand_in, active / "bin" / "python")
+    clone.run("--test", **{variable: str(active)})
+    assert clone.making in clone.calls
+    shutil.rmtree(clone.root / ".venv")
+
+    assert clone.run("--test", SELFREPAIR_USE_ACTIVE="1", FAIL_AT="-r ", **{variable: str(active)}).returncode == 1
+    assert clone.run("--test", SELFREPAIR_USE_ACTIVE="1", **{variable: str(active)}).returncode == 0
+    assert clone.calls == [*clone.installation, TESTS], "an environment that is not ours is never made anew"
+    assert not (clone.root / ".venv").exists()
+    clone.run("--test", SELFREPAIR_USE_ACTIVE="1", **{variable: str(active)})
+    assert clone.calls == [TESTS]
+
+
+@needs_bash
+def test_without_a_recent_python_it_says_so_in_one_line(clone, tmp_path):
+    for name in ("python3.11", "python3.12", "python3.13", "python3"):
+        old = clone.stand_in.with_name(name)
+        old.write_text("#!/bin/sh\nexit 1\n")
+        old.chmod(0o755)
+    done = clone.run()
+    assert done.returncode == 1
+    assert re.fullmatch(r"run_all\.sh: error: Python 3\.11 or newer .*\n", done.stderr)
+    assert not (clone.root / ".venv").exists()
+
+
+@needs_bash
+@pytest.mark.parametrize("failing, status", [("nothing", 0), (TESTS, 3), ("--nbval-lax", 3)])
+def test_tests_and_notebook_tests_both_run_and_either_failing_fails(clone, failing, status):
+    clone.add_notebook()
+    assert clone.run("--test", FAIL_AT=failing).returncode == status
+    assert clone.calls[-2:] == [TESTS, NOTEBOOK_TESTS]
+
+
+@needs_bash
+def test_ci_runs_the_tests(clone):
+    clone.add_notebook()
+    assert clone.run(script=".ci/run").returncode == 0
+    assert clone.calls[-2:] == [TESTS, NOTEBOOK_TESTS]
+    assert clone.run(script=".ci/run", FAIL_AT=TESTS).returncode == 3
+
+
+@needs_bash
+def test_lab_opens_the_notebooks(clone):
+    clone.run("--lab")
+    assert clone.calls[-1] == "-m jupyterlab notebooks"
+
+
+def test_scripts_are_executable():
+    assert all(os.access(ROOT / name, os.X_OK) for name in ("run_all.sh", ".ci/run"))
+
+
+# --- how to cite ---------------------------------------------------------------------------------------------------
+
+
+def test_citation_names_this_version_and_both_papers():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    version = re.search(r'__version__ = "(.*)"', (ROOT / "shared/selfrepair/__init__.py").read_text(encoding="utf-8"))[1]
+    assert str(citation["version"]) == version
+    assert citation["license"] == PYPROJECT["project"]["license"]
+    papers = {paper["identifiers"][0]["value"]: paper["year"] for paper in citation["references"]}
+    assert papers == {"arXiv:2402.15390": 2024, "arXiv:2307.15771": 2023}
