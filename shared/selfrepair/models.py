@@ -195,10 +195,9 @@ def load_hf(name: str, device: torch.device, dtype: torch.dtype = torch.float32)
 
 
 def _why_not_loaded(name: str, where: str, error: Exception) -> str:
-    reason = " ".join(str(error).split())
     if Path(where).is_dir():
-        return f"{name}: not a loadable causal language model: {reason[:200]}"
+        return f"{name}: not a loadable causal language model: {' '.join(str(error).split())[:200]}"
     return (
-        f"{name}: neither an embedded model ({', '.join(embedded_models())}) nor a local folder, and the Hugging Face hub "
-        f"gave nothing for it; check the name and the network, or give a local folder ({reason[:120]})"
+        f"{name}: no embedded model, no local folder, and the Hugging Face hub gave nothing for it: check the name and the network, "
+        f"or give the path of a local model folder; the embedded models ({', '.join(embedded_models())}) and --profile pocket need no network"
     )
