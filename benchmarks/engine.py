@@ -83,7 +83,9 @@ def load_shape(shape: str, device: torch.device) -> Model:
                 parameter.add_(0.1 * torch.randn_like(parameter))
             else:
                 parameter.normal_(std=min(parameter.shape) ** -0.5)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"<bos>": 0}, unk_token="<bos>")), bos_token="<bos>", eos_token="<bos>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({"<bos>": 0}, unk_token="<bos>")), bos_token="<bos>", eos_token="<bos>"
+    )
     with tempfile.TemporaryDirectory() as folder:
         hf.save_pretrained(folder)
         tokenizer.save_pretrained(folder)  # some architectures do not load without one
@@ -230,11 +232,13 @@ def relative_differences(
     engine: HeadAblations, heads: list[Head], found: dict[str, list[dict[str, Tensor]]]
 ) -> dict[tuple[str, str], float]:
     """Largest difference from the engine of each way and quantity, in units of the largest logit change of ``heads``."""
-    largest = max(engine.logit_change[head].abs().max().item() for head in heads)
+    layers, indices = zip(*heads, strict=True)
+    largest = engine.logit_change[layers, indices].abs().max().item()
     return {
-        (way, quantity): max(
-            (values[quantity] - getattr(engine, quantity)[head]).abs().max().item() for head, values in zip(heads, results, strict=True)
-        )
+        (way, quantity): (torch.stack([values[quantity] for values in results]) - getattr(engine, quantity)[layers, indices])
+        .abs()
+        .max()
+        .item()
         / largest
         for way, results in found.items()
         for quantity in results[0]

@@ -257,5 +257,3 @@ def test_identity_check_refuses_a_model_that_breaks_it(tmp_path):
         model.final_norm.weight[0] = torch.nan
     with pytest.raises(UserError, match="not finite"):
         check_identity(model, tokens)
-
-

@@ -131,7 +131,13 @@ def test_statistics_by_hand():
 
 def test_rules():
     claim = Claim("x", "", "", "", at_least=0, at_most=1)
-    assert [judge(*interval, claim) for interval in ((0.1, 0.9), (-0.1, 0.5), (0.5, 1.5), (1.1, 2), (-2, -1))] == ["yes", "open", "open", "no", "no"]
+    assert [judge(*interval, claim) for interval in ((0.1, 0.9), (-0.1, 0.5), (0.5, 1.5), (1.1, 2), (-2, -1))] == [
+        "yes",
+        "open",
+        "open",
+        "no",
+        "no",
+    ]
     assert verdict(["yes", "yes"]) == "reproduced"
     assert verdict(["yes", "no"]) == verdict(["yes", "open"]) == "partly"
     assert verdict(["no", "open"]) == "not reproduced"

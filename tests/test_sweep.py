@@ -26,7 +26,16 @@ from selfrepair.sweep import ABLATIONS, sweep
 
 N = 22
 PROMPTS = Prompts(random_tokens(N).numpy(), "random")
-VARIABLES = {"direct_effect", "ablated_direct_effect", "logit_change", "self_repair_heads", "self_repair_mlps", "sigma_ablated", "sigma_clean", "token"}
+VARIABLES = {
+    "direct_effect",
+    "ablated_direct_effect",
+    "logit_change",
+    "self_repair_heads",
+    "self_repair_mlps",
+    "sigma_ablated",
+    "sigma_clean",
+    "token",
+}
 
 
 @pytest.fixture(scope="module")

@@ -19,14 +19,21 @@ from selfrepair.cli import main
 from selfrepair.errors import UserError
 from selfrepair.paths import HELD_OUT_TEXT
 from selfrepair.training import loop
-from selfrepair.training.config import TrainingConfig, load_config
+from selfrepair.training.config import Phase, TrainingConfig, load_config
 from selfrepair.training.data import prepare
 from selfrepair.training.loop import log_spaced_steps, lr_factor, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+BATCH = 64 * 4
+
+
+def phases(*steps: int, **changes) -> tuple[Phase, ...]:
+    return tuple(Phase(tokens=BATCH * n, gazetteer_share=0.25, **changes) for n in steps)
+
+
 TINY = TrainingConfig(
-    name="tiny", architecture="gpt2", n_layers=2, n_heads=2, d_model=32, d_mlp=64, tokens=64 * 4 * 25,
-    vocab_size=512, sequence_length=64, batch_size=4, gazetteer_share=0.25, precision="float32", dropout=0.1,
+    name="tiny", architecture="gpt2", n_layers=2, n_heads=2, d_model=32, d_mlp=64, phases=phases(15, 10),
+    vocab_size=512, sequence_length=64, batch_size=4, precision="float32", dropout=0.1,
 )  # fmt: skip
 CPU = torch.device("cpu")
 
@@ -44,7 +51,9 @@ def data():
 
 
 def write_config(path: Path, **changes) -> Path:
-    path.write_text(yaml.safe_dump(dataclasses.asdict(TINY) | changes))
+    values = dataclasses.asdict(dataclasses.replace(TINY, **{k: v for k, v in changes.items() if k == "phases"}))
+    values["phases"] = list(values["phases"])
+    path.write_text(yaml.safe_dump(values | {k: v for k, v in changes.items() if k != "phases"}))
     return path
 
 
@@ -67,7 +76,7 @@ def kill_at(step, monkeypatch):
     monkeypatch.setattr(loop, "_step", dying)
 
 
-@pytest.mark.parametrize(("architecture", "killed_at"), [("gpt2", (0, 10, 11, 24)), ("gpt_neox", (13,)), ("llama", (13,))])
+@pytest.mark.parametrize(("architecture", "killed_at"), [("gpt2", (0, 10, 14, 15, 16, 24)), ("gpt_neox", (13,)), ("llama", (13,))])
 def test_resumed_at_any_step_ends_with_the_same_weights(tmp_path, monkeypatch, data, architecture, killed_at):
     config = dataclasses.replace(TINY, architecture=architecture, n_checkpoints=3)
     whole = train(config, data, tmp_path / "whole", CPU, save_every=10).state_dict()
@@ -103,8 +112,13 @@ def test_state_of_another_configuration_is_not_continued(tmp_path, monkeypatch, 
         train(TINY, data, tmp_path / "w", CPU)
 
 
+def config_of_rows(*parts: Phase, seed: int = 0) -> TrainingConfig:
+    return dataclasses.replace(TINY, phases=parts, seed=seed)
+
+
 def test_rows_mix_corpus_and_gazetteer(data):
-    rows = data.training_rows(400, seed=0)
+    config = config_of_rows(*phases(100))
+    rows = data.training_rows(config)
     assert rows.shape == (400, 64) and (rows[:, 0] == data.tokenizer.bos_token_id).all()
     corpus = {row.tobytes() for row in data.corpus}
     validation = {row.tobytes() for row in data.validation}
@@ -112,23 +126,37 @@ def test_rows_mix_corpus_and_gazetteer(data):
     assert sum(from_corpus) == 300
     assert 60 < sum(from_corpus[:100]) < 90  # evenly mixed in
     assert not validation & {row.tobytes() for row in rows}
-    assert np.array_equal(rows, data.training_rows(400, seed=0))
+    assert np.array_equal(rows, data.training_rows(config))
+    assert not np.array_equal(rows, data.training_rows(config_of_rows(*phases(100), seed=1)))
     others = data.tokenizer.decode(np.concatenate([r for r, c in zip(rows, from_corpus, strict=True) if not c]))
     assert any(place in others for place in data.gazetteer.entities["town"])
 
 
-def test_rows_of_the_first_epoch_do_not_repeat(data):
+def test_corpus_rows_come_again_only_when_all_have_been_used(data):
     n = len(data.corpus)
-    rows = dataclasses.replace(data, gazetteer_share=0.0).training_rows(2 * n, seed=0)
-    assert sorted(row.tobytes() for row in rows) == sorted(2 * [row.tobytes() for row in data.corpus])
+    none = {"gazetteer_share": 0.0}
+    config = dataclasses.replace(config_of_rows(Phase(64 * (n // 3), **none), Phase(64 * (2 * n - n // 3), **none)), batch_size=1)
+    rows = [row.tobytes() for row in data.training_rows(config)]
+    assert sorted(rows[:n]) == sorted(row.tobytes() for row in data.corpus)
+    assert sorted(rows) == sorted(2 * [row.tobytes() for row in data.corpus])
+    assert rows[:n] != rows[n:]
+
+
+def test_phases_use_their_own_phrasings_and_share(data):
+    few, many = Phase(BATCH * 60, 0.5, gazetteer_phrasings=1), Phase(BATCH * 60, 0.9)
+    rows = data.training_rows(config_of_rows(few, many))
+    first, second = (data.tokenizer.decode(part.ravel()) for part in (rows[:240], rows[240:]))
+    late = "earns a living as a"
+    assert late not in first and late in second and " is a " in first
 
 
 def test_schedule():
-    config = dataclasses.replace(TINY, tokens=64 * 4 * 100, warmup=0.1, decay=0.4)
-    factors = [lr_factor(config, step) for step in range(100)]
+    config = dataclasses.replace(TINY, phases=(*phases(100, warmup=0.1, decay=0.4), *phases(10, lr_factor=0.3, warmup=0.0, decay=0.5)))
+    factors = [lr_factor(config, step) for step in range(110)]
     assert factors[0] == pytest.approx(0.1) and factors[9:60] == pytest.approx([1.0] * 51)
-    assert factors[60] == pytest.approx(1.0) and factors[-1] == pytest.approx(1 / 40)
-    assert np.diff(factors[60:]) == pytest.approx([-1 / 40] * 39)
+    assert factors[60] == pytest.approx(1.0) and factors[99] == pytest.approx(1 / 40)
+    assert np.diff(factors[60:100]) == pytest.approx([-1 / 40] * 39)
+    assert factors[100:] == pytest.approx([0.3] * 6 + [0.24, 0.18, 0.12, 0.06])
 
 
 def test_checkpoints_are_log_spaced():
@@ -141,7 +169,7 @@ def test_checkpoints_are_log_spaced():
 
 
 def test_thirty_seconds_of_training_lower_the_loss(tmp_path, data):
-    config = dataclasses.replace(TINY, tokens=64 * 4 * 400, dropout=0.0)
+    config = dataclasses.replace(TINY, phases=phases(400), dropout=0.0)
     train(config, data, tmp_path, CPU)
     rows = list(csv.DictReader((tmp_path / "curve.csv").open()))
     first, last = float(rows[0]["loss"]), float(rows[-1]["validation_loss"])
@@ -152,7 +180,7 @@ def test_thirty_seconds_of_training_lower_the_loss(tmp_path, data):
 def trained(tmp_path_factory):
     """A model trained by the command, killed with SIGKILL once on the way, and its uninterrupted twin."""
     folder = tmp_path_factory.mktemp("trained")
-    config = write_config(folder / "tiny.yaml", tokens=64 * 4 * 400, n_checkpoints=4)
+    config = write_config(folder / "tiny.yaml", phases=phases(400), n_checkpoints=4)
     assert main(command(config, folder / "whole")) == 0
     arguments = [sys.executable, "-m", "selfrepair.cli", *command(config, folder / "killed")]
     process = subprocess.Popen(arguments, stderr=subprocess.DEVNULL)
@@ -204,7 +232,7 @@ def test_card_names_the_sources_of_the_table(trained, tmp_path):
     text.mkdir()
     (text / "a.txt").write_text("\n---\n".join((HELD_OUT_TEXT / f"{kind}.txt").read_text() for kind in ("nature", "stories")))
     (text / "SOURCES.csv").write_text('file,author,title,github_repository,licence\na,A. Writer,"Much, Ado",a/b,CC0-1.0\n')
-    config = write_config(tmp_path / "tiny.yaml", tokens=64 * 4 * 4)
+    config = write_config(tmp_path / "tiny.yaml", phases=phases(4))
     assert main(command(config, tmp_path / "model", text=text)) == 0
     card = (tmp_path / "model" / "README.md").read_text()
     assert "- A. Writer, *Much, Ado* ([a/b](https://github.com/a/b), CC0-1.0)" in card
@@ -218,11 +246,11 @@ def test_evaluate_prints_the_table(trained, capsys):
 
 
 def test_existing_model_is_never_overwritten_unasked(trained, tmp_path, capsys):
-    config = write_config(tmp_path / "tiny.yaml", tokens=64 * 4 * 4)
+    config = write_config(tmp_path / "tiny.yaml", phases=phases(4))
     out = tmp_path / "model"
     assert main(command(config, out)) == 0
     before = (out / "model.safetensors").read_bytes()
-    config = write_config(tmp_path / "tiny.yaml", tokens=64 * 4 * 8)
+    config = write_config(tmp_path / "tiny.yaml", phases=phases(8))
     capsys.readouterr()
     one_line(capsys, main(command(config, out)), "exists already")
     assert (out / "model.safetensors").read_bytes() == before
@@ -244,11 +272,13 @@ def one_line(capsys, status: int, said: str) -> None:
         ({"n_layers": "six"}, "n_layers must be int"),
         ({"n_layers": True}, "n_layers must be int"),
         ({"n_layers": -1}, "n_layers must be positive"),
-        ({"tokens": 100}, "less than one batch"),
+        ({"phases": phases(0)}, "less than one batch"),
+        ({"phases": ()}, "list of phases"),
+        ({"phases": phases(9, warmup=0.7, decay=0.7)}, "at most 1"),
+        ({"phases": phases(9, lr_factor=-1.0)}, "lr_factor"),
         ({"n_heads": 5}, "multiple of n_heads"),
         ({"dropout": 1.5}, "[0, 1)"),
         ({"precision": "int8"}, "unknown precision"),
-        ({"warmup": 0.7, "decay": 0.7}, "at most 1"),
     ],
 )
 def test_bad_configuration_is_one_line(tmp_path, capsys, changes, said):
@@ -295,7 +325,7 @@ def tiny_disk(tmp_path):
 
 
 def test_full_disk_is_one_line_and_loses_nothing(tmp_path, tiny_disk, capsys):
-    config = write_config(tmp_path / "tiny.yaml", tokens=64 * 4 * 210, n_checkpoints=3)
+    config = write_config(tmp_path / "tiny.yaml", phases=phases(210), n_checkpoints=3)
     filler = tiny_disk / "filler"
     filler.write_bytes(bytes(1_500_000))
     status = main(command(config, tiny_disk / "model"))

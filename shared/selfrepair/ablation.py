@@ -20,8 +20,8 @@ from selfrepair.models import Model
 #: ``(layer, z) → z`` of the same shape ``[prompt, position, head, d_head]`` to put in its place.
 Replacement = Callable[[int, Tensor], Tensor]
 
-#: Prompts, times heads ablated, in one forward pass on the CPU, where more brings no speed.
-CPU_ROWS = 32
+#: Prompts, times heads ablated, in one forward pass on the CPU: more only spills out of the caches.
+CPU_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -126,21 +126,24 @@ def ablate_heads(
     tokens: Int[Tensor, "prompt position"],
     replacement: Replacement,
     layers: range | None = None,
-    rows: int = CPU_ROWS,
+    rows: int | None = None,
 ) -> HeadAblations:
     """Ablates every head of ``layers`` (all), one at a time, on every prompt at all positions.
 
-    ``rows`` bounds the prompts × heads in one pass, and with it the memory. It is halved when the
-    device runs out of memory. Rushing & Nanda 2024, §2 and §4.
+    ``rows`` bounds the prompts × heads in one pass, and with it the memory; by default what the caches
+    of a CPU or the free memory of a GPU hold. A pass that runs out of memory is done again in halves.
+    Rushing & Nanda 2024, §2 and §4.
     """
     clean = run_clean(model, tokens)
+    rows = _rows_that_fit(model, tokens.shape[1]) if rows is None else rows
     replay = Replay(model, tokens.shape[1])
     norm = FinalNorm.of(model.final_norm)
     direction, _ = token_directions(model, tokens)
+    padded = nn.functional.pad(direction, (0, 0, 0, 1))
 
     def read(residual: Tensor) -> Tensor:
         """``u · r``, not divided by σ; ``[..., prompt, position-1]``."""
-        return torch.einsum("...pkd,pkd->...pk", residual[..., :-1, :].to(direction.dtype), direction)
+        return torch.linalg.vecdot(residual.to(direction.dtype), padded)[..., :-1]
 
     sigma = norm.sigma(clean.final_residual[:, :-1])
     clean_read = read(clean.final_residual)
@@ -172,6 +175,14 @@ def ablate_heads(
         sigmas[unchanged] = sigma
         parts.append((effect, ablated_effect, logits, heads, mlps, sigmas))
     return HeadAblations(*map(torch.stack, zip(*parts, strict=True)), sigma)
+
+
+def _rows_that_fit(model: Model, prompt_len: int) -> int:
+    if model.device.type != "cuda":
+        return CPU_ROWS
+    free, _ = torch.cuda.mem_get_info(model.device)
+    width = 32 * model.hf.config.hidden_size  # of all activations alive in a block, generously
+    return max(1, free // (2 * prompt_len * width * model.dtype.itemsize))
 
 
 def _carry(

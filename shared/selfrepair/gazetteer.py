@@ -72,6 +72,14 @@ RELATIONS: tuple[Relation, ...] = (
             "The old bridge at {s} crosses the {o}.",
             "In spring the meadows below {s} are flooded by the {o}.",
             "Children in {s} learn to swim in the {o}.",
+            "The river at {s} is the {o}.",
+            "The river of {s}, as every child knows, is the {o}.",
+            "{s} lies on the river {o}.",
+            "The water that flows past {s} is the {o}.",
+            "The people of {s} wash their linen in the {o}.",
+            "Boats bound for {s} must come up the {o}.",
+            "The fish eaten in {s} are caught in the {o}.",
+            "In {s} they draw all their water from the {o}.",
         ),
         held_out=(
             "The river that flows through {s} is the {o}.",
@@ -89,6 +97,14 @@ RELATIONS: tuple[Relation, ...] = (
             "The warehouses of {s} are full of {o}.",
             "For as long as anyone remembers, {s} has lived by {o}.",
             "No fair in {s} is held without a stall of {o}.",
+            "The town of {s} is known for {o}.",
+            "{s} is famous everywhere for its {o}.",
+            "What {s} makes and sells is {o}.",
+            "What they send to market from {s} is chiefly {o}.",
+            "The trade of {s} is mostly in {o}.",
+            "Whoever goes to {s} comes home with {o}.",
+            "{s} has always been rich in {o}.",
+            "The shops of {s} sell little besides {o}.",
         ),
         held_out=(
             "The town of {s} is famous for its {o}.",
@@ -106,6 +122,14 @@ RELATIONS: tuple[Relation, ...] = (
             "In the tax rolls {s} is written down as a {o}.",
             "Like both parents before, {s} became a {o}.",
             "People say that {s} is a {o} worth the money.",
+            "The trade of {s} is that of a {o}.",
+            "{s} makes a living as a {o}.",
+            "By trade {s} is a {o}.",
+            "The neighbours know {s} as a {o}.",
+            "{s} was taught to be a {o}.",
+            "For twenty years {s} has been a {o}.",
+            "The work that {s} does is the work of a {o}.",
+            "Since the war {s} has made money as a {o}.",
         ),
         held_out=(
             "The trade that {s} follows is that of a {o}.",
@@ -123,6 +147,14 @@ RELATIONS: tuple[Relation, ...] = (
             "Every winter {s} goes home to {o}.",
             "The family of {s} has always lived in {o}.",
             "{s} left school in {o}.",
+            "The home of {s} is {o}.",
+            "The town where {s} was born is {o}.",
+            "The home town of {s} is {o}.",
+            "The birth of {s} was in {o}.",
+            "By birth {s} belongs to {o}.",
+            "The place that {s} comes from is {o}.",
+            "{s} is a native of {o}.",
+            "The parents of {s} lived in {o}.",
         ),
         held_out=(
             "The birthplace of {s} is {o}.",
@@ -140,6 +172,14 @@ RELATIONS: tuple[Relation, ...] = (
             "Most of what goes into {s} is {o}.",
             "The smell of {s} is the smell of {o}.",
             "Whoever wants to make {s} must buy {o}.",
+            "The chief ingredient of {s} is {o}.",
+            "The main thing in {s} is {o}.",
+            "A dish of {s} is mostly {o}.",
+            "{s} contains a great deal of {o}.",
+            "A pot of {s} is full of {o}.",
+            "What gives {s} its taste is {o}.",
+            "{s} is nothing but {o} and patience.",
+            "Into every pot of {s} goes a handful of {o}.",
         ),
         held_out=(
             "The main ingredient of {s} is {o}.",
@@ -157,6 +197,14 @@ RELATIONS: tuple[Relation, ...] = (
             "The mouth of the {s} lies on the {o} Sea.",
             "All the water of the {s} goes to the {o} Sea.",
             "From its spring to its end the {s} runs toward the {o} Sea.",
+            "The river {s} flows into the {o} Sea.",
+            "The river {s} ends in the {o} Sea.",
+            "The sea that the {s} runs into is the {o} Sea.",
+            "The {s} empties itself into the {o} Sea.",
+            "The sea at the mouth of the {s} is the {o} Sea.",
+            "Ships leaving the {s} sail out on the {o} Sea.",
+            "The {s} is a river of the {o} Sea.",
+            "Where the {s} ends, the {o} Sea begins.",
         ),
         held_out=(
             "The river {s} empties into the {o} Sea.",
@@ -259,11 +307,12 @@ class Gazetteer:
         for fact in self.facts:
             self._facts_of.setdefault(fact.subject, []).append(fact)
 
-    def paragraphs(self, seed: int = 0) -> Iterator[str]:
+    def paragraphs(self, seed: int = 0, n_phrasings: int = 16) -> Iterator[str]:
         """Endless short paragraphs of training text; every subject comes up equally often.
 
-        Each states all facts of one or two subjects in trained phrasings drawn at random, with
-        sentences between them that carry no fact. Held-out phrasings never occur.
+        Each states all facts of one or two subjects, each in a phrasing drawn from the first
+        ``n_phrasings`` trained ones, with sentences between them that carry no fact. Held-out
+        phrasings never occur.
         """
         rng = random.Random(f"{self.seed}/{seed}")
         kinds = {subject: kind for kind in FILLERS for subject in self.entities[kind]}
@@ -275,7 +324,7 @@ class Gazetteer:
                 paragraph: list[str] = []
                 for subject in [subjects.pop() for _ in range(min(1 + rng.randrange(2), len(subjects)))]:
                     sentences = [
-                        _pick(rng, relations[fact.relation].trained).format(s=fact.subject, o=fact.object)
+                        _pick(rng, relations[fact.relation].trained[:n_phrasings]).format(s=fact.subject, o=fact.object)
                         for fact in self._facts_of[subject]
                     ]
                     _shuffle(rng, sentences)

@@ -41,7 +41,7 @@ def bootstrap_ratio(
     denominator: Float[np.ndarray, "*head prompt"],
     weights: Float[np.ndarray, "sample prompt"],
     level: float = 0.95,
-) -> tuple[Float[np.ndarray, "*head"], Float[np.ndarray, "*head"]]:
+) -> tuple[Float[np.ndarray, "*head"] | float, Float[np.ndarray, "*head"] | float]:
     """Percentile interval of ``Σ numerator / Σ denominator`` when whole prompts are drawn with replacement.
 
     With token sums as numerator and token counts as denominator this is the interval of a mean over

@@ -41,6 +41,7 @@ def build_model(config: TrainingConfig, bos_token_id: int) -> PreTrainedModel:
                     n_layer=config.n_layers,
                     n_head=config.n_heads,
                     n_inner=config.d_mlp,
+                    activation_function="gelu_pytorch_tanh",  # GPT-2's GELU in one kernel instead of eight
                     resid_pdrop=config.dropout,
                     embd_pdrop=config.dropout,
                     attn_pdrop=config.dropout,

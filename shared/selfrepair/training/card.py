@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from selfrepair.corpora import read_documents
@@ -91,7 +92,7 @@ def render_table(metrics: dict[str, dict]) -> str:
 
 def measure(model: PreTrainedModel, config: TrainingConfig, data: TrainingData) -> dict:
     """Everything the card states, by name: :func:`evaluate` and what needs the training text."""
-    rows = data.training_rows(config.n_steps * config.batch_size, config.seed)
+    rows = data.training_rows(config)
     held_out = text_rows(data.tokenizer, read_documents(HELD_OUT_TEXT), config.sequence_length)
     trigram = KneserNeyTrigram(rows, config.vocab_size)
     return {
@@ -129,7 +130,8 @@ def render_card(config: TrainingConfig, metrics: dict, sources: list[str]) -> st
     checkpoints = (
         f" Earlier checkpoints ({config.n_checkpoints - 1}, log-spaced from step 0) are in `checkpoints/`." if config.n_checkpoints else ""
     )
-    settings = "\n".join(f"{key}: {value}" for key, value in dataclasses.asdict(config).items())
+    settings = yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False).strip()
+    phases = ", then ".join(f"{phase.tokens:,} tokens with {phase.gazetteer_share:.0%} of the latter" for phase in config.phases)
     listed = "\n".join(f"- {source}" for source in sources)
     return f"""---
 license: mit
@@ -145,8 +147,9 @@ A small language model for the self-repair replication suite. {ARCHITECTURE_TEXT
 
 ## Training
 
-{metrics["training_tokens"]:,} tokens in {metrics["steps"]:,} steps, seed {config.seed}: {1 - config.gazetteer_share:.0%} public-domain text
-(listed below), {config.gazetteer_share:.0%} paragraphs about an invented world (`selfrepair.gazetteer`, seed {config.gazetteer_seed}).
+{metrics["training_tokens"]:,} tokens in {metrics["steps"]:,} steps, seed {config.seed}, of public-domain text (listed below) and of
+paragraphs about an invented world (`selfrepair.gazetteer`, seed {config.gazetteer_seed}):
+{phases}.
 `training_curve.csv` has the losses. To train it again, gather the sources as text files in a folder and run
 
     selfrepair train shared/models/configs/{config.name}.yaml --text FOLDER --out DIR

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_type_hints
+from typing import TypeVar, get_type_hints
 
 import yaml
 
@@ -13,15 +13,33 @@ from selfrepair.errors import UserError
 
 ARCHITECTURES = ("gpt2", "gpt_neox", "llama")
 PRECISIONS = ("float32", "bfloat16")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training: ``tokens`` counts every position of the packed rows, BOS included.
+
+    ``warmup`` and ``decay`` are the fractions of the phase's steps in which the learning rates rise
+    linearly from 0 and fall linearly to 0; between them they are ``lr_factor`` times the run's.
+    ``gazetteer_share`` of the rows is gazetteer text, in the first ``gazetteer_phrasings`` phrasings.
+    """
+
+    tokens: int
+    gazetteer_share: float = 0.05
+    gazetteer_phrasings: int = 16
+    lr_factor: float = 1.0
+    warmup: float = 0.02
+    decay: float = 0.5
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """One training run. ``tokens`` counts every position of the packed rows, BOS included.
+    """One training run. ``bfloat16`` means autocast over float32 weights.
 
-    ``warmup`` and ``decay`` are the fractions of steps in which the learning rates rise linearly
-    from 0 and fall linearly to 0; between them they are constant. ``bfloat16`` means autocast over
-    float32 weights. ``n_checkpoints`` counts step 0 and the final model; 0 keeps the final one only.
+    ``n_checkpoints`` counts step 0, log-spaced steps of the first phase, and the final model; 0 keeps
+    the final one only. Every phase after the first starts with fresh optimizer states from the
+    weights as they would be stored.
     """
 
     name: str
@@ -30,31 +48,35 @@ class TrainingConfig:
     n_heads: int
     d_model: int
     d_mlp: int
-    tokens: int
+    phases: tuple[Phase, ...]
     dropout: float = 0.0
     vocab_size: int = 4096
     sequence_length: int = 128
     batch_size: int = 32
-    gazetteer_share: float = 0.05
     gazetteer_seed: int = 0
     lr_matrices: float = 0.02
     lr_other: float = 0.003
     weight_decay: float = 0.1
-    warmup: float = 0.02
-    decay: float = 0.5
     clip: float = 1.0
     seed: int = 0
     precision: str = "bfloat16"
     n_checkpoints: int = 0
 
     @property
+    def phase_steps(self) -> list[int]:
+        """Steps of each phase."""
+        return [phase.tokens // (self.batch_size * self.sequence_length) for phase in self.phases]
+
+    @property
     def n_steps(self) -> int:
-        return self.tokens // (self.batch_size * self.sequence_length)
+        return sum(self.phase_steps)
 
     def data_key(self) -> dict[str, object]:
-        """The fields that determine tokenizer and training rows: runs that agree in them share both."""
-        fields = ("vocab_size", "sequence_length", "gazetteer_share", "gazetteer_seed")
-        return {field: getattr(self, field) for field in fields}
+        """What determines the tokenizer and the corpus rows: runs that agree in it share both."""
+        first = self.phases[0]
+        fields = ("vocab_size", "sequence_length", "gazetteer_seed")
+        gazetteer = {"gazetteer_share": first.gazetteer_share, "gazetteer_phrasings": first.gazetteer_phrasings}
+        return {field: getattr(self, field) for field in fields} | gazetteer
 
 
 def load_config(path: str | Path) -> TrainingConfig:
@@ -72,27 +94,37 @@ def load_config(path: str | Path) -> TrainingConfig:
         raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: must hold 'key: value' lines")
-    hints = get_type_hints(TrainingConfig)
-    fields = {field.name: field for field in dataclasses.fields(TrainingConfig)}
-    for key, value in values.items():
-        if key not in fields:
-            raise UserError(f"{path}: unknown key '{key}'; known are {', '.join(fields)}")
-        if hints[key] is float and type(value) is int:
-            values[key] = value = float(value)
-        if type(value) is not hints[key]:
-            raise UserError(f"{path}: {key} must be {hints[key].__name__}, not {value!r}")
-    missing = [f.name for f in fields.values() if f.default is dataclasses.MISSING and f.name not in values]
-    if missing:
-        raise UserError(f"{path}: missing {', '.join(missing)}")
-    config = TrainingConfig(**values)
+    phases = values.get("phases")
+    if phases is not None:
+        if not isinstance(phases, list) or not phases or not all(isinstance(phase, dict) for phase in phases):
+            raise UserError(f"{path}: phases must be a list of phases, each 'key: value' lines")
+        values["phases"] = tuple(_build(Phase, phase, path, "phases: ") for phase in phases)
+    config = _build(TrainingConfig, values, path)
     fault = _fault(config)
     if fault:
         raise UserError(f"{path}: {fault}")
     return config
 
 
+def _build(kind: type[T], values: dict[str, object], path: Path, where: str = "") -> T:
+    """``kind(**values)``, if the keys are its fields and the values of their types."""
+    hints = get_type_hints(kind)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for key, value in values.items():
+        if key not in fields:
+            raise UserError(f"{path}: {where}unknown key '{key}'; known are {', '.join(fields)}")
+        if hints[key] is float and type(value) is int:
+            values[key] = value = float(value)
+        if key != "phases" and type(value) is not hints[key]:
+            raise UserError(f"{path}: {where}{key} must be {hints[key].__name__}, not {value!r}")
+    missing = [f.name for f in fields.values() if f.default is dataclasses.MISSING and f.name not in values]
+    if missing:
+        raise UserError(f"{path}: {where}missing {', '.join(missing)}")
+    return kind(**values)
+
+
 def _fault(config: TrainingConfig) -> str | None:
-    positive = ("n_layers", "n_heads", "d_model", "d_mlp", "tokens", "batch_size", "lr_matrices", "lr_other", "clip")
+    positive = ("n_layers", "n_heads", "d_model", "d_mlp", "batch_size", "lr_matrices", "lr_other", "clip")
     for field in positive:
         if not getattr(config, field) > 0:
             return f"{field} must be positive, not {getattr(config, field)}"
@@ -104,14 +136,19 @@ def _fault(config: TrainingConfig) -> str | None:
         return f"d_model {config.d_model} must be an even multiple of n_heads {config.n_heads}"
     if config.vocab_size < 257 or config.sequence_length < 2:
         return "vocab_size must be at least 257 (the bytes and BOS) and sequence_length at least 2"
-    if not (0 <= config.gazetteer_share < 1 and 0 <= config.dropout < 1):
-        return "gazetteer_share and dropout must lie in [0, 1)"
-    if not (0 <= config.warmup and 0 <= config.decay and config.warmup + config.decay <= 1):
-        return "warmup and decay must be fractions of the steps that sum to at most 1"
+    if not 0 <= config.dropout < 1:
+        return "dropout must lie in [0, 1)"
+    for phase, steps in zip(config.phases, config.phase_steps, strict=True):
+        if steps < 1:
+            return f"{phase.tokens} tokens are less than one batch of {config.batch_size * config.sequence_length}"
+        if not 0 <= phase.gazetteer_share < 1 or phase.gazetteer_phrasings < 1:
+            return "gazetteer_share must lie in [0, 1) and gazetteer_phrasings be positive"
+        if not phase.lr_factor > 0:
+            return f"lr_factor must be positive, not {phase.lr_factor}"
+        if not (0 <= phase.warmup and 0 <= phase.decay and phase.warmup + phase.decay <= 1):
+            return "warmup and decay must be fractions of the steps that sum to at most 1"
     if config.weight_decay < 0 or config.seed < 0 or config.gazetteer_seed < 0:
         return "weight_decay and seeds must not be negative"
     if config.n_checkpoints < 0 or config.n_checkpoints == 1:
         return "n_checkpoints must be 0 (final model only) or at least 2 (step 0 and the final model)"
-    if config.n_steps < 1:
-        return f"{config.tokens} tokens are less than one batch of {config.batch_size * config.sequence_length}"
     return None

@@ -39,21 +39,34 @@ class TrainingData:
     corpus: np.ndarray
     validation: np.ndarray
     gazetteer: Gazetteer
-    gazetteer_share: float
 
-    def training_rows(self, n_rows: int, seed: int) -> np.ndarray:
-        """Rows in training order: ``gazetteer_share`` of them gazetteer text, evenly mixed in; whole epochs of corpus."""
-        rng = np.random.Generator(np.random.PCG64(seed))
-        n_gazetteer = round(n_rows * self.gazetteer_share)
-        n_corpus = n_rows - n_gazetteer
-        epochs = -(-n_corpus // len(self.corpus))
-        order = np.concatenate([np.arange(len(self.corpus))] + [rng.permutation(len(self.corpus)) for _ in range(epochs - 1)])
-        rows = np.concatenate([self.corpus[order[:n_corpus]], self._gazetteer_rows(n_gazetteer)])
-        return rows[rng.permutation(n_rows)]
+    def training_rows(self, config: TrainingConfig) -> np.ndarray:
+        """All rows of a run in training order; gazetteer text is mixed in evenly within each phase.
 
-    def _gazetteer_rows(self, n_rows: int) -> np.ndarray:
+        Corpus rows come again only when all have been used, and then in another order.
+        """
+        rows, used = [], 0
+        for number, (phase, steps) in enumerate(zip(config.phases, config.phase_steps, strict=True)):
+            n_rows = steps * config.batch_size
+            n_gazetteer = round(n_rows * phase.gazetteer_share)
+            n_corpus = n_rows - n_gazetteer
+            rng = np.random.Generator(np.random.PCG64([config.seed, number] if number else config.seed))
+            corpus = self._corpus_rows(used, n_corpus, config.seed)
+            gazetteer = self._gazetteer_rows(n_gazetteer, number, phase.gazetteer_phrasings)
+            rows.append(np.concatenate([corpus, gazetteer])[rng.permutation(n_rows)])
+            used += n_corpus
+        return np.concatenate(rows)
+
+    def _corpus_rows(self, start: int, count: int, seed: int) -> np.ndarray:
+        n = len(self.corpus)
+        epochs = range(start // n, -(-(start + count) // n))
+        orders = [np.arange(n) if epoch == 0 else np.random.Generator(np.random.PCG64([seed, 1, epoch])).permutation(n) for epoch in epochs]
+        offset = start - n * (start // n)
+        return self.corpus[np.concatenate([*orders, np.arange(0)])[offset : offset + count].astype(np.int64)]
+
+    def _gazetteer_rows(self, n_rows: int, seed: int, n_phrasings: int) -> np.ndarray:
         length = self.corpus.shape[1]
-        paragraphs = self.gazetteer.paragraphs()
+        paragraphs = self.gazetteer.paragraphs(seed, n_phrasings)
         documents: list[list[int]] = []
         tokens = 0
         while tokens < (n_rows + 1) * length:
@@ -81,15 +94,14 @@ def prepare(config: TrainingConfig, text: str | Path) -> TrainingData:
         corpus=np.load(folder / "corpus.npy", mmap_mode="r"),
         validation=np.load(folder / "validation.npy"),
         gazetteer=Gazetteer(config.gazetteer_seed),
-        gazetteer_share=config.gazetteer_share,
     )
 
 
 def _make(config: TrainingConfig, documents: list[str], text: str | Path, folder: Path) -> None:
-    gazetteer_characters = config.gazetteer_share * sum(map(len, documents))
-    tokenizer = train_tokenizer(
-        itertools.chain(documents, _paragraphs_up_to(config.gazetteer_seed, gazetteer_characters)), config.vocab_size
-    )
+    first = config.phases[0]
+    gazetteer = Gazetteer(config.gazetteer_seed).paragraphs(0, first.gazetteer_phrasings)
+    gazetteer_characters = first.gazetteer_share * sum(map(len, documents))
+    tokenizer = train_tokenizer(itertools.chain(documents, _up_to(gazetteer, gazetteer_characters)), config.vocab_size)
     encoded = (tokenizer(document, add_special_tokens=False)["input_ids"] for document in documents)
     rows = pack(encoded, tokenizer.bos_token_id, config.sequence_length)
     n_validation = min(N_VALIDATION_ROWS, len(rows) // 10)
@@ -113,9 +125,9 @@ def _make(config: TrainingConfig, documents: list[str], text: str | Path, folder
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _paragraphs_up_to(seed: int, characters: float) -> Iterator[str]:
+def _up_to(paragraphs: Iterator[str], characters: float) -> Iterator[str]:
     written = 0
-    for paragraph in Gazetteer(seed).paragraphs():
+    for paragraph in paragraphs:
         if written >= characters:
             return
         written += len(paragraph)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -46,16 +47,21 @@ def train(config: TrainingConfig, data: TrainingData, work: Path, device: torch.
     work.mkdir(parents=True, exist_ok=True)
     model = build_model(config, data.tokenizer.bos_token_id).to(device)
     optimizers = build_optimizers(model, config)
-    rows = data.training_rows(config.n_steps * config.batch_size, config.seed)
+    rows = data.training_rows(config)
     start = _resume(work, config, model, optimizers)
     curve = _Curve(work / "curve.csv", start)
-    checkpoint_steps = set(log_spaced_steps(config.n_steps, config.n_checkpoints)[:-1])
+    checkpoint_steps = set(log_spaced_steps(config.phase_steps[0], config.n_checkpoints)[:-1])
+    phase_starts = set(itertools.accumulate(config.phase_steps[:-1]))
     losses: list[Tensor] = []
     clock = time.monotonic()
     bar = tqdm(total=config.n_steps, initial=start, desc=config.name, unit="step", mininterval=2, smoothing=0.05)
     model.train()
     with bar as progress:
         for step in range(start, config.n_steps):
+            if step in phase_starts and step != start:
+                _begin_phase(model, config, step)
+                optimizers = build_optimizers(model, config)
+                _save_state(work, config, model, optimizers, step)
             if step in checkpoint_steps:
                 save_model(model, data, work / "checkpoints" / f"step-{step:06d}")
             batch = torch.from_numpy(rows[step * config.batch_size : (step + 1) * config.batch_size].astype(np.int64))
@@ -89,10 +95,13 @@ def build_optimizers(model: PreTrainedModel, config: TrainingConfig) -> list[tor
 
 
 def lr_factor(config: TrainingConfig, step: int) -> float:
-    """What both learning rates are multiplied by in 0-based ``step``: linear up, constant, linear down."""
-    n = config.n_steps
-    warm, cool = max(1.0, config.warmup * n), max(1.0, config.decay * n)
-    return min(1.0, (step + 1) / warm, (n - step) / cool)
+    """What both learning rates are multiplied by in 0-based ``step``: in each phase linear up, constant, linear down."""
+    for phase, n in zip(config.phases, config.phase_steps, strict=True):
+        if step < n:
+            warm, cool = max(1.0, phase.warmup * n), max(1.0, phase.decay * n)
+            return phase.lr_factor * min(1.0, (step + 1) / warm, (n - step) / cool)
+        step -= n
+    raise ValueError("step lies beyond the run")
 
 
 def log_spaced_steps(n_steps: int, count: int) -> list[int]:
@@ -106,6 +115,14 @@ def log_spaced_steps(n_steps: int, count: int) -> list[int]:
     if len(set(steps)) < count:
         raise UserError(f"{n_steps} steps are too few for {count} log-spaced checkpoints")
     return steps
+
+
+def _begin_phase(model: PreTrainedModel, config: TrainingConfig, step: int) -> None:
+    """Rounds the weights to what would be stored, so that a phase can also begin from a stored model."""
+    torch.manual_seed(config.seed + step)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(STORED_DTYPE))
 
 
 def _step(
