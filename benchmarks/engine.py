@@ -18,6 +18,14 @@ from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Int
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch import Tensor, nn
+from transformer_lens import ActivationCache
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
+
 from selfrepair.ablation import CPU_ROWS, HeadAblations, ablate_heads
 from selfrepair.devices import resolve_device
 from selfrepair.errors import UserError
@@ -26,13 +34,6 @@ from selfrepair.paths import MODELS
 from selfrepair.sweep import replacement_for
 from selfrepair.training.architecture import build_model
 from selfrepair.training.config import load_config
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from torch import Tensor, nn
-from transformer_lens import ActivationCache
-from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging
 
 Head = tuple[int, int]
 Result = TypeVar("Result")

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from selfrepair.models import Model, load_model
-from selfrepair.paths import MODELS
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -19,6 +17,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+
+from selfrepair.models import Model, load_model
+from selfrepair.paths import MODELS
 
 VOCAB = 61
 LENGTH = 12

@@ -6,7 +6,7 @@ import functools
 import pytest
 import reference
 import torch
-from families import FAMILIES, LENGTH, VOCAB, load_family, random_tokens
+from families import FAMILIES, LENGTH, load_family, random_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
@@ -176,7 +176,7 @@ def test_out_of_memory_halves_the_chunk_and_goes_on(family, monkeypatch):
         return real(model, replay, clean, layer, delta, read)
 
     monkeypatch.setattr(ablation, "_carry", cramped)
-    found = ablate_heads(model, tokens, here)
+    found = ablate_heads(model, tokens, here, rows=24)
     assert max(sizes) == 4 and sizes.count(1) == model.n_layers * model.n_heads
     torch.testing.assert_close(found.logit_change, wanted.logit_change, rtol=1e-5, atol=1e-5)
     monkeypatch.setattr(ablation, "_carry", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none left")))

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from selfrepair.corpora import pack, read_documents
 from selfrepair.errors import UserError
 

@@ -5,6 +5,7 @@ import sys
 from collections import defaultdict
 
 import pytest
+
 from selfrepair.gazetteer import RELATIONS, Gazetteer
 
 WORLD = Gazetteer(0)

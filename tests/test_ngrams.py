@@ -2,6 +2,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+
 from selfrepair.training.ngrams import KneserNeyTrigram, unigram_loss
 
 V = 6

@@ -49,7 +49,7 @@ def test_missing_key_and_file(tmp_path):
     path.write_text("a: [")
     with pytest.raises(UserError, match="not YAML"):
         load_profile(path)
-    with pytest.raises(UserError, match="there are .*pocket"):
+    with pytest.raises(UserError, match=r"there are .*pocket"):
         load_profile("nowhere")
 
 

@@ -81,6 +81,7 @@ def test_independent_of_the_batch_size(tmp_path, model, kind, monkeypatch):
     stores = []
     for pairs in (1, 4, 16):
         monkeypatch.setattr(sweep_module, "SHARD_PAIRS", pairs)
+        monkeypatch.setattr(sweep_module, "rows_that_fit", lambda *_: 1000)
         stores.append(open_store(sweep(model, PROMPTS, kind, tmp_path / str(pairs), progress=False)))
     monkeypatch.setattr(sweep_module, "CLEAN_RUN_BYTES", 1)
     stores.append(open_store(sweep(model, PROMPTS, kind, tmp_path / "one pair at a time", progress=False)))

@@ -15,6 +15,8 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from selfrepair.cli import main
 from selfrepair.errors import UserError
 from selfrepair.paths import HELD_OUT_TEXT
@@ -22,7 +24,6 @@ from selfrepair.training import loop
 from selfrepair.training.config import Phase, TrainingConfig, load_config
 from selfrepair.training.data import prepare
 from selfrepair.training.loop import log_spaced_steps, lr_factor, train
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 BATCH = 64 * 4
 

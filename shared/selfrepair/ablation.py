@@ -135,7 +135,7 @@ def ablate_heads(
     Rushing & Nanda 2024, §2 and §4.
     """
     clean = run_clean(model, tokens)
-    rows = _rows_that_fit(model, tokens.shape[1]) if rows is None else rows
+    rows = rows_that_fit(model, tokens.shape[1]) if rows is None else rows
     replay = Replay(model, tokens.shape[1])
     norm = FinalNorm.of(model.final_norm)
     direction, _ = token_directions(model, tokens)
@@ -177,7 +177,8 @@ def ablate_heads(
     return HeadAblations(*map(torch.stack, zip(*parts, strict=True)), sigma)
 
 
-def _rows_that_fit(model: Model, prompt_len: int) -> int:
+def rows_that_fit(model: Model, prompt_len: int) -> int:
+    """Prompts × heads for one pass: what a CPU's caches, or half of a GPU's free memory, hold."""
     if model.device.type != "cuda":
         return CPU_ROWS
     free, _ = torch.cuda.mem_get_info(model.device)

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from selfrepair import __version__, results
-from selfrepair.ablation import HeadAblations, Replacement, ablate_heads, run_clean
+from selfrepair.ablation import HeadAblations, Replacement, ablate_heads, rows_that_fit, run_clean
 from selfrepair.corpora import Prompts
 from selfrepair.direct_effect import FinalNorm, token_directions
 from selfrepair.errors import UserError
@@ -135,7 +135,7 @@ def _intact(path: Path) -> bool:
 
 def _pairs_per_batch(model: Model, prompt_len: int) -> int:
     one_prompt = 3 * model.n_layers * prompt_len * model.hf.config.hidden_size * model.dtype.itemsize
-    return max(1, min(SHARD_PAIRS, CLEAN_RUN_BYTES // (2 * one_prompt)))
+    return max(1, min(SHARD_PAIRS, rows_that_fit(model, prompt_len) // 2, CLEAN_RUN_BYTES // (2 * one_prompt)))
 
 
 def _ablate_pairs(
