@@ -34,54 +34,61 @@ def save(figure: Figure, out_dir: Path, name: str) -> None:
 
 def self_repair_by_depth(panels: dict[str, pd.DataFrame]) -> Figure:
     """Self-repair (logits) of every head against relative depth, with layer means; one panel per table (R&N Fig. 1)."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4.2), squeeze=False)
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4.8), squeeze=False)
+    looks = _looks(panels)
     for axis, (title, table) in zip(axes[0], panels.items(), strict=True):
         means = layer_means(table)
         for i, (model, rows) in enumerate(table.groupby("model", sort=False)):
-            colour = f"C{i}"
+            colour, marker = looks[model]
             depth = rows["layer"] / max(1, rows["layer"].max())
             axis.scatter(depth + 0.008 * (i - 2), rows["self_repair"], s=9, color=colour, alpha=0.35, linewidths=0)
             here = means[means["model"] == model]
-            axis.plot(here["relative_depth"], here["self_repair"], color=colour, marker=MARKERS[i % len(MARKERS)], ms=5, label=model)
+            axis.plot(here["relative_depth"], here["self_repair"], color=colour, marker=marker, ms=5, label=model)
         axis.axhline(0, color="0.4", lw=0.8, ls="--", zorder=0)
         axis.set(title=title, xlabel="relative depth of the ablated head's layer")
         _symmetric_log(axis, table["self_repair"])
-        axis.legend(frameon=False, fontsize=8, title="layer means", title_fontsize=8)
+        axis.legend(
+            frameon=False, fontsize=8, ncol=3, loc="upper center", bbox_to_anchor=(0.5, -0.16), title="points: heads; lines: layer means"
+        )
+        axis.get_legend().get_title().set_fontsize(8)
     axes[0, 0].set_ylabel("self-repair (logits)")
     return figure
 
 
 def effect_against_change(panels: dict[str, pd.DataFrame]) -> Figure:
     """Direct effect against logit change per head, with the no-repair line ``y = −x`` and the self-repair zone."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 4.0), squeeze=False)
-    for axis, (title, table) in zip(axes[0], panels.items(), strict=True):
+    columns = min(2, len(panels))
+    rows_of_panels = -(-len(panels) // columns)
+    figure, axes = plt.subplots(rows_of_panels, columns, figsize=(4.6 * columns, 3.6 * rows_of_panels + 0.7), squeeze=False)
+    looks = _looks(panels)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, (title, table) in zip(axes.flat, panels.items(), strict=False):
         right = 1.08 * table["direct_effect"].max()
         line = np.array([0, right])
-        axis.fill_between(line, -line, 0, color="0.9", zorder=0, label="self-repair zone")
+        axis.fill_between(line, -line, 0, color="0.92", zorder=0, label="self-repair zone")
         axis.plot(line, -line, color="0.3", lw=1, ls="--", label="no repair: $y = -x$")
         axis.axhline(0, color="0.3", lw=0.8)
-        for i, (model, rows) in enumerate(table.groupby("model", sort=False)):
+        for model, rows in table.groupby("model", sort=False):
+            colour, marker = looks[model]
             axis.scatter(
-                rows["direct_effect"],
-                rows["logit_change"],
-                s=14,
-                color=f"C{i}",
-                marker=MARKERS[i % len(MARKERS)],
-                alpha=0.7,
-                linewidths=0,
-                label=model,
+                rows["direct_effect"], rows["logit_change"], s=13, color=colour, marker=marker, alpha=0.6, linewidths=0, label=model
             )
         low = min(1.15 * table["logit_change"].quantile(0.02), -right)
-        axis.set(
-            title=title, xlabel="direct effect (logits)", xlim=(min(0, 1.1 * table["direct_effect"].min()), right), ylim=(low, 0.35 * right)
-        )
+        left = min(0, 1.1 * table["direct_effect"].min())
+        axis.set(title=title, xlabel="direct effect (logits)", ylabel="logit change (logits)", xlim=(left, right), ylim=(low, 0.35 * right))
         below = int((table["logit_change"] < low).sum())
         if below:
-            axis.annotate(f"{below} heads below", (0.03, 0.02), xycoords="axes fraction", fontsize=8, color="0.3")
-    axes[0, 0].set_ylabel("change of logit on ablation (logits)")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncol=4, frameon=False, fontsize=8)
+            axis.annotate(f"{below} more heads below", (0.03, 0.03), xycoords="axes fraction", fontsize=8, color="0.3")
+    entries = {label: handle for axis in axes.flat[: len(panels)] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncol=4, frameon=False, fontsize=8)
     return figure
+
+
+def _looks(panels: dict[str, pd.DataFrame]) -> dict[str, tuple[str, str]]:
+    """Colour and marker of each model, the same in every panel and no two alike."""
+    models = pd.unique(pd.concat([table["model"] for table in panels.values()]))
+    return {model: (f"C{i % 10}", MARKERS[i % len(MARKERS)]) for i, model in enumerate(models)}
 
 
 def _symmetric_log(axis: Axes, values: pd.Series) -> None:
