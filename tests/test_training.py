@@ -135,11 +135,10 @@ def test_rows_mix_corpus_and_gazetteer(data):
 
 def test_corpus_rows_come_again_only_when_all_have_been_used(data):
     n = len(data.corpus)
-    none = {"gazetteer_share": 0.0}
-    config = dataclasses.replace(config_of_rows(Phase(64 * (n // 3), **none), Phase(64 * (2 * n - n // 3), **none)), batch_size=1)
-    rows = [row.tobytes() for row in data.training_rows(config)]
-    assert sorted(rows[:n]) == sorted(row.tobytes() for row in data.corpus)
-    assert sorted(rows) == sorted(2 * [row.tobytes() for row in data.corpus])
+    parts = [Phase(64 * rows, gazetteer_share=0.0) for rows in (n // 3, n - n // 3, n)]
+    rows = [row.tobytes() for row in data.training_rows(dataclasses.replace(config_of_rows(*parts), batch_size=1))]
+    corpus = sorted(row.tobytes() for row in data.corpus)
+    assert sorted(rows[:n]) == sorted(rows[n:]) == corpus
     assert rows[:n] != rows[n:]
 
 

@@ -79,7 +79,7 @@ def effect_against_change(panels: dict[str, pd.DataFrame]) -> Figure:
         axis.set(title=title, xlabel="direct effect (logits)", ylabel="logit change (logits)", xlim=(left, right), ylim=(low, 0.35 * right))
         below = int((table["logit_change"] < low).sum())
         if below:
-            axis.annotate(f"{below} more heads below", (0.03, 0.03), xycoords="axes fraction", fontsize=8, color="0.3")
+            axis.annotate(f"not shown: {below} below", (0.03, 0.03), xycoords="axes fraction", fontsize=8, color="0.3")
     entries = {label: handle for axis in axes.flat[: len(panels)] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncol=4, frameon=False, fontsize=8)
     return figure

@@ -46,26 +46,26 @@ def load_profile(name: str | Path) -> Profile:
     missing = [f.name for f in fields.values() if f.default is dataclasses.MISSING and f.name not in values]
     if missing:
         raise UserError(f"{path}: missing {', '.join(missing)}")
-    profile = Profile(**values)
-    fault = _fault(profile)
+    defaults = {f.name: f.default for f in fields.values() if f.default is not dataclasses.MISSING}
+    fault = _fault(defaults | values)
     if fault:
         raise UserError(f"{path}: {fault}")
-    return profile
+    return Profile(**values)
 
 
-def _fault(profile: Profile) -> str | None:
+def _fault(values: dict[str, object]) -> str | None:
     for key in ("models", "ablations"):
-        value = getattr(profile, key)
+        value = values[key]
         if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
             return f"{key} must be a list of names, not {value!r}"
-    if set(profile.ablations) - set(ABLATIONS):
-        return f"ablations must be among {', '.join(ABLATIONS)}, not {profile.ablations}"
-    if type(profile.n_prompts) is not int or profile.n_prompts < 2 or profile.n_prompts % 2:
-        return f"n_prompts must be a positive even number, not {profile.n_prompts!r}"
-    if type(profile.prompt_len) is not int or profile.prompt_len < 2:
-        return f"prompt_len must be at least 2, not {profile.prompt_len!r}"
-    if type(profile.fraction) not in (int, float) or not 0 < profile.fraction <= 1:
-        return f"fraction must lie in (0, 1], not {profile.fraction!r}"
-    if not isinstance(profile.dataset, str | None):
-        return f"dataset must be a name, not {profile.dataset!r}"
+    if set(values["ablations"]) - set(ABLATIONS):
+        return f"ablations must be among {', '.join(ABLATIONS)}, not {values['ablations']}"
+    if type(values["n_prompts"]) is not int or values["n_prompts"] < 2 or values["n_prompts"] % 2:
+        return f"n_prompts must be a positive even number, not {values['n_prompts']!r}"
+    if type(values["prompt_len"]) is not int or values["prompt_len"] < 2:
+        return f"prompt_len must be at least 2, not {values['prompt_len']!r}"
+    if type(values["fraction"]) not in (int, float) or not 0 < values["fraction"] <= 1:
+        return f"fraction must lie in (0, 1], not {values['fraction']!r}"
+    if not isinstance(values["dataset"], str | None):
+        return f"dataset must be a name, not {values['dataset']!r}"
     return None

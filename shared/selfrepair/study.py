@@ -68,8 +68,11 @@ class Study:
         return {model: self.sweep(model, ablation) for model in self.profile.models}
 
     def heads(self, sweeps: dict[str, xr.Dataset]) -> pd.DataFrame:
-        """The heads tables of several sweeps, one under the other."""
-        return pd.concat([heads_table(s, self.profile.fraction) for s in sweeps.values()], ignore_index=True)
+        """The heads tables of several models' sweeps, one under the other; also written to ``heads_<ablation>.csv``."""
+        table = pd.concat([heads_table(s, self.profile.fraction) for s in sweeps.values()], ignore_index=True)
+        (ablation,) = {s.attrs["ablation"] for s in sweeps.values()}
+        write_atomically(self.out_dir / f"heads_{ablation}.csv", table.to_csv(index=False, float_format="%.6g").encode())
+        return table
 
     def write_claims(self, table: pd.DataFrame) -> None:
         """Writes ``figures/claims.csv`` and ``.md``."""

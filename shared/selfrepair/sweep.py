@@ -10,7 +10,7 @@ import torch
 import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from selfrepair import __version__, results
 from selfrepair.ablation import HeadAblations, Replacement, ablate_heads, rows_that_fit, run_clean

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 
-def unigram_loss(training: Int[np.ndarray, "row position"], rows: Int[np.ndarray, "row position"], vocab_size: int) -> float:
+def unigram_loss(training: Int[np.ndarray, "training_row position"], rows: Int[np.ndarray, "row position"], vocab_size: int) -> float:
     """Mean cross-entropy (nats per predicted token) of ``rows`` under add-one token frequencies of ``training``."""
     counts = np.bincount(training[:, 1:].ravel(), minlength=vocab_size) + 1
     return float(-np.log(counts / counts.sum())[rows[:, 1:]].mean())
