@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from selfrepair.gazetteer import Gazetteer
 from selfrepair.models import embedded_models, find_model
@@ -80,10 +80,10 @@ def test_losses_by_hand():
 
 
 def test_induction_is_measured_on_the_repetition_only():
-    class Repeats(torch.nn.Module):
+    class Repeats(PreTrainedModel):
         """Knows the token that followed the last occurrence of the present one, nothing else."""
 
-        config = type("Config", (), {"vocab_size": 50})()
+        config_class = PretrainedConfig
         device = torch.device("cpu")
 
         def forward(self, input_ids):
@@ -95,7 +95,7 @@ def test_induction_is_measured_on_the_repetition_only():
                         logits[b, k, row[earlier[-1] + 1]] = 20
             return type("Output", (), {"logits": logits})()
 
-    first, second = induction_losses(Repeats(), bos=0, length=13, n_rows=8)
+    first, second = induction_losses(Repeats(PretrainedConfig(vocab_size=50)), bos=0, length=13, n_rows=8)
     assert second < 3 < first
 
 

@@ -65,7 +65,9 @@ def test_failing_cell_is_named_and_the_others_run(tmp_path, monkeypatch, capsys)
             nbformat.v4.new_code_cell("profile = out_dir = None\nseed = 3", metadata={"tags": ["parameters"]}),
             nbformat.v4.new_code_cell(source),
         ]
-        notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
+        notebook = nbformat.v4.new_notebook(
+            cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+        )
         nbformat.write(notebook, tmp_path / f"{name}.ipynb")
     monkeypatch.setattr(notebooks, "NOTEBOOKS", tmp_path)
     assert main(["notebooks", "--out", str(tmp_path / "out")]) == 1

@@ -68,7 +68,7 @@ def train(config: TrainingConfig, data: TrainingData, work: Path, device: torch.
             losses.append(_step(model, optimizers, batch.to(device), config, step))
             progress.update()
             done = step + 1
-            if done % CURVE_EVERY == 0 or done == config.n_steps:
+            if done % CURVE_EVERY == 0 or done in phase_starts or done == config.n_steps:
                 validation = None
                 if done % VALIDATE_EVERY == 0 or done == config.n_steps:
                     validation = token_loss(model, torch.from_numpy(data.validation[:128].astype(np.int64)))

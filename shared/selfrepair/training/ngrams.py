@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 
 
-def unigram_loss(training: Int[np.ndarray, "training_row position"], rows: Int[np.ndarray, "row position"], vocab_size: int) -> float:
+def unigram_loss(
+    training: Integer[np.ndarray, "training_row position"], rows: Integer[np.ndarray, "row position"], vocab_size: int
+) -> float:
     """Mean cross-entropy (nats per predicted token) of ``rows`` under add-one token frequencies of ``training``."""
     counts = np.bincount(training[:, 1:].ravel(), minlength=vocab_size) + 1
     return float(-np.log(counts / counts.sum())[rows[:, 1:]].mean())
@@ -21,7 +23,7 @@ class KneserNeyTrigram:
     them and keep their plain counts.
     """
 
-    def __init__(self, rows: Int[np.ndarray, "row position"], vocab_size: int):
+    def __init__(self, rows: Integer[np.ndarray, "row position"], vocab_size: int):
         self.vocab_size = v = vocab_size
         rows = rows.astype(np.int64)
         trigrams, counts = np.unique(_keys(rows, 3, v), return_counts=True)
@@ -35,7 +37,7 @@ class KneserNeyTrigram:
         order1 = _Order(unigrams, left_contexts, v)
         self._unigram = order1.interpolate(np.arange(v), np.full(v, 1.0 / v))
 
-    def probabilities(self, rows: Int[np.ndarray, "row position"]) -> Float[np.ndarray, "row position-1"]:
+    def probabilities(self, rows: Integer[np.ndarray, "row position"]) -> Float[np.ndarray, "row position-1"]:
         """Probability of each token after the first, given the one or two before it in its row."""
         rows, v = rows.astype(np.int64), self.vocab_size
         second = rows[:, :-1] * v + rows[:, 1:]
@@ -45,7 +47,7 @@ class KneserNeyTrigram:
         lower[:, 1:] = self._order3.interpolate(third, lower[:, 1:])
         return lower
 
-    def loss(self, rows: Int[np.ndarray, "row position"]) -> float:
+    def loss(self, rows: Integer[np.ndarray, "row position"]) -> float:
         """Mean cross-entropy in nats per predicted token."""
         return float(-np.log(self.probabilities(rows)).mean())
 
