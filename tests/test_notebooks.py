@@ -62,7 +62,7 @@ def test_failing_cell_is_named_and_the_others_run(tmp_path, monkeypatch, capsys)
 
     for name, source in (("01_breaks", "1 / 0"), ("02_works", "print(seed)")):
         cells = [
-            nbformat.v4.new_code_cell("profile = out_dir = None\nseed = 3", metadata={"tags": ["parameters"]}),
+            nbformat.v4.new_code_cell("profile = None\nout_dir = None\nseed = 3", metadata={"tags": ["parameters"]}),
             nbformat.v4.new_code_cell(source),
         ]
         notebook = nbformat.v4.new_notebook(
