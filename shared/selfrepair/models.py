@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
 from selfrepair.devices import resolve_device
 from selfrepair.errors import UserError
+from selfrepair.kernels import use_fast_kernels
 from selfrepair.paths import MODELS
 from selfrepair.support import check_supported
 
@@ -140,10 +140,7 @@ def name_parts(name: str, bridge: TransformerBridge) -> Model:
         if getattr(module, "config", None) is original.config:
             module.config = hf.config
 
-    for module in list(hf.modules()):
-        for child, activation in module.named_children():
-            if isinstance(activation, NewGELUActivation):  # eight elementwise kernels; this is the same function in one
-                module._modules[child] = nn.GELU(approximate="tanh")
+    use_fast_kernels(hf)
 
     def twin(component: nn.Module) -> nn.Module:
         return twins[id(component.original_component)]

@@ -22,7 +22,7 @@ from selfrepair.models import Model
 ABLATIONS = ("resample", "mean", "zero")
 SHARD_PAIRS = 16
 CLEAN_RUN_BYTES = 1 << 30
-CODE = ("ablation.py", "direct_effect.py", "models.py", "sweep.py")
+CODE = ("ablation.py", "direct_effect.py", "kernels.py", "models.py", "sweep.py")
 
 
 def sweep(model: Model, prompts: Prompts, ablation: str, out: str | Path, seed: int = 0, progress: bool = True) -> Path:
