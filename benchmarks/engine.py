@@ -33,7 +33,7 @@ from selfrepair.errors import UserError
 from selfrepair.kernels import use_fast_kernels
 from selfrepair.models import Model, load_model
 from selfrepair.paths import MODELS
-from selfrepair.sweep import replacement_for
+from selfrepair.replacement import replacement_for
 from selfrepair.training.architecture import build_model
 from selfrepair.training.config import load_config
 

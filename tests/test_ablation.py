@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from selfrepair import ablation
-from selfrepair.ablation import HeadAblations, ablate_heads, run_clean
+from selfrepair.ablation import HeadAblations, ablate_heads
 from selfrepair.direct_effect import FinalNorm, token_directions
 from selfrepair.models import load_model
-from selfrepair.sweep import ABLATIONS, check_identity, replacement_for
+from selfrepair.replacement import ABLATIONS, mean_z, replacement_for
+from selfrepair.replay import run_clean
+from selfrepair.sweep import check_identity
 
 FIELDS = [field.name for field in dataclasses.fields(HeadAblations)]
 
@@ -45,8 +47,7 @@ def in_float64(hf):
 
 
 def replacement(kind, model, tokens):
-    mean_z = [z.mean((0, 1)) for z in run_clean(model, tokens).z] if kind == "mean" else None
-    return replacement_for(kind, model, mean_z)
+    return replacement_for(kind, model, mean_z(model, tokens) if kind == "mean" else None)
 
 
 @pytest.mark.parametrize("kind", ABLATIONS)
@@ -167,19 +168,19 @@ def test_out_of_memory_halves_the_chunk_and_goes_on(family, monkeypatch):
     tokens = random_tokens()
     here = replacement("resample", model, tokens)
     wanted = ablate_heads(model, tokens, here)
-    real, sizes = ablation._carry, []
+    real, sizes = ablation.carry, []
 
-    def cramped(model, replay, clean, layer, delta, read):
+    def cramped(model, replay, clean, layer, delta):
         sizes.append(len(delta))
         if len(delta) > 1:
             raise torch.OutOfMemoryError
-        return real(model, replay, clean, layer, delta, read)
+        return real(model, replay, clean, layer, delta)
 
-    monkeypatch.setattr(ablation, "_carry", cramped)
+    monkeypatch.setattr(ablation, "carry", cramped)
     found = ablate_heads(model, tokens, here, rows=24)
     assert max(sizes) == 4 and sizes.count(1) == model.n_layers * model.n_heads
     torch.testing.assert_close(found.logit_change, wanted.logit_change, rtol=1e-5, atol=1e-5)
-    monkeypatch.setattr(ablation, "_carry", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none left")))
+    monkeypatch.setattr(ablation, "carry", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none left")))
     with pytest.raises(torch.OutOfMemoryError):
         ablate_heads(model, tokens, here)
 

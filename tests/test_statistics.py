@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfrepair.breakdown import PARTS, heads_table, layer_means
-from selfrepair.claims import STATISTICS, Claim, HeadMeans, claims_table, judge, load_claims, to_markdown, verdict
+from selfrepair.claims import Claim, claims_table, judge, load_claims, to_markdown, verdict
 from selfrepair.errors import UserError
+from selfrepair.head_means import HeadMeans, head_statistics
 from selfrepair.published import published_heads
 from selfrepair.statistics import bootstrap_ratio, bootstrap_weights, clipped_share, select_top
 
@@ -102,7 +103,7 @@ def test_published_numbers_say_what_the_design_recalls():
         assert shares[model] == pytest.approx(share, abs=0.01)
     positive = "share of heads with positive self-repair, later half of layers"
     for _, rows in heads.groupby("model"):
-        assert 0.745 <= STATISTICS[positive](HeadMeans.of_table(rows))[0] <= 0.985
+        assert 0.745 <= head_statistics(HeadMeans.of_table(rows))[positive][0] <= 0.985
         later = rows[rows["layer"] >= (rows["layer"].max() + 1) / 2]
         assert 0.295 <= (later["self_repair"] / later["direct_effect"]).median() <= 0.465
 
@@ -112,15 +113,15 @@ def test_head_means_of_a_sweep_equal_the_table():
     means = HeadMeans.of_sweep(sweep, 0.05, n_bootstrap=50)
     table = heads_table(sweep, 0.05)
     assert means.self_repair[..., 0].ravel() == pytest.approx(table["self_repair"].to_numpy())
-    again = HeadMeans.of_table(table)
-    for statistic in STATISTICS.values():
-        assert statistic(means)[0] == pytest.approx(statistic(again)[0])
+    again = head_statistics(HeadMeans.of_table(table))
+    for name, samples in head_statistics(means).items():
+        assert samples[0] == pytest.approx(again[name][0])
 
 
 def test_statistics_by_hand():
     repair = np.array([[-4.0, -2], [0, 0], [1, -1], [2, 4]])[..., None]
     means = HeadMeans(repair, np.full_like(repair, 2.0))
-    assert {name: statistic(means)[0] for name, statistic in STATISTICS.items()} == {
+    assert {name: samples[0] for name, samples in head_statistics(means).items()} == {
         "mean self-repair, later half of layers": 1.5,
         "share of heads with positive self-repair, later half of layers": 0.75,
         "self-repair over direct effect, later half of layers": 0.75,
@@ -130,7 +131,7 @@ def test_statistics_by_hand():
 
 
 def test_rules():
-    claim = Claim("x", "", "", "", at_least=0, at_most=1)
+    claim = Claim("x", "", "", "", "", at_least=0, at_most=1)
     assert [judge(*interval, claim) for interval in ((0.1, 0.9), (-0.1, 0.5), (0.5, 1.5), (1.1, 2), (-2, -1))] == [
         "yes",
         "open",
@@ -148,8 +149,11 @@ def test_claims_are_complete_and_computed():
     claims = load_claims()
     assert len({claim.id for claim in claims}) == len(claims)
     for claim in claims:
-        assert claim.statistic in STATISTICS and claim.source and claim.claim and claim.at_least < claim.at_most
-    table = claims_table({"fake": HeadMeans.of_sweep(fake_sweep(), 0.05, 100)}, {"p": HeadMeans.of_table(heads_table(fake_sweep(), 0.05))})
-    assert list(table["id"]) == [claim.id for claim in claims]
+        assert claim.notebook and claim.source and claim.claim and claim.at_least < claim.at_most
+    measured = head_statistics(HeadMeans.of_sweep(fake_sweep(), 0.05, 100))
+    released = head_statistics(HeadMeans.of_table(heads_table(fake_sweep(), 0.05)))
+    table = claims_table("01", {"fake": measured}, {"p": released})
+    assert list(table["id"]) == [claim.id for claim in claims if claim.notebook == "01"]
     assert set(table["verdict"]) <= {"reproduced", "partly", "not reproduced"}
-    assert len(to_markdown(table).splitlines()) == len(claims) + 2
+    assert len(to_markdown(table).splitlines()) == len(table) + 2
+    assert set(claims_table("01", {"fake": {}})["verdict"]) == {"not testable here"}

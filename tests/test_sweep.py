@@ -14,15 +14,17 @@ import torch
 from families import VOCAB, load_family, random_tokens, save_family
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GPT2LMHeadModel, OPTConfig
 
+from selfrepair import replacement as replacement_module
 from selfrepair import results
 from selfrepair import sweep as sweep_module
 from selfrepair.cli import main
 from selfrepair.corpora import Prompts
 from selfrepair.errors import UserError
 from selfrepair.models import load_model
+from selfrepair.replacement import ABLATIONS
 from selfrepair.results import open_store
 from selfrepair.support import check_supported
-from selfrepair.sweep import ABLATIONS, sweep
+from selfrepair.sweep import sweep
 
 N = 22
 PROMPTS = Prompts(random_tokens(N).numpy(), "random")
@@ -83,7 +85,7 @@ def test_independent_of_the_batch_size(tmp_path, model, kind, monkeypatch):
         monkeypatch.setattr(sweep_module, "SHARD_PAIRS", pairs)
         monkeypatch.setattr(sweep_module, "rows_that_fit", lambda *_: 1000)
         stores.append(open_store(sweep(model, PROMPTS, kind, tmp_path / str(pairs), progress=False)))
-    monkeypatch.setattr(sweep_module, "CLEAN_RUN_BYTES", 1)
+    monkeypatch.setattr(replacement_module, "CLEAN_RUN_BYTES", 1)
     stores.append(open_store(sweep(model, PROMPTS, kind, tmp_path / "one pair at a time", progress=False)))
     for name in VARIABLES:
         for other in stores[1:]:

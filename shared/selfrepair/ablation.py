@@ -7,7 +7,6 @@ stacked along the batch; nothing the size of the vocabulary is made.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -16,25 +15,11 @@ from torch import Tensor, nn
 
 from selfrepair.direct_effect import FinalNorm, token_directions
 from selfrepair.models import Model
-
-#: ``(layer, z) → z`` of the same shape ``[prompt, position, head, d_head]`` to put in its place.
-Replacement = Callable[[int, Tensor], Tensor]
+from selfrepair.replacement import Replacement
+from selfrepair.replay import Replay, carry, run_clean, watching
 
 #: Prompts, times heads ablated, in one forward pass on the CPU: more only spills out of the caches.
 CPU_ROWS = 8
-
-
-@dataclass(frozen=True)
-class CleanRun:
-    """What one clean pass leaves for the ablations; lists are by layer.
-
-    ``attention_outputs`` are the output projections' (bias included), ``z`` their inputs.
-    """
-
-    residuals: list[Float[Tensor, "prompt position d_model"]]
-    z: list[Float[Tensor, "prompt position head d_head"]]
-    attention_outputs: list[Float[Tensor, "prompt position d_model"]]
-    final_residual: Float[Tensor, "prompt position d_model"]
 
 
 @dataclass(frozen=True)
@@ -52,72 +37,6 @@ class HeadAblations:
     self_repair_mlps: Tensor
     sigma_ablated: Tensor
     sigma_clean: Tensor
-
-
-class Replay:
-    """Runs single blocks with the arguments that the model itself gives them.
-
-    The arguments (masks, rotary tables, position ids) are recorded on a pass over one prompt: their
-    batch dimension is 1 and broadcasts over any batch of unpadded prompts of the same length.
-    """
-
-    def __init__(self, model: Model, prompt_len: int):
-        self.model = model
-        self._arguments: list[tuple[tuple, dict]] = []
-
-        def record(_: nn.Module, positional: tuple, named: dict) -> None:
-            self._arguments.append((positional[1:], {k: v for k, v in named.items() if k != "hidden_states"}))
-
-        handles = [block.register_forward_pre_hook(record, with_kwargs=True) for block in model.blocks]
-        try:
-            tokens = torch.zeros(1, prompt_len, dtype=torch.long, device=model.device)
-            model.hf.base_model(input_ids=tokens, use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def block(self, layer: int, residual: Float[Tensor, "batch position d_model"]) -> Float[Tensor, "batch position d_model"]:
-        """Output of block ``layer`` for the residual stream before it."""
-        positional, named = self._arguments[layer]
-        output = self.model.blocks[layer](residual, *positional, **named)
-        return output[0] if isinstance(output, tuple) else output
-
-    def block_given_attention(
-        self, layer: int, residual: Float[Tensor, "batch position d_model"], attention_output: Float[Tensor, "batch position d_model"]
-    ) -> Float[Tensor, "batch position d_model"]:
-        """The same with the attention's output given instead of computed."""
-        attention = self.model.attentions[layer]
-        attention.forward = lambda *_, **__: (attention_output, None)
-        try:
-            return self.block(layer, residual)
-        finally:
-            del attention.forward
-
-
-@torch.no_grad()
-def run_clean(model: Model, tokens: Int[Tensor, "prompt position"]) -> CleanRun:
-    """The clean pass over ``tokens``, without the unembedding."""
-    residuals: list[Tensor] = []
-    z: list[Tensor] = []
-    outputs: list[Tensor] = []
-    final: list[Tensor] = []
-
-    def before_block(_: nn.Module, positional: tuple, named: dict) -> None:
-        residuals.append(positional[0] if positional else named["hidden_states"])
-
-    def after_projection(_: nn.Module, positional: tuple, output: Tensor) -> None:
-        z.append(positional[0].unflatten(-1, (model.n_heads, -1)))
-        outputs.append(output)
-
-    handles = [block.register_forward_pre_hook(before_block, with_kwargs=True) for block in model.blocks]
-    handles += [projection.register_forward_hook(after_projection) for projection in model.output_projections]
-    handles.append(model.final_norm.register_forward_pre_hook(lambda _, positional: final.append(positional[0])))
-    try:
-        model.hf.base_model(input_ids=tokens, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return CleanRun(residuals, z, outputs, final[0])
 
 
 @torch.no_grad()
@@ -161,7 +80,9 @@ def ablate_heads(
         for chunk in _chunks(model, tokens.shape[0], rows):
             with chunk as (first, last):
                 delta = torch.einsum("pkhe,hed->hpkd", change[:, :, first:last], W_O[first:last])
-                final, downstream = _carry(model, replay, clean, layer, delta, read)
+                downstream = torch.zeros_like(heads[first:last])
+                with watching(model.output_projections[layer + 1 :], lambda _, __, output, total=downstream: _add(total, read, output)):
+                    final = carry(model, replay, clean, layer, delta)
                 heads[first:last] = (downstream - sum(attention_read[layer + 1 :], torch.zeros_like(clean_read))) / sigma
                 reads[first:last] = read(final) - clean_read
                 sigmas[first:last] = norm.sigma(final[..., :-1, :])
@@ -186,38 +107,8 @@ def rows_that_fit(model: Model, prompt_len: int) -> int:
     return max(1, free // (2 * prompt_len * width * model.dtype.itemsize))
 
 
-def _carry(
-    model: Model,
-    replay: Replay,
-    clean: CleanRun,
-    layer: int,
-    delta: Float[Tensor, "variant prompt position d_model"],
-    read: Callable[[Tensor], Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Final residuals after adding ``delta`` to the attention output of ``layer``, and Σ ``u · attention`` above it."""
-    n = delta.shape[0]
-    if model.parallel:
-        after = clean.residuals[layer + 1] if layer + 1 < model.n_layers else clean.final_residual
-        residual = (after + delta).flatten(0, 1)
-    else:
-        before = clean.residuals[layer].expand(n, -1, -1, -1).flatten(0, 1)
-        residual = replay.block_given_attention(layer, before, (clean.attention_outputs[layer] + delta).flatten(0, 1))
-    attention = read(torch.zeros_like(delta))
-    for above in range(layer + 1, model.n_layers):
-        with _output_of(model.output_projections[above]) as output:
-            residual = replay.block(above, residual)
-        attention += read(output[0].unflatten(0, (n, -1)))
-    return residual.unflatten(0, (n, -1)), attention
-
-
-@contextmanager
-def _output_of(module: nn.Module) -> Iterator[list[Tensor]]:
-    seen: list[Tensor] = []
-    handle = module.register_forward_hook(lambda _, __, output: seen.append(output))
-    try:
-        yield seen
-    finally:
-        handle.remove()
+def _add(total: Float[Tensor, "variant prompt read_position"], read: Callable[[Tensor], Tensor], output: Tensor) -> None:
+    total += read(output.unflatten(0, total.shape[:2]))
 
 
 def _chunks(model: Model, n_prompts: int, rows: int) -> Iterator[_Chunk]:

@@ -61,6 +61,7 @@ class Model:
     blocks: list[nn.Module]
     attentions: list[nn.Module]
     output_projections: list[nn.Module]
+    mlp_output_projections: list[nn.Module]
     final_norm: nn.Module
     value_biases: list[Float[Tensor, "head d_head"]]
     n_heads: int
@@ -100,6 +101,11 @@ class Model:
         projection = self.output_projections[layer]
         weight = projection.weight if isinstance(projection, Conv1D) else projection.weight.T
         return weight.unflatten(0, (self.n_heads, -1))
+
+    def W_out(self, layer: int) -> Float[Tensor, "neuron d_model"]:
+        """Output projection of the MLP of ``layer``; neuron ``n`` writes ``act_n W_out[n]``."""
+        projection = self.mlp_output_projections[layer]
+        return projection.weight if isinstance(projection, Conv1D) else projection.weight.T
 
     def weights_hash(self) -> str:
         """SHA-256 of every weight's name and bytes."""
@@ -160,6 +166,7 @@ def name_parts(name: str, bridge: TransformerBridge) -> Model:
         blocks=[twin(block) for block in bridge.blocks],
         attentions=[twin(block.attn) for block in bridge.blocks],
         output_projections=[twin(block.attn.o) for block in bridge.blocks],
+        mlp_output_projections=[twin(block.mlp.out) for block in bridge.blocks],
         final_norm=twin(bridge.ln_final),
         value_biases=biases,
         n_heads=n_heads,

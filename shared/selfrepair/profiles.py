@@ -10,7 +10,7 @@ import yaml
 
 from selfrepair.errors import UserError
 from selfrepair.paths import PROFILES
-from selfrepair.sweep import ABLATIONS
+from selfrepair.replacement import ABLATIONS
 
 
 @dataclass(frozen=True)

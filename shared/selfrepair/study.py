@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pandas as pd
 import xarray as xr
+from filelock import FileLock
 from transformers.utils import logging
 
 from selfrepair.breakdown import heads_table
 from selfrepair.claims import to_markdown
-from selfrepair.corpora import load_tokens
-from selfrepair.models import load_model
+from selfrepair.corpora import Prompts, load_tokens
+from selfrepair.models import Model, load_model
 from selfrepair.paths import REPOSITORY
 from selfrepair.profiles import Profile, load_profile
 from selfrepair.results import open_store, write_atomically
@@ -38,6 +39,7 @@ class Study:
         seed: int = 0,
         device: str = "auto",
         ablation: str | None = None,
+        fraction: float | None = None,
         out_dir: str | None = None,
     ) -> Study:
         """The profile with whatever is not ``None`` in its place; results go to ``results/<profile>`` by default.
@@ -52,16 +54,21 @@ class Study:
             changes["ablations"] = [ablation]
         if n_prompts is not None:
             changes["n_prompts"] = n_prompts
+        if fraction is not None:
+            changes["fraction"] = fraction
         folder = REPOSITORY / "results" / Path(profile).stem if out_dir is None else Path(out_dir)
         return cls(dataclasses.replace(load_profile(profile), **changes), seed, device, folder)
 
-    def sweep(self, model: str, ablation: str) -> xr.Dataset:
-        """The sweep of one model, from disk if it is there already."""
+    def load(self, model: str) -> tuple[Model, Prompts]:
+        """A model of the profile and the prompts to measure it on."""
         logging.disable_progress_bar()
         loaded = load_model(model, self.device)
         p = self.profile
-        prompts = load_tokens(loaded.tokenizer, dataset=p.dataset, n_prompts=p.n_prompts, prompt_len=p.prompt_len, seed=self.seed)
-        return open_store(sweep(loaded, prompts, ablation, self.out_dir / "sweeps", self.seed, progress=False))
+        return loaded, load_tokens(loaded.tokenizer, dataset=p.dataset, n_prompts=p.n_prompts, prompt_len=p.prompt_len, seed=self.seed)
+
+    def sweep(self, model: str, ablation: str) -> xr.Dataset:
+        """The sweep of one model, from disk if it is there already."""
+        return open_store(sweep(*self.load(model), ablation, self.out_dir / "sweeps", self.seed, progress=False))
 
     def sweeps(self, ablation: str) -> dict[str, xr.Dataset]:
         """The sweeps of every model."""
@@ -75,7 +82,14 @@ class Study:
         return table
 
     def write_claims(self, table: pd.DataFrame) -> None:
-        """Writes ``figures/claims.csv`` and ``.md``."""
-        folder = self.out_dir / "figures"
-        write_atomically(folder / "claims.csv", table.to_csv(index=False).encode())
-        write_atomically(folder / "claims.md", (to_markdown(table) + "\n").encode())
+        """Keeps one notebook's claims, and writes all notebooks' so far to ``figures/claims.csv`` and ``.md``."""
+        parts = self.out_dir / "claims"
+        (notebook,) = set(table["notebook"])
+        parts.mkdir(parents=True, exist_ok=True)
+        with FileLock(parts / "claims.lock"):  # notebooks may run side by side
+            write_atomically(parts / f"{notebook}.csv", table.to_csv(index=False).encode())
+            tables = [pd.read_csv(part, dtype=str, keep_default_na=False) for part in sorted(parts.glob("*.csv"))]
+            whole = pd.concat(tables, ignore_index=True)
+            folder = self.out_dir / "figures"
+            write_atomically(folder / "claims.csv", whole.to_csv(index=False).encode())
+            write_atomically(folder / "claims.md", (to_markdown(whole) + "\n").encode())

@@ -8,21 +8,22 @@ from pathlib import Path
 import numpy as np
 import torch
 import xarray as xr
+from filelock import FileLock
 from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
 from selfrepair import __version__, results
-from selfrepair.ablation import HeadAblations, Replacement, ablate_heads, rows_that_fit, run_clean
+from selfrepair.ablation import HeadAblations, ablate_heads, rows_that_fit
 from selfrepair.corpora import Prompts
 from selfrepair.direct_effect import FinalNorm, token_directions
 from selfrepair.errors import UserError
 from selfrepair.models import Model
+from selfrepair.replacement import mean_z, pairs_that_fit, partner_batches, replacement_for
+from selfrepair.replay import run_clean
 
-ABLATIONS = ("resample", "mean", "zero")
 SHARD_PAIRS = 16
-CLEAN_RUN_BYTES = 1 << 30
-CODE = ("ablation.py", "direct_effect.py", "kernels.py", "models.py", "sweep.py")
+CODE = ("ablation.py", "direct_effect.py", "kernels.py", "models.py", "replacement.py", "replay.py", "sweep.py")
 
 
 def sweep(model: Model, prompts: Prompts, ablation: str, out: str | Path, seed: int = 0, progress: bool = True) -> Path:
@@ -40,27 +41,29 @@ def sweep(model: Model, prompts: Prompts, ablation: str, out: str | Path, seed: 
     attributes = describe(model, prompts, ablation, seed)
     name = f"{model.name.strip('/').replace('/', '--')}-{ablation}-{results.identity(attributes)}"
     path = Path(out) / f"{name}.zarr"
-    if path.exists() and _intact(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):  # a run beside this one that wants the same store waits for it
+        if path.exists() and _intact(path):
+            return path
+        check_identity(model, tokens[:2])
+        shards = results.Shards(Path(out) / f"{name}.shards")
+        half = len(tokens) // 2
+        starts = range(0, half, SHARD_PAIRS)
+        found: dict[int, dict[str, np.ndarray]] = {}
+        means: list[Tensor] | None = None
+        for start in tqdm(starts, desc=f"{model.name} {ablation}", unit="shard", disable=not progress):
+            pairs = torch.arange(start, min(start + SHARD_PAIRS, half))
+            shard = shards.read(f"{start:06d}")
+            if shard is None:
+                if ablation == "mean" and means is None:
+                    means = _saved_mean_z(model, tokens, shards)
+                shard = _ablate_pairs(model, tokens, pairs, half, ablation, means)
+                shards.write(f"{start:06d}", shard)
+            found[start] = shard
+        dataset = _merge(found, half, tokens, attributes)
+        results.write_store(dataset, path)
+        shards.remove()
         return path
-    check_identity(model, tokens[:2])
-    shards = results.Shards(Path(out) / f"{name}.shards")
-    half = len(tokens) // 2
-    starts = range(0, half, SHARD_PAIRS)
-    found: dict[int, dict[str, np.ndarray]] = {}
-    mean_z: list[Tensor] | None = None
-    for start in tqdm(starts, desc=f"{model.name} {ablation}", unit="shard", disable=not progress):
-        pairs = torch.arange(start, min(start + SHARD_PAIRS, half))
-        shard = shards.read(f"{start:06d}")
-        if shard is None:
-            if ablation == "mean" and mean_z is None:
-                mean_z = _mean_z(model, tokens, shards)
-            shard = _ablate_pairs(model, tokens, pairs, half, ablation, mean_z)
-            shards.write(f"{start:06d}", shard)
-        found[start] = shard
-    dataset = _merge(found, half, tokens, attributes)
-    results.write_store(dataset, path)
-    shards.remove()
-    return path
 
 
 def describe(model: Model, prompts: Prompts, ablation: str, seed: int) -> dict[str, object]:
@@ -78,18 +81,6 @@ def describe(model: Model, prompts: Prompts, ablation: str, seed: int) -> dict[s
         "version": __version__,
         "code": results.code_version(*CODE),
     }
-
-
-def replacement_for(ablation: str, model: Model, mean_z: list[Tensor] | None) -> Replacement:
-    """What takes the place of ``z``, for a batch whose second half holds the partners of its first."""
-    match ablation:
-        case "resample":
-            return lambda layer, z: z.roll(z.shape[0] // 2, dims=0)
-        case "mean":
-            return lambda layer, z: mean_z[layer].to(z.dtype).expand_as(z)
-        case "zero":
-            return lambda layer, z: model.value_biases[layer].expand_as(z)
-    raise UserError(f"unknown ablation '{ablation}'; known are {', '.join(ABLATIONS)}")
 
 
 def _checked_tokens(model: Model, prompts: Prompts, ablation: str) -> Tensor:
@@ -133,19 +124,14 @@ def _intact(path: Path) -> bool:
     return True
 
 
-def _pairs_per_batch(model: Model, prompt_len: int) -> int:
-    one_prompt = 3 * model.n_layers * prompt_len * model.hf.config.hidden_size * model.dtype.itemsize
-    return max(1, min(SHARD_PAIRS, rows_that_fit(model, prompt_len) // 2, CLEAN_RUN_BYTES // (2 * one_prompt)))
-
-
 def _ablate_pairs(
-    model: Model, tokens: Tensor, pairs: Tensor, half: int, ablation: str, mean_z: list[Tensor] | None
+    model: Model, tokens: Tensor, pairs: Tensor, half: int, ablation: str, means: list[Tensor] | None
 ) -> dict[str, np.ndarray]:
-    parts: list[HeadAblations] = []
-    batches = pairs.split(_pairs_per_batch(model, tokens.shape[1]))
-    for batch in batches:
-        both = torch.cat([batch, batch + half])
-        parts.append(ablate_heads(model, tokens[both], replacement_for(ablation, model, mean_z)))
+    at_once = max(1, min(rows_that_fit(model, tokens.shape[1]) // 2, pairs_that_fit(model, tokens.shape[1])))
+    own = torch.cat([pairs, pairs + half])
+    parts = [
+        ablate_heads(model, tokens[own[batch]], replacement_for(ablation, model, means)) for batch in partner_batches(len(own), at_once)
+    ]
     shard = {}
     for field in dataclasses.fields(HeadAblations):
         axis = 0 if field.name == "sigma_clean" else 2
@@ -155,16 +141,10 @@ def _ablate_pairs(
     return shard
 
 
-@torch.no_grad()
-def _mean_z(model: Model, tokens: Tensor, shards: results.Shards) -> list[Float[Tensor, "head d_head"]]:
-    """Mean of ``z`` over all prompts and positions of the run, accumulated in float64."""
+def _saved_mean_z(model: Model, tokens: Tensor, shards: results.Shards) -> list[Float[Tensor, "head d_head"]]:
     saved = shards.read("mean_z")
     if saved is None:
-        total: list[Tensor] = []
-        for batch in tokens.split(2 * _pairs_per_batch(model, tokens.shape[1])):
-            sums = [z.double().sum((0, 1)) for z in run_clean(model, batch).z]
-            total = [a + b for a, b in zip(total, sums, strict=True)] if total else sums
-        saved = {str(layer): (z / tokens.numel()).cpu().numpy() for layer, z in enumerate(total)}
+        saved = {str(layer): z.cpu().numpy() for layer, z in enumerate(mean_z(model, tokens))}
         shards.write("mean_z", saved)
     return [torch.from_numpy(saved[str(layer)]).to(model.device) for layer in range(model.n_layers)]
 

@@ -1,45 +1,25 @@
-"""The figures: seaborn and matplotlib, colour-blind-safe, saved as PNG and PDF."""
+"""Figures of notebook 01: self-repair of every head of every model."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from selfrepair.breakdown import layer_means
-
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-
-
-def use_style() -> None:
-    """Sizes that stay readable at column width, and the colour-blind-safe palette."""
-    sns.set_theme(context="paper", style="ticks", palette="colorblind", font_scale=1.1)
-    plt.rcParams.update(
-        {"figure.dpi": 110, "savefig.dpi": 200, "figure.constrained_layout.use": True, "axes.spines.top": False, "axes.spines.right": False}
-    )
-
-
-def save(figure: Figure, out_dir: Path, name: str) -> None:
-    """Writes ``figures/<name>.png`` and ``.pdf`` under ``out_dir``."""
-    folder = out_dir / "figures"
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / f"{name}.png", metadata={"Software": None})
-    figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
+from selfrepair.plots.style import looks
 
 
 def self_repair_by_depth(panels: dict[str, pd.DataFrame]) -> Figure:
     """Self-repair (logits) of every head against relative depth, with layer means; one panel per table (R&N Fig. 1)."""
     figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4.8), squeeze=False)
-    looks = _looks(panels)
+    look = looks(model for table in panels.values() for model in table["model"])
     for axis, (title, table) in zip(axes[0], panels.items(), strict=True):
         means = layer_means(table)
         for i, (model, rows) in enumerate(table.groupby("model", sort=False)):
-            colour, marker = looks[model]
+            colour, marker = look[model]
             depth = rows["layer"] / max(1, rows["layer"].max())
             axis.scatter(depth + 0.008 * (i - 2), rows["self_repair"], s=9, color=colour, alpha=0.35, linewidths=0)
             here = means[means["model"] == model]
@@ -60,7 +40,7 @@ def effect_against_change(panels: dict[str, pd.DataFrame]) -> Figure:
     columns = min(2, len(panels))
     rows_of_panels = -(-len(panels) // columns)
     figure, axes = plt.subplots(rows_of_panels, columns, figsize=(4.6 * columns, 3.6 * rows_of_panels + 0.7), squeeze=False)
-    looks = _looks(panels)
+    look = looks(model for table in panels.values() for model in table["model"])
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     for axis, (title, table) in zip(axes.flat, panels.items(), strict=False):
@@ -70,7 +50,7 @@ def effect_against_change(panels: dict[str, pd.DataFrame]) -> Figure:
         axis.plot(line, -line, color="0.3", lw=1, ls="--", label="no repair: $y = -x$")
         axis.axhline(0, color="0.3", lw=0.8)
         for model, rows in table.groupby("model", sort=False):
-            colour, marker = looks[model]
+            colour, marker = look[model]
             axis.scatter(
                 rows["direct_effect"], rows["logit_change"], s=13, color=colour, marker=marker, alpha=0.6, linewidths=0, label=model
             )
@@ -83,12 +63,6 @@ def effect_against_change(panels: dict[str, pd.DataFrame]) -> Figure:
     entries = {label: handle for axis in axes.flat[: len(panels)] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncol=4, frameon=False, fontsize=8)
     return figure
-
-
-def _looks(panels: dict[str, pd.DataFrame]) -> dict[str, tuple[str, str]]:
-    """Colour and marker of each model, the same in every panel and no two alike."""
-    models = pd.unique(pd.concat([table["model"] for table in panels.values()]))
-    return {model: (f"C{i % 10}", MARKERS[i % len(MARKERS)]) for i, model in enumerate(models)}
 
 
 def _symmetric_log(axis: Axes, values: pd.Series) -> None:
