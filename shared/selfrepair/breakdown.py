@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import xarray as xr
+from jaxtyping import Bool, Float
 
 from selfrepair.statistics import bootstrap_ratio, bootstrap_weights, clipped_share, select_top
 
@@ -16,6 +17,13 @@ def with_self_repair(sweep: xr.Dataset) -> xr.Dataset:
     repair = sweep.logit_change - (sweep.ablated_direct_effect - sweep.direct_effect)
     layernorm = repair - sweep.self_repair_heads - sweep.self_repair_mlps
     return sweep.assign(self_repair=repair, self_repair_layernorm=layernorm)
+
+
+def select_each_top(
+    direct_effect: Float[np.ndarray, "layer head prompt position"], fraction: float
+) -> Bool[np.ndarray, "layer head prompt position"]:
+    """:func:`select_top` for every head."""
+    return np.stack([[select_top(head, fraction) for head in layer] for layer in direct_effect])
 
 
 def heads_table(sweep: xr.Dataset, fraction: float = 0.02, n_bootstrap: int = 1000, seed: int = 0) -> pd.DataFrame:
@@ -76,3 +84,10 @@ def layer_means(table: pd.DataFrame) -> pd.DataFrame:
     means = table.drop(columns="head").groupby(["model", "layer"], sort=False).mean(numeric_only=True).reset_index()
     depth = means.groupby("model")["layer"].transform("max").clip(lower=1)
     return means.assign(relative_depth=means["layer"] / depth)
+
+
+def strongest_head(table: pd.DataFrame, layer: int) -> tuple[int, int]:
+    """``(layer, head)`` with the largest mean direct effect in a layer of one model's heads table; -1 is the last layer."""
+    layer = range(table["layer"].max() + 1)[layer]
+    here = table[table["layer"] == layer]
+    return layer, int(here.loc[here["direct_effect"].idxmax(), "head"])

@@ -9,8 +9,8 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Float
 
-from selfrepair.breakdown import with_self_repair
-from selfrepair.statistics import bootstrap_weights, select_top
+from selfrepair.breakdown import select_each_top, with_self_repair
+from selfrepair.statistics import bootstrap_weights, selected_means
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,8 @@ class HeadMeans:
         n_prompts = sweep.sizes["prompt"]
         weights = np.concatenate([np.ones((1, n_prompts)), bootstrap_weights(n_prompts, n_bootstrap, seed)])
         effect, repair = (sweep[name].values.astype(np.float64) for name in ("direct_effect", "self_repair"))
-        chosen = np.stack([[select_top(head, fraction) for head in layer] for layer in effect])
-        counts = chosen.sum(-1) @ weights.T
-        means = [np.where(chosen, values, 0).sum(-1) @ weights.T / np.where(counts, counts, np.nan) for values in (repair, effect)]
-        return cls(*means)
+        chosen = select_each_top(effect, fraction)
+        return cls(*(selected_means(values, chosen, weights) for values in (repair, effect)))
 
     @classmethod
     def of_table(cls, table: pd.DataFrame) -> HeadMeans:

@@ -30,6 +30,17 @@ def clipped_share(part: Float[np.ndarray, "*token"], direct_effect: Float[np.nda
     return np.clip(ratio, 0, 1)
 
 
+def selected_means(
+    values: Float[np.ndarray, "layer head prompt position"],
+    chosen: Bool[np.ndarray, "layer head prompt position"],
+    weights: Float[np.ndarray, "sample prompt"],
+) -> Float[np.ndarray, "layer head sample"]:
+    """Mean of each head's chosen tokens for each sample of prompts; NaN where a sample has none of them."""
+    totals = np.where(chosen, values, 0).sum(-1) @ weights.T
+    counts = chosen.sum(-1) @ weights.T
+    return totals / np.where(counts, counts, np.nan)
+
+
 def bootstrap_weights(n_prompts: int, n_samples: int = 1000, seed: int = 0) -> Float[np.ndarray, "sample prompt"]:
     """How often each prompt is drawn in each bootstrap sample of ``n_prompts`` prompts."""
     rng = np.random.Generator(np.random.PCG64(seed))

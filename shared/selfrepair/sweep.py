@@ -70,6 +70,7 @@ def describe(model: Model, prompts: Prompts, ablation: str, seed: int) -> dict[s
     """Everything that determines a sweep's numbers."""
     return {
         "model": model.name,
+        "architecture": model.hf.config.model_type,
         "weights_sha256": model.weights_hash(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "corpus": prompts.source,
