@@ -70,7 +70,7 @@ def test_failing_cell_is_named_and_the_others_run(tmp_path, monkeypatch, capsys)
         )
         nbformat.write(notebook, tmp_path / f"{name}.ipynb")
     monkeypatch.setattr(notebooks, "NOTEBOOKS", tmp_path)
-    assert main(["notebooks", "--out", str(tmp_path / "out")]) == 1
+    assert main(["notebooks", "--only", "0", "--out", str(tmp_path / "out")]) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert "01_breaks: cell 3 failed with ZeroDivisionError" in last
     done = json.loads((tmp_path / "out" / "notebooks" / "02_works.ipynb").read_text())

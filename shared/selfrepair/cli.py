@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -173,13 +174,15 @@ def _notebooks(options: argparse.Namespace) -> None:
         raise UserError(f"jobs must be at least 1, not {options.jobs}")
     from selfrepair.disk import disk_full_is_said
     from selfrepair.notebooks import run_notebooks
-    from selfrepair.paths import REPOSITORY
-    from selfrepair.profiles import load_profile
+    from selfrepair.study import Study
 
-    load_profile(options.profile)
-    out = options.out or REPOSITORY / "results" / Path(options.profile).stem
+    study = Study.of(options.profile, options.model, out_dir=options.out)
+    out = study.out_dir
     parameters = {} if options.model is None else {"model": options.model}
     with disk_full_is_said(out):
+        if not options.only:  # what most notebooks read, made once, with all cores
+            for model, ablation in itertools.product(study.profile.models, study.profile.ablations):
+                study.sweep(model, ablation, progress=True)
         run_notebooks(options.profile, out, parameters, options.jobs, options.only)
     print(out)
 

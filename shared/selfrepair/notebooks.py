@@ -34,6 +34,8 @@ def run_notebooks(profile: str, out_dir: Path, parameters: dict[str, object], jo
             raise UserError(f"{source.name}: has no parameter {', '.join(sorted(misspelt))}")
     target = out_dir / "notebooks"
     target.mkdir(parents=True, exist_ok=True)
+    if jobs > 1:  # kernels inherit this; more threads than cores, each spinning while it waits, would slow all of them
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // min(jobs, len(sources)))))
     with ThreadPoolExecutor(max_workers=jobs) as pool:
         failures = [failure for failure in pool.map(lambda source: _run(source, target / source.name, parameters), sources) if failure]
     if failures:

@@ -40,7 +40,7 @@ class Study:
         device: str = "auto",
         ablation: str | None = None,
         fraction: float | None = None,
-        out_dir: str | None = None,
+        out_dir: str | Path | None = None,
     ) -> Study:
         """The profile with whatever is not ``None`` in its place; results go to ``results/<profile>`` by default.
 
@@ -66,9 +66,9 @@ class Study:
         p = self.profile
         return loaded, load_tokens(loaded.tokenizer, dataset=p.dataset, n_prompts=p.n_prompts, prompt_len=p.prompt_len, seed=self.seed)
 
-    def sweep(self, model: str, ablation: str) -> xr.Dataset:
+    def sweep(self, model: str, ablation: str, progress: bool = False) -> xr.Dataset:
         """The sweep of one model, from disk if it is there already."""
-        return open_store(sweep(*self.load(model), ablation, self.out_dir / "sweeps", self.seed, progress=False))
+        return open_store(sweep(*self.load(model), ablation, self.out_dir / "sweeps", self.seed, progress))
 
     def sweeps(self, ablation: str) -> dict[str, xr.Dataset]:
         """The sweeps of every model."""
