@@ -118,6 +118,14 @@ def test_head_means_of_a_sweep_equal_the_table():
         assert samples[0] == pytest.approx(again[name][0])
 
 
+def test_layer_intervals_hold_the_layer_means():
+    sweep = fake_sweep()
+    intervals = HeadMeans.of_sweep(sweep, 0.05, n_bootstrap=200).layer_intervals()
+    means = layer_means(heads_table(sweep, 0.05))["self_repair"].to_numpy()
+    assert (intervals["low"] < means).all() and (means < intervals["high"]).all()
+    assert intervals["layer"].tolist() == [0, 1, 2, 3]
+
+
 def test_statistics_by_hand():
     repair = np.array([[-4.0, -2], [0, 0], [1, -1], [2, 4]])[..., None]
     means = HeadMeans(repair, np.full_like(repair, 2.0))

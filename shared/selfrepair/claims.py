@@ -98,8 +98,12 @@ def _range(claim: Claim) -> str:
 
 def to_markdown(table: pd.DataFrame) -> str:
     """The claims table as Markdown, one line per model in the cells that list models."""
-    head = [column for column in table.columns if column not in ("id", "notebook")]
-    lines = ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
-    for row in table[head].itertuples(index=False):
-        lines.append("| " + " | ".join(str(value).replace("; ", "<br>") for value in row) + " |")
+    lines = ["| claim | measured by; holds if | published | measured | verdict |", "| --- | --- | --- | --- | --- |"]
+    for row in table.rename(columns={"holds if": "rule"}).itertuples():
+        cells = (f"{row.claim} ({row.source})", f"{row.statistic}; {row.rule}", row.published, row.measured, f"**{row.verdict}**")
+        lines.append("| " + " | ".join(_lines(cell) for cell in cells) + " |")
     return "\n".join(lines)
+
+
+def _lines(cell: str) -> str:
+    return cell.replace("; ", "<br>").replace("|", "\\|")

@@ -43,6 +43,11 @@ class HeadMeans:
         part = slice(round(first * n), round(last * n))
         return HeadMeans(self.self_repair[part], self.direct_effect[part])
 
+    def layer_intervals(self) -> pd.DataFrame:
+        """95 % interval of each layer's mean self-repair over its heads: ``layer, low, high``."""
+        low, high = np.nanquantile(self.self_repair.mean(1)[:, 1:], [0.025, 0.975], axis=-1)
+        return pd.DataFrame({"layer": np.arange(len(low)), "low": low, "high": high})
+
 
 def head_statistics(heads: HeadMeans) -> dict[str, Float[np.ndarray, " sample"]]:
     """The statistics that the claims of notebook 01 are about; one value per sample."""

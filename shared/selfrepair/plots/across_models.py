@@ -12,8 +12,11 @@ from selfrepair.breakdown import layer_means
 from selfrepair.plots.style import looks
 
 
-def self_repair_by_depth(panels: dict[str, pd.DataFrame]) -> Figure:
-    """Self-repair (logits) of every head against relative depth, with layer means; one panel per table (R&N Fig. 1)."""
+def self_repair_by_depth(panels: dict[str, pd.DataFrame], intervals: dict[str, pd.DataFrame]) -> Figure:
+    """Self-repair (logits) of every head against relative depth, with layer means; one panel per table (R&N Fig. 1).
+
+    ``intervals`` of layer means (``layer, low, high``) are drawn for the models that they are given for.
+    """
     figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4.8), squeeze=False)
     look = looks(model for table in panels.values() for model in table["model"])
     for axis, (title, table) in zip(axes[0], panels.items(), strict=True):
@@ -24,11 +27,19 @@ def self_repair_by_depth(panels: dict[str, pd.DataFrame]) -> Figure:
             axis.scatter(depth + 0.008 * (i - 2), rows["self_repair"], s=9, color=colour, alpha=0.35, linewidths=0)
             here = means[means["model"] == model]
             axis.plot(here["relative_depth"], here["self_repair"], color=colour, marker=marker, ms=5, label=model)
+            if model in intervals:
+                ends = intervals[model]
+                axis.vlines(ends["layer"] / max(1, ends["layer"].max()), ends["low"], ends["high"], color=colour, lw=2, alpha=0.7)
         axis.axhline(0, color="0.4", lw=0.8, ls="--", zorder=0)
         axis.set(title=title, xlabel="relative depth of the ablated head's layer")
         _symmetric_log(axis, table["self_repair"])
         axis.legend(
-            frameon=False, fontsize=8, ncol=3, loc="upper center", bbox_to_anchor=(0.5, -0.16), title="points: heads; lines: layer means"
+            frameon=False,
+            fontsize=8,
+            ncol=3,
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.16),
+            title="points: heads; lines: layer means" + (", bars: 95 % intervals" if set(table["model"]) & set(intervals) else ""),
         )
         axis.get_legend().get_title().set_fontsize(8)
     axes[0, 0].set_ylabel("self-repair (logits)")
