@@ -21,7 +21,7 @@ METRICS = {name: json.loads((MODELS / name / "metrics.json").read_text()) for na
 
 
 def test_family_is_complete():
-    assert set(embedded_models()) >= {"pocket-gpt2", "pocket-pythia", "pocket-llama", "pocket-pythia-small"}
+    assert set(embedded_models()) >= {"pocket-gpt2", "pocket-pythia", "pocket-llama", "pocket-pythia-small", "pocket-gpt2-dropout"}
     assert len(CHECKPOINTS) + 1 == 8 and CHECKPOINTS[0].name == "step-000000"
     for path in sorted((MODELS / "configs").glob("*.yaml")):
         assert load_config(path).name == path.stem

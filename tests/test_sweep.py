@@ -1,10 +1,12 @@
 """Sweeps on disk: donors, batches, identity, resuming, damage, and bad input from the command line."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -162,7 +164,7 @@ def test_damaged_store_is_noticed_and_redone(tmp_path, model):
     assert np.array_equal(open_store(sweep(model, PROMPTS, "zero", tmp_path, progress=False)).logit_change, whole.logit_change)
 
 
-def test_killed_at_any_moment_goes_on_to_the_same_bytes(tmp_path, folder, token_file):
+def test_killed_while_computing_goes_on_to_the_same_bytes(tmp_path, folder, token_file):
     prompts = tmp_path / "many.npy"
     np.save(prompts, np.tile(PROMPTS.tokens, (12, 1)))
     arguments = [sys.executable, "-m", "selfrepair.cli", *command(folder, prompts, tmp_path / "out")]
@@ -185,6 +187,24 @@ def test_killed_at_any_moment_goes_on_to_the_same_bytes(tmp_path, folder, token_
     for name in VARIABLES:
         assert np.array_equal(a[name], b[name])
     assert a.attrs == b.attrs
+
+
+def test_killed_around_every_step_on_the_disk(tmp_path, folder):
+    prompts, n_shards = tmp_path / "many.npy", 2
+    np.save(prompts, np.tile(PROMPTS.tokens, (2, 1)))
+    script = [sys.executable, str(Path(__file__).with_name("kill_sweep.py")), str(tmp_path / "out")]
+    arguments = ["sweep", "--model", str(folder), "--tokens", str(prompts), "--device", "cpu"]
+    done = subprocess.run([*script, *arguments], capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    moments = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [moment["killed"] for moment in moments] == [True] * (len(moments) - 1) + [False] and len(moments) > 4 * n_shards
+    assert {moment["status"] for moment in moments} == {0}
+    whole = open_store(moments[-1]["store"])
+    for moment in moments:
+        assert moment["computed"] == (0 if moment["kept"] == "all" else n_shards - moment["kept"])
+        assert os.path.basename(moment["store"]) == os.path.basename(moments[-1]["store"])
+        assert open_store(moment["store"]).identical(whole)
+    assert {moment["kept"] for moment in moments} == {0, 1, 2, "all"}
+    assert not list(tmp_path.glob("out/*/*.shards"))
 
 
 def test_heads_command_writes_the_published_columns(tmp_path, folder, token_file, capsys):
