@@ -73,7 +73,8 @@ def claims_table(notebook: str, measured: dict[str, Samples], published: dict[st
             samples = statistics[claim.statistic]
             low, high = np.nanquantile(samples[1:], [0.025, 0.975])
             judgements.append(judge(low, high, claim))
-            results.append(f"{model} {samples[0]:.2f} [{low:.2f}, {high:.2f}] {judgements[-1]}")
+            digits = 2 if max(abs(samples[0]), abs(low), abs(high)) >= 0.1 else 3
+            results.append(f"{model} {samples[0]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}] {judgements[-1]}")
         known = {model: statistics[claim.statistic][0] for model, statistics in (published or {}).items() if claim.statistic in statistics}
         rows.append(
             {
@@ -100,10 +101,16 @@ def to_markdown(table: pd.DataFrame) -> str:
     """The claims table as Markdown, one line per model in the cells that list models."""
     lines = ["| claim | measured by; holds if | published | measured | verdict |", "| --- | --- | --- | --- | --- |"]
     for row in table.rename(columns={"holds if": "rule"}).itertuples():
-        cells = (f"{row.claim} ({row.source})", f"{row.statistic}; {row.rule}", row.published, row.measured, f"**{row.verdict}**")
-        lines.append("| " + " | ".join(_lines(cell) for cell in cells) + " |")
+        cells = (
+            f"{row.claim} ({row.source})",
+            f"{row.statistic}; {row.rule}",
+            _lines(row.published),
+            _lines(row.measured),
+            f"**{row.verdict}**",
+        )
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
 
 
-def _lines(cell: str) -> str:
-    return cell.replace("; ", "<br>").replace("|", "\\|")
+def _lines(models: str) -> str:
+    return models.replace("; ", "<br>")

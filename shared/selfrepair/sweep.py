@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import xarray as xr
 from filelock import FileLock
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
@@ -37,7 +37,8 @@ def sweep(model: Model, prompts: Prompts, ablation: str, out: str | Path, seed: 
         UserError: unknown ablation, odd number of prompts, prompts that do not fit the model, or a
             model for which direct effects do not sum to the logit.
     """
-    tokens = _checked_tokens(model, prompts, ablation)
+    replacement_for(ablation, model, None)
+    tokens = checked_tokens(model, prompts)
     attributes = describe(model, prompts, ablation, seed)
     name = f"{model.name.strip('/').replace('/', '--')}-{ablation}-{results.identity(attributes)}"
     path = Path(out) / f"{name}.zarr"
@@ -45,7 +46,6 @@ def sweep(model: Model, prompts: Prompts, ablation: str, out: str | Path, seed: 
     with FileLock(path.with_suffix(".lock")):  # a run beside this one that wants the same store waits for it
         if path.exists() and _intact(path):
             return path
-        check_identity(model, tokens[:2])
         shards = results.Shards(Path(out) / f"{name}.shards")
         half = len(tokens) // 2
         starts = range(0, half, SHARD_PAIRS)
@@ -84,8 +84,13 @@ def describe(model: Model, prompts: Prompts, ablation: str, seed: int) -> dict[s
     }
 
 
-def _checked_tokens(model: Model, prompts: Prompts, ablation: str) -> Tensor:
-    replacement_for(ablation, model, None)
+def checked_tokens(model: Model, prompts: Prompts) -> Int[Tensor, "prompt position"]:
+    """The prompts on the model's device.
+
+    Raises:
+        UserError: an odd number of prompts, prompts that do not fit the model, or a model for which
+            direct effects do not sum to the logit.
+    """
     tokens = torch.from_numpy(np.ascontiguousarray(prompts.tokens, dtype=np.int64)).to(model.device)
     if len(tokens) < 2 or len(tokens) % 2:
         raise UserError(f"{prompts.source}: {len(tokens)} prompts; an even number of at least 2 is needed")
@@ -93,6 +98,7 @@ def _checked_tokens(model: Model, prompts: Prompts, ablation: str) -> Tensor:
         raise UserError(f"prompts of {tokens.shape[1]} tokens do not fit {model.name}'s context of {model.context_length}")
     if tokens.max() >= model.W_U.shape[0]:
         raise UserError(f"{prompts.source}: token id {int(tokens.max())} is outside {model.name}'s vocabulary of {model.W_U.shape[0]}")
+    check_identity(model, tokens[:2])
     return tokens
 
 
