@@ -15,6 +15,7 @@ from selfrepair import sweep as sweep_module
 from selfrepair.cli import main
 
 STEPS = ((os, "replace"), (os, "rename"), (shutil, "rmtree"))
+REPLACE = os.replace
 
 
 def die_at(moment):
@@ -23,6 +24,8 @@ def die_at(moment):
 
     def wrap(step):
         def wrapped(*arguments, **named):
+            if step is REPLACE and ".unfinished-" in str(arguments[1]):
+                return step(*arguments, **named)  # one of the many small files of a store that is not there yet
             for when in ("before", "after"):
                 if next(count) == moment:
                     os.kill(os.getpid(), signal.SIGKILL)

@@ -1,15 +1,17 @@
 """The notebooks run on other models and seeds, and what is committed is what was run."""
 
 import json
+import re
 
 import nbformat
 import papermill
 import pytest
 
 from selfrepair.cli import main
-from selfrepair.paths import NOTEBOOKS
+from selfrepair.paths import NOTEBOOKS, REPOSITORY
 
-PARAMETERS = {"model", "profile", "n_prompts", "seed", "device", "ablation", "out_dir"}
+PARAMETERS = {"model", "profile", "n_prompts", "seed", "device", "ablation", "fraction", "out_dir"}
+FIGURES = REPOSITORY / "figures"
 ALL = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
 
 
@@ -36,7 +38,11 @@ def test_parameters_have_the_same_names_everywhere(path):
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
 def test_runs_on_another_model_and_seed(path, tmp_path):
-    parameters = {"model": "pocket-pythia-small", "n_prompts": 8, "seed": 1, "ablation": "zero", "out_dir": str(tmp_path / "results")}
+    """And with another ablation, fraction of tokens and, where it has that parameter, head."""
+    parameters = {"model": "pocket-pythia-small", "n_prompts": 8, "seed": 1, "ablation": "zero", "fraction": 0.1}
+    parameters["out_dir"] = str(tmp_path / "results")
+    if "head" in papermill.inspect_notebook(str(path)):
+        parameters["head"] = [1, 2]
     done = papermill.execute_notebook(
         str(path), str(tmp_path / path.name), parameters=parameters, kernel_name="python3", progress_bar=False, cwd=str(tmp_path)
     )
@@ -44,6 +50,33 @@ def test_runs_on_another_model_and_seed(path, tmp_path):
     for suffix in ("png", "pdf"):
         figures = list((tmp_path / "results" / "figures").glob(f"{path.stem[:2]}_*.{suffix}"))
         assert figures and all(figure.stat().st_size > 1000 for figure in figures)
+
+
+def test_committed_claims_are_those_of_the_notebooks_and_the_readme():
+    claims = (FIGURES / "pocket" / "claims.md").read_text()
+    assert claims in (FIGURES.parent / "README.md").read_text()
+    shown = [
+        output.data["text/markdown"]
+        for path in ALL
+        for cell in code_cells(path)
+        for output in cell.outputs
+        if "text/markdown" in output.get("data", {}) and output.data["text/markdown"].startswith("| claim |")
+    ]
+    assert len(shown) == len(ALL)
+    rows = [line for table in shown for line in table.splitlines()[2:]]
+    assert claims.splitlines()[2:] == rows
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+def test_text_is_finished_and_figures_are_committed(path):
+    notebook = nbformat.read(path, as_version=4)
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    assert "TODO" not in text and "**Question.**" in text and "**What it does not show.**" in text
+    saved = set(re.findall(rf'"({path.stem[:2]}_\w+)"\)', "\n".join(cell.source for cell in code_cells(path))))
+    assert saved
+    for name in saved:
+        for suffix in ("png", "pdf"):
+            assert (FIGURES / "pocket" / f"{name}.{suffix}").stat().st_size > 1000
 
 
 def test_bad_requests_are_one_line(tmp_path, capsys):

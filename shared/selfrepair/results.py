@@ -7,7 +7,6 @@ import io
 import json
 import os
 import shutil
-import tempfile
 import uuid
 from pathlib import Path
 
@@ -74,7 +73,8 @@ def write_store(dataset: xr.Dataset, path: Path) -> None:
     """Writes ``dataset`` as a Zarr store with a checksum on every variable; whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     stamped = dataset.assign({name: array.assign_attrs(sha256=_checksum(array.values)) for name, array in dataset.data_vars.items()})
-    unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=path.parent))
+    unfinished = path.with_name(f".unfinished-{path.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
     try:
         stamped.to_zarr(unfinished, mode="w", consolidated=False)
         if path.exists():

@@ -44,9 +44,10 @@ def sweep(model: Model, prompts: Prompts, ablation: str, out: str | Path, seed: 
     path = Path(out) / f"{name}.zarr"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):  # a run beside this one that wants the same store waits for it
-        if path.exists() and _intact(path):
-            return path
         shards = results.Shards(Path(out) / f"{name}.shards")
+        if path.exists() and _intact(path):
+            shards.remove()  # a run killed just before it would have
+            return path
         half = len(tokens) // 2
         starts = range(0, half, SHARD_PAIRS)
         found: dict[int, dict[str, np.ndarray]] = {}
