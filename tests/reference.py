@@ -5,6 +5,8 @@ Nothing here is shared with the library's fast path but the weights.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -160,3 +162,13 @@ def ablate(hf, tokens, layer, head, kind):
         "sigma_clean": s[:, :-1],
         "layernorm_formula": centred_correct_logit(ablated["logits"], tokens) - frozen,
     }
+
+
+def in_float64(hf):
+    """transformers' RMSNorm computes in float32 whatever the dtype (as does its eager attention); the reference must not."""
+    for module in hf.modules():
+        if type(module).__name__ == "LlamaRMSNorm":
+            module.forward = functools.partial(
+                lambda x, norm: norm.weight * x * (x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt(), norm=module
+            )
+    return hf

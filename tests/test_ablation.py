@@ -1,7 +1,6 @@
 """The engine against a slow float64 reference that patches one head at a time with a full forward pass."""
 
 import dataclasses
-import functools
 
 import pytest
 import reference
@@ -20,30 +19,6 @@ from selfrepair.replay import run_clean
 from selfrepair.sweep import check_identity
 
 FIELDS = [field.name for field in dataclasses.fields(HeadAblations)]
-
-
-@pytest.fixture(scope="module")
-def family(tmp_path_factory):
-    """(model, the same in Hugging Face float64) by family and dtype, loaded once."""
-
-    @functools.cache
-    def load(name, dtype=torch.float32):
-        folder = tmp_path_factory.mktemp(name)
-        model = load_family(name, folder, dtype)
-        hf = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float64, attn_implementation="sdpa")
-        return model, in_float64(hf.eval())
-
-    return load
-
-
-def in_float64(hf):
-    """transformers' RMSNorm computes in float32 whatever the dtype (as does its eager attention); the reference must not."""
-    for module in hf.modules():
-        if type(module).__name__ == "LlamaRMSNorm":
-            module.forward = functools.partial(
-                lambda x, norm: norm.weight * x * (x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt(), norm=module
-            )
-    return hf
 
 
 def replacement(kind, model, tokens):

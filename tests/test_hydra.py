@@ -1,6 +1,5 @@
 """The Hydra effect against a slow float64 reference, a model whose compensation is planted, and counts by hand."""
 
-import functools
 import json
 import shutil
 import statistics
@@ -11,8 +10,7 @@ import pytest
 import reference
 import torch
 import xarray as xr
-from families import FAMILIES, VOCAB, load_family
-from test_ablation import in_float64
+from families import FAMILIES, VOCAB
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from selfrepair import hydra
@@ -39,18 +37,6 @@ def made_up_prompts(sizes=((5, 12), (3, 9)), vocab=VOCAB, seed=0):
     n = len(tokens)
     facts = [AskedFact(f"prompt {i}", " answer", "relation", "trained" if i % 2 else "held out") for i in range(n)]
     return FactPrompts(facts, tokens, rng.integers(3, size=n), groups, n, n, 0)
-
-
-@pytest.fixture(scope="module")
-def family(tmp_path_factory):
-    @functools.cache
-    def load(name, dtype=torch.float32):
-        folder = tmp_path_factory.mktemp(name)
-        model = load_family(name, folder, dtype)
-        hf = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float64, attn_implementation="sdpa")
-        return model, in_float64(hf.eval())
-
-    return load
 
 
 # ---------------------------------------------------------------- the slow way

@@ -1,19 +1,17 @@
 """Notebook 05's quantities against slow references: plain Hugging Face models in float64, one hook and one full pass at a time."""
 
 import csv
-import functools
 
 import matplotlib
 import numpy as np
 import pytest
 import reference
 import torch
-from families import FAMILIES, load_family, random_tokens
+from families import FAMILIES, random_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import _out_matrix, _parts
-from test_ablation import in_float64
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from selfrepair import iterative
 from selfrepair.claims import load_claims
@@ -27,20 +25,6 @@ from selfrepair.replay import Replay
 
 matplotlib.use("agg")
 HEADS = 4
-
-
-@pytest.fixture(scope="module")
-def family(tmp_path_factory):
-    """(model, the same in Hugging Face float64) by family and dtype, loaded once."""
-
-    @functools.cache
-    def load(name, dtype=torch.float32):
-        folder = tmp_path_factory.mktemp(name)
-        model = load_family(name, folder, dtype)
-        hf = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float64, attn_implementation="sdpa")
-        return model, in_float64(hf.eval())
-
-    return load
 
 
 def prompts(n=6, length=12, seed=0):
@@ -360,7 +344,7 @@ def loss_of(hf, tokens):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_gradients_equal_central_differences(family, name):
     model, hf = family(name, torch.float64)
-    in_float64(model.hf)
+    reference.in_float64(model.hf)
     tokens = random_tokens(2, 7)
     _, gradients = iterative.residual_gradients(model, Replay(model, 7), tokens)
     blocks = _parts(hf)[0]

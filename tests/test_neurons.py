@@ -13,8 +13,6 @@ import torch
 from families import FAMILIES, load_family, random_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_ablation import in_float64
-from transformers import AutoModelForCausalLM
 
 from selfrepair import neurons
 from selfrepair.ablation import ablate_heads
@@ -28,20 +26,6 @@ from selfrepair.results import open_store
 from selfrepair.sweep import sweep
 
 N_LAYERS, N_HEADS = 3, 4
-
-
-@pytest.fixture(scope="module")
-def family(tmp_path_factory):
-    """(model, the same in Hugging Face float64) by family and dtype, loaded once."""
-
-    @functools.cache
-    def load(name, dtype=torch.float32):
-        folder = tmp_path_factory.mktemp(name)
-        model = load_family(name, folder, dtype)
-        hf = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float64, attn_implementation="sdpa")
-        return model, in_float64(hf.eval())
-
-    return load
 
 
 def later(name, layer):

@@ -94,6 +94,12 @@ def test_independent_of_the_batch_size(tmp_path, model, kind, monkeypatch):
             np.testing.assert_allclose(stores[0][name], other[name], rtol=1e-5, atol=1e-5)
 
 
+def test_store_of_a_hub_model_lies_in_no_folder_of_its_own():
+    name = results.store_name("EleutherAI/pythia-160m", "zero", {"seed": 0})
+    assert name.startswith("EleutherAI--pythia-160m-zero-") and "/" not in name
+    assert name != results.store_name("EleutherAI/pythia-160m", "zero", {"seed": 1})
+
+
 def test_attributes_say_what_made_the_numbers(tmp_path, model):
     attributes = open_store(sweep(model, PROMPTS, "zero", tmp_path, seed=3, progress=False)).attrs
     assert attributes["model"] == "tiny-gpt2" and attributes["ablation"] == "zero" and attributes["seed"] == 3

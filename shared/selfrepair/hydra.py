@@ -119,7 +119,7 @@ def layer_effects(model: Model, prompts: FactPrompts, ablation: str, folder: Pat
         "version": __version__,
         "code": results.code_version(*CODE),
     }
-    path = folder / f"{model.name}-{ablation}-{results.identity(attributes)}.zarr"
+    path = folder / f"{results.store_name(model.name, ablation, attributes)}.zarr"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         if not path.exists():

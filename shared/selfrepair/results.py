@@ -24,6 +24,11 @@ def identity(attributes: dict[str, object]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def store_name(model: str, ablation: str, attributes: dict[str, object]) -> str:
+    """File name, without suffix, of what was measured on a model: readable, and another for other ``attributes``."""
+    return f"{model.strip('/').replace('/', '--')}-{ablation}-{identity(attributes)}"
+
+
 def code_version(*modules: str) -> str:
     """Hash of the source of library modules, by file name: it changes when the code that makes the numbers does."""
     folder = Path(__file__).parent

@@ -40,7 +40,7 @@ def sweep(model: Model, prompts: Prompts, ablation: str, out: str | Path, seed: 
     replacement_for(ablation, model, None)
     tokens = checked_tokens(model, prompts)
     attributes = describe(model, prompts, ablation, seed)
-    name = f"{model.name.strip('/').replace('/', '--')}-{ablation}-{results.identity(attributes)}"
+    name = results.store_name(model.name, ablation, attributes)
     path = Path(out) / f"{name}.zarr"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):  # a run beside this one that wants the same store waits for it
