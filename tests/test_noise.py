@@ -1,6 +1,5 @@
 """Notebook 02's numbers against plain loops over float64 forward passes, repeated samples and textbook formulas."""
 
-import functools
 import itertools
 import math
 import statistics
@@ -13,11 +12,10 @@ import pytest
 import reference
 import torch
 import xarray as xr
-from families import FAMILIES, load_family, random_tokens
+from families import FAMILIES, random_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_ablation import in_float64
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from selfrepair import noise
 from selfrepair.claims import claims_table, load_claims
@@ -39,21 +37,6 @@ def no_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         yield
     plt.close("all")
-
-
-@pytest.fixture(scope="module")
-def family(tmp_path_factory):
-    """(model, the same in Hugging Face float64) by family, loaded once."""
-
-    @functools.cache
-    def load(name):
-        folder = tmp_path_factory.mktemp(name)
-        model = load_family(name, folder)
-        return model, in_float64(
-            AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float64, attn_implementation="sdpa").eval()
-        )
-
-    return load
 
 
 def fake_sweep(layers=4, heads=3, prompts=8, positions=40, seed=0, shift=0.0):

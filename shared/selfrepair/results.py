@@ -8,10 +8,12 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import xarray as xr
+from filelock import FileLock
 
 from selfrepair.errors import UserError
 
@@ -72,6 +74,18 @@ class Shards:
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def kept(folder: Path, name: str, compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The arrays that ``compute()`` gives: from ``folder`` if they are there whole under ``name``, else computed and kept there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = Shards(folder)
+    with FileLock(folder / f"{name}.lock"):
+        arrays = shards.read(name)
+        if arrays is None:
+            arrays = compute()
+            shards.write(name, arrays)
+        return arrays
 
 
 def write_store(dataset: xr.Dataset, path: Path) -> None:

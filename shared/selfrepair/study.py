@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar, get_origin, get_type_hints
 
+import numpy as np
 import pandas as pd
 import xarray as xr
 from filelock import FileLock
@@ -17,8 +20,10 @@ from selfrepair.corpora import Prompts, load_tokens
 from selfrepair.models import Model, load_model
 from selfrepair.paths import REPOSITORY
 from selfrepair.profiles import Profile, load_profile
-from selfrepair.results import open_store, write_atomically
-from selfrepair.sweep import sweep
+from selfrepair.results import code_version, kept, open_store, store_name, write_atomically
+from selfrepair.sweep import CODE, sweep
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,27 @@ class Study:
         """The sweeps of every model."""
         return {model: self.sweep(model, ablation) for model in self.profile.models}
 
+    def measure(self, what: Callable[..., T], model: str, *arguments: object) -> T:
+        """``what(model, prompts, *arguments)`` for one model, from ``measured/`` if it was measured before.
+
+        ``what`` is a function of the library that returns a dataclass of arrays, ints, and lists of ints or int tuples.
+        """
+        loaded, prompts = self.load(model)
+        attributes = {
+            "arguments": arguments,
+            "weights_sha256": loaded.weights_hash(),
+            "dtype": str(loaded.dtype),
+            "tokens_sha256": prompts.sha256,
+            "code": code_version(f"{what.__module__.rpartition('.')[2]}.py", *CODE),
+        }
+        kind = get_type_hints(what)["return"]
+        arrays = kept(
+            self.out_dir / "measured",
+            store_name(loaded.name, what.__name__, attributes),
+            lambda: {name: np.asarray(value) for name, value in vars(what(loaded, prompts, *arguments)).items()},
+        )
+        return kind(**{name: _as_hinted(arrays[name], hint) for name, hint in get_type_hints(kind).items()})
+
     def heads(self, sweeps: dict[str, xr.Dataset]) -> pd.DataFrame:
         """The heads tables of several models' sweeps, one under the other; also written to ``heads_<ablation>.csv``."""
         table = pd.concat([heads_table(s, self.profile.fraction) for s in sweeps.values()], ignore_index=True)
@@ -93,3 +119,12 @@ class Study:
             folder = self.out_dir / "figures"
             write_atomically(folder / "claims.csv", whole.to_csv(index=False).encode())
             write_atomically(folder / "claims.md", (to_markdown(whole) + "\n").encode())
+
+
+def _as_hinted(array: np.ndarray, hint: object) -> object:
+    """A dataclass field as it was before it became an array."""
+    if hint is int:
+        return int(array)
+    if get_origin(hint) is list:
+        return [tuple(row) if isinstance(row, list) else row for row in array.tolist()]
+    return array
