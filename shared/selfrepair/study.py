@@ -75,6 +75,12 @@ class Study:
         """The sweep of one model, from disk if it is there already."""
         return open_store(sweep(*self.load(model), ablation, self.out_dir / "sweeps", self.seed, progress))
 
+    def sweeps_by_ablation(self, model: str) -> dict[str, xr.Dataset]:
+        """The sweeps of one model, which is loaded once, for every kind of ablation."""
+        loaded, prompts = self.load(model)
+        stores = {kind: sweep(loaded, prompts, kind, self.out_dir / "sweeps", self.seed, progress=False) for kind in self.profile.ablations}
+        return {kind: open_store(store) for kind, store in stores.items()}
+
     def sweeps(self, ablation: str) -> dict[str, xr.Dataset]:
         """The sweeps of every model."""
         return {model: self.sweep(model, ablation) for model in self.profile.models}
