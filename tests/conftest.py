@@ -24,7 +24,7 @@ def family(tmp_path_factory):
     def load(name, dtype=torch.float32):
         folder = tmp_path_factory.mktemp(name)
         model = load_family(name, folder, dtype)
-        hf = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float64, attn_implementation="sdpa")
+        hf = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float64)  # not eager attention, which computes in float32
         return model, reference.in_float64(hf.eval())
 
     return load

@@ -17,13 +17,25 @@ def _parts(hf):
     kind = hf.config.model_type
     if kind == "gpt2":
         return base.h, [b.attn.c_proj for b in base.h], base.ln_f
+    if kind == "gpt_neo":
+        return base.h, [b.attn.attention.out_proj for b in base.h], base.ln_f
     if kind == "gpt_neox":
         return base.layers, [b.attention.dense for b in base.layers], base.final_layer_norm
-    if kind == "llama":
+    if kind in ("llama", "mistral", "qwen2", "qwen3"):
         return base.layers, [b.self_attn.o_proj for b in base.layers], base.norm
+    if kind == "phi":
+        return base.layers, [b.self_attn.dense for b in base.layers], base.final_layernorm
     if kind == "opt":
         return base.decoder.layers, [b.self_attn.out_proj for b in base.decoder.layers], base.decoder.final_layer_norm
     raise ValueError(kind)
+
+
+def mlp_projections(hf):
+    """The MLPs' output projections, by layer."""
+    llama = "mlp.down_proj"
+    names = {"gpt2": "mlp.c_proj", "gpt_neo": "mlp.c_proj", "gpt_neox": "mlp.dense_4h_to_h", "opt": "fc2", "phi": "mlp.fc2"}
+    names |= {"llama": llama, "mistral": llama, "qwen2": llama, "qwen3": llama}
+    return [block.get_submodule(names[hf.config.model_type]) for block in _parts(hf)[0]]
 
 
 def value_bias(hf, layer) -> Tensor:
@@ -36,11 +48,11 @@ def value_bias(hf, layer) -> Tensor:
         return block.attention.query_key_value.bias.view(heads, 3, -1)[:, 2].reshape(-1)
     if kind == "opt":
         return block.self_attn.v_proj.bias
-    bias = block.self_attn.v_proj.bias
-    if bias is None:
-        return torch.zeros(d, dtype=hf.dtype)
+    values = block.attn.attention.v_proj if kind == "gpt_neo" else block.self_attn.v_proj
+    if values.bias is None:
+        return torch.zeros(_out_matrix(_parts(hf)[1][layer]).shape[0], dtype=hf.dtype)
     groups = heads // hf.config.num_key_value_heads
-    return bias.view(-1, d // heads).repeat_interleave(groups, 0).reshape(-1)
+    return values.bias.view(hf.config.num_key_value_heads, -1).repeat_interleave(groups, 0).reshape(-1)
 
 
 def _out_matrix(projection) -> Tensor:
@@ -148,9 +160,9 @@ def ablate(hf, tokens, layer, head, kind):
                 other_heads = other_heads - effect((clean["z"][i][..., span] - b) @ W[span])
     mlps = sum(effect(mlp_out(ablated, i)) - effect(mlp_out(clean, i)) for i in range(last))
     s_ablated = sigma(hf, ablated["residual"][last])
-    norm = _parts(hf)[2]
-    beta = getattr(norm, "bias", None)
-    constant = 0 if beta is None else centred_correct_logit((hf.get_output_embeddings().weight @ beta).expand_as(clean["logits"]), tokens)
+    beta = getattr(_parts(hf)[2], "bias", None)
+    never_changes = hf.get_output_embeddings()(torch.zeros_like(W_O[0]) if beta is None else beta)
+    constant = centred_correct_logit(never_changes.expand_as(clean["logits"]), tokens)
     frozen = effect(ablated["residual"][last]) + constant
     return {
         "direct_effect": direct,
@@ -165,10 +177,18 @@ def ablate(hf, tokens, layer, head, kind):
 
 
 def in_float64(hf):
-    """transformers' RMSNorm computes in float32 whatever the dtype (as does its eager attention); the reference must not."""
+    """transformers' RMSNorm and GPT-Neo's attention compute in float32 whatever the dtype; the reference must not."""
     for module in hf.modules():
-        if type(module).__name__ == "LlamaRMSNorm":
+        if type(module).__name__.endswith("RMSNorm"):
             module.forward = functools.partial(
                 lambda x, norm: norm.weight * x * (x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt(), norm=module
             )
+        elif type(module).__name__ == "GPTNeoSelfAttention":
+            module._attn = functools.partial(_gpt_neo_attention, module)
     return hf
+
+
+def _gpt_neo_attention(module, query, key, value, attention_mask=None):
+    seen = module.bias[:, :, : query.shape[2], : query.shape[2]]
+    pattern = (query @ key.transpose(-1, -2)).masked_fill(~seen, -torch.inf).softmax(-1)
+    return pattern @ value, pattern

@@ -10,7 +10,7 @@ import pytest
 import reference
 import torch
 import xarray as xr
-from families import FAMILIES, VOCAB
+from families import ALL_FAMILIES, VOCAB
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from selfrepair import hydra
@@ -42,16 +42,11 @@ def made_up_prompts(sizes=((5, 12), (3, 9)), vocab=VOCAB, seed=0):
 # ---------------------------------------------------------------- the slow way
 
 
-def mlp_projections(hf):
-    name = {"gpt2": "mlp.c_proj", "gpt_neox": "mlp.dense_4h_to_h", "llama": "mlp.down_proj", "opt": "fc2"}[hf.config.model_type]
-    return [block.get_submodule(name) for block in reference._parts(hf)[0]]
-
-
 @torch.no_grad()
 def run(hf, tokens, replace=None):
     """One prompt through the whole model, with ``replace = (component, output)``; outputs of all components, final residual, logits."""
     blocks, projections, norm = reference._parts(hf)
-    modules = [module for pair in zip(projections, mlp_projections(hf), strict=True) for module in pair]
+    modules = [module for pair in zip(projections, reference.mlp_projections(hf), strict=True) for module in pair]
     residuals, attention, handles = [], {}, []
     for block in blocks:
         handles.append(
@@ -142,7 +137,7 @@ def check(measured, found, tolerance):
             assert abs(float(measured["change"][c, observed, i]) - wanted) < tolerance * scale, (c, observed, i)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ALL_FAMILIES)
 def test_equals_full_forward_passes(family, name):
     model, hf = family(name)
     prompts = made_up_prompts()
@@ -165,7 +160,7 @@ def test_float64_equals_the_reference_to_1e_9(family, name):
 
 
 @pytest.mark.parametrize("ablation", ABLATIONS)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ALL_FAMILIES)
 def test_decomposition_is_exact(family, name, ablation):
     dtype = torch.float32 if name.startswith("llama") else torch.float64  # transformers' RMSNorm is float32 in any case
     model, _ = family(name, dtype)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from families import FAMILIES, random_tokens
+from families import ALL_FAMILIES, random_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import _out_matrix, _parts
@@ -84,7 +84,7 @@ def equal(found, wanted, tolerance=1e-4):
 # Self-feeding
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ALL_FAMILIES)
 def test_self_feeding_equals_full_passes(family, name, monkeypatch):
     model, hf = family(name)
     drawn = {}
@@ -229,7 +229,9 @@ def top(values, fraction):
     return values >= kept[-1]
 
 
-@pytest.mark.parametrize(("name", "ablation"), [*((name, "resample") for name in FAMILIES), ("gpt2", "mean"), ("neox-parallel", "zero")])
+@pytest.mark.parametrize(
+    ("name", "ablation"), [*((name, "resample") for name in ALL_FAMILIES), ("gpt2", "mean"), ("neox-parallel", "zero")]
+)
 def test_one_layer_earlier_equals_full_passes(family, name, ablation):
     model, hf = family(name)
     here = prompts()
@@ -242,7 +244,8 @@ def test_one_layer_earlier_equals_full_passes(family, name, ablation):
         chosen = top(effects[strongest], 0.25)
         assert found.ablated_heads[layer - 1] == strongest
         np.testing.assert_array_equal(found.counts[layer - 1], chosen.sum(1).numpy())
-        part = slice(strongest * 8, strongest * 8 + 8)
+        d_head = clean["z"][layer - 1].shape[-1] // HEADS
+        part = slice(strongest * d_head, (strongest + 1) * d_head)
         z = clean["z"][layer - 1][..., part]
         new = {"resample": z[[3, 4, 5, 0, 1, 2]], "mean": z.mean((0, 1)).expand_as(z)}.get(ablation)
         if ablation == "zero":
@@ -305,7 +308,7 @@ def test_mean_changes_and_their_correlation():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ALL_FAMILIES)
 def test_cosines_of_head_outputs(family, name, monkeypatch):
     model, hf = family(name)
     here = prompts(4, 9)
@@ -341,7 +344,7 @@ def loss_of(hf, tokens):
     return -logits.gather(-1, tokens[:, 1:, None]).sum()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ALL_FAMILIES)
 def test_gradients_equal_central_differences(family, name):
     model, hf = family(name, torch.float64)
     reference.in_float64(model.hf)
@@ -372,7 +375,7 @@ def test_gradients_equal_central_differences(family, name):
             assert abs((gradients[layer] * nudge).sum() - wanted) < 1e-6 * max(1, wanted.abs())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ALL_FAMILIES)
 def test_alignment_equals_autograd_through_the_plain_model(family, name, monkeypatch):
     model, hf = family(name)
     here = prompts(6, 10)

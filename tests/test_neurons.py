@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import reference
 import torch
-from families import FAMILIES, load_family, random_tokens
+from families import ALL_FAMILIES, PARALLEL, load_family, random_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,12 +30,7 @@ N_LAYERS, N_HEADS = 3, 4
 
 def later(name, layer):
     """The MLPs that run after the heads of a layer."""
-    return range(layer + (name == "neox-parallel"), N_LAYERS)
-
-
-def mlp_projections(hf):
-    names = {"gpt2": "mlp.c_proj", "gpt_neox": "mlp.dense_4h_to_h", "llama": "mlp.down_proj", "opt": "fc2"}
-    return [block.get_submodule(names[hf.config.model_type]) for block in reference._parts(hf)[0]]
+    return range(layer + (name in PARALLEL), N_LAYERS)
 
 
 def slow_run(hf, tokens, patch=None):
@@ -43,7 +38,7 @@ def slow_run(hf, tokens, patch=None):
     activations = {}
     handles = [
         module.register_forward_pre_hook(lambda _, args, i=i: activations.__setitem__(i, args[0].view(*tokens.shape, -1).clone()))
-        for i, module in enumerate(mlp_projections(hf))
+        for i, module in enumerate(reference.mlp_projections(hf))
     ]
     try:
         return reference.forward(hf, tokens, patch), activations
@@ -54,7 +49,7 @@ def slow_run(hf, tokens, patch=None):
 
 def slow_effects(hf, tokens, activations, mlp, sigma):
     """Direct effect of every neuron [prompt, position-1, neuron], one neuron at a time through norm and unembedding."""
-    W = reference._out_matrix(mlp_projections(hf)[mlp])
+    W = reference._out_matrix(reference.mlp_projections(hf)[mlp])
     return torch.stack([reference.read_frozen(hf, activations[mlp][..., n, None] * W[n], sigma, tokens) for n in range(len(W))], -1)
 
 
@@ -73,7 +68,7 @@ def dense(effects, shape):
 
 
 @pytest.mark.parametrize("kind", ABLATIONS)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ALL_FAMILIES)
 def test_every_neuron_equals_a_full_forward_pass(family, name, kind):
     model, hf = family(name)
     tokens = random_tokens()
@@ -109,7 +104,7 @@ def test_neurons_and_bias_sum_to_the_mlps_direct_effect(family, name, dtype, tol
     for mlp in later(name, 0):
         written = clean["residual"][mlp + 1] - clean["residual"][mlp] - clean["attention"][mlp]
         wanted = reference.read_frozen(hf, written, sigma, tokens)
-        bias = reference.read_frozen(hf, mlp_projections(hf)[mlp].bias.expand_as(written), sigma, tokens)
+        bias = reference.read_frozen(hf, reference.mlp_projections(hf)[mlp].bias.expand_as(written), sigma, tokens)
         assert bias.abs().max() > 1e-2
         total = found[(0, 0), mlp][0].sum(-1) + bias
         assert (total - wanted).abs().max() < tolerance * max(1, wanted.abs().max())
@@ -131,7 +126,7 @@ def test_gated_neurons_sum_to_the_mlps_direct_effect(family, name):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-9)])
 @pytest.mark.parametrize("kind", ABLATIONS)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ALL_FAMILIES)
 def test_changes_sum_to_the_sweeps_repair_by_mlps(family, name, kind, dtype, tolerance):
     model, _ = family(name, dtype)
     tokens = random_tokens()

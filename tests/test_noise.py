@@ -12,7 +12,7 @@ import pytest
 import reference
 import torch
 import xarray as xr
-from families import FAMILIES, random_tokens
+from families import ALL_FAMILIES, random_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
@@ -99,7 +99,7 @@ def plain_noise(tokens):
     }
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ALL_FAMILIES)
 def test_equals_plain_loops_over_full_forward_passes(family, name, tmp_path):
     model, hf = family(name)
     tokens = random_tokens(8)
@@ -121,7 +121,7 @@ def test_equals_plain_loops_over_full_forward_passes(family, name, tmp_path):
         assert measured["share_at_most"].sel(threshold=0.5, method="nearest")[0, head].item() == pytest.approx(below)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ALL_FAMILIES)
 def test_probability_is_the_softmax_whatever_the_batch(family, name, monkeypatch):
     model, hf = family(name)
     tokens = random_tokens(5)

@@ -211,7 +211,7 @@ def test_killed_around_every_step_on_the_disk(tmp_path, folder):
         assert open_store(moment["store"]).identical(whole)
     assert {moment["kept"] for moment in moments} == {0, 1, 2, "all"}
     left = {path.suffix for path in tmp_path.glob("out/*/*")}
-    assert left == {".zarr", ".lock"}
+    assert left == {".zarr", ".lock", ".json"}
 
 
 def test_heads_command_writes_the_published_columns(tmp_path, folder, token_file, capsys):
@@ -293,7 +293,7 @@ def test_missing_files_are_one_line(tmp_path, folder, token_file, capsys):
 
 
 def test_no_network_is_one_line(tmp_path, token_file, capsys, folder):
-    one_line(capsys, main(command("gpt2", token_file, tmp_path)), "gpt2", "local folder", "pocket-gpt2")
+    one_line(capsys, main(command("gpt2", token_file, tmp_path)), "gpt2", "not reachable", "local model folder", "--profile pocket")
     arguments = ["sweep", "--model", str(folder), "--dataset", "pile", "--out", str(tmp_path), "--device", "cpu"]
     one_line(capsys, main(arguments), "NeelNanda/pile-10k", "network")
 
@@ -338,3 +338,82 @@ def test_full_disk_is_one_line_and_the_run_goes_on_later(tmp_path, folder, capsy
         assert main(command(folder, prompts, disk)) == 0
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_several_devices_share_the_work_to_the_same_bytes(tmp_path, folder, monkeypatch):
+    monkeypatch.setattr(sweep_module, "SHARD_PAIRS", 2)
+    model = load_model(str(folder), "cpu")
+    alone = open_store(sweep(model, PROMPTS, "mean", tmp_path / "alone", progress=False))
+    users = []
+    real = sweep_module._ablate_pairs
+    monkeypatch.setattr(sweep_module, "_ablate_pairs", lambda model, *rest: users.append(model) or real(model, *rest))
+    shared = open_store(sweep(model, PROMPTS, "mean", tmp_path / "shared", progress=False, more_devices=[torch.device("cpu")] * 2))
+    assert len(users) == 6 and len(set(map(id, users))) == 3
+    assert shared.identical(alone)
+
+
+def test_a_worker_that_fails_is_not_hidden_and_finished_shards_stay(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(sweep_module, "SHARD_PAIRS", 2)
+    real = sweep_module._ablate_pairs
+
+    def fail(on, tokens, pairs, *rest):
+        if int(pairs[0]) == 6:
+            raise UserError("the device is gone")
+        return real(on, tokens, pairs, *rest)
+
+    monkeypatch.setattr(sweep_module, "_ablate_pairs", fail)
+    with pytest.raises(UserError, match="gone"):
+        sweep(model, PROMPTS, "zero", tmp_path, progress=False, more_devices=[torch.device("cpu")])
+    assert len(list(tmp_path.glob("*.shards/0*.sha256"))) >= 3
+
+
+def test_out_of_memory_halves_the_batch_and_loses_nothing(tmp_path, model, monkeypatch):
+    wanted = open_store(sweep(model, PROMPTS, "resample", tmp_path / "roomy", progress=False))
+    real, sizes = sweep_module.ablate_heads, []
+
+    def cramped(model, tokens, replacement):
+        sizes.append(len(tokens))
+        if len(tokens) > room:
+            raise torch.OutOfMemoryError
+        return real(model, tokens, replacement)
+
+    monkeypatch.setattr(sweep_module, "ablate_heads", cramped)
+    monkeypatch.setattr(sweep_module, "rows_that_fit", lambda *_: 1000)
+    room = 6
+    found = open_store(sweep(model, PROMPTS, "resample", tmp_path / "cramped", progress=False))
+    assert sizes[0] == N and max(sizes[-1:]) <= room
+    for name in VARIABLES:
+        np.testing.assert_allclose(found[name], wanted[name], rtol=1e-5, atol=1e-5)
+    room = 1
+    with pytest.raises(UserError, match="too little memory for one pair"):
+        sweep(model, PROMPTS, "zero", tmp_path / "nothing", progress=False)
+
+
+def test_nothing_the_size_of_vocabulary_times_tokens_is_made(tmp_path, model):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        with_vocabulary = 0
+
+        def __torch_dispatch__(self, operation, types, arguments=(), named=None):
+            result = operation(*arguments, **(named or {}))
+            for tensor in result if isinstance(result, tuple | list) else [result]:
+                if isinstance(tensor, torch.Tensor) and tensor.ndim > 2 and tensor.shape[-1] == VOCAB:
+                    self.with_vocabulary = max(self.with_vocabulary, tensor.shape[:-1].numel())
+            return result
+
+    prompts = Prompts(random_tokens(30, 30).numpy(), "longer")
+    with Largest() as largest:
+        sweep(model, prompts, "resample", tmp_path, progress=False)
+    assert 0 < largest.with_vocabulary <= 2 * sweep_module.IDENTITY_POSITIONS < prompts.tokens.size
+
+
+def test_chunks_hold_one_layer(tmp_path, model, monkeypatch):
+    import zarr
+
+    monkeypatch.setattr(sweep_module, "SHARD_PAIRS", 3)
+    monkeypatch.setattr(results, "PROMPTS_IN_CHUNK", 8)
+    path = sweep(model, PROMPTS, "zero", tmp_path, progress=False)
+    assert zarr.open_array(path / "logit_change", mode="r").chunks == (1, model.n_heads, 8, PROMPTS.tokens.shape[1] - 1)
+    found = open_store(path)
+    assert found.prompt.values.tolist() == list(range(N)) and found.donor.values.tolist() == [(i + N // 2) % N for i in range(N)]

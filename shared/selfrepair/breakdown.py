@@ -36,13 +36,13 @@ def heads_table(sweep: xr.Dataset, fraction: float = 0.02, n_bootstrap: int = 10
     Raises:
         UserError: ``fraction`` is not in (0, 1].
     """
-    sweep = with_self_repair(sweep)
-    values = {name: sweep[name].values.astype(np.float64) for name in _MEANS}
     weights = bootstrap_weights(sweep.sizes["prompt"], n_bootstrap, seed)
     rows = []
     for layer in range(sweep.sizes["layer"]):
+        whole = with_self_repair(sweep.isel(layer=layer))
+        values = {name: whole[name].values.astype(np.float64) for name in _MEANS}
         for head in range(sweep.sizes["head"]):
-            here = {name: value[layer, head] for name, value in values.items()}
+            here = {name: value[head] for name, value in values.items()}
             chosen = select_top(here["direct_effect"], fraction)
             means = {name: value[chosen].mean() for name, value in here.items()}
             sums = np.where(chosen, here["self_repair"], 0).sum(1)

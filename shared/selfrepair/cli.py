@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from selfrepair import __version__
+from selfrepair.checkpoints import find_model
+from selfrepair.choices import ABLATIONS, PRECISIONS
 from selfrepair.errors import UserError
+from selfrepair.profiles import load_profile
 
 # Imports of torch and transformers wait until a command needs them: --help and bad arguments answer at once.
 
@@ -58,9 +61,12 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--dataset", help="dataset id on the Hugging Face hub, or 'pile' for its Pile sample")
     sweep.add_argument("--n-prompts", type=int, help="even number of prompts (default: all)")
     sweep.add_argument("--prompt-len", type=int, default=128, help="tokens per prompt, BOS included (default 128)")
-    sweep.add_argument("--ablation", default="resample", choices=("resample", "mean", "zero"))
+    sweep.add_argument("--ablation", default="resample", choices=ABLATIONS)
     sweep.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 … (default auto)")
-    sweep.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16", "float16"), help="of the weights")
+    sweep.add_argument(
+        "--dtype", default="float32", choices=PRECISIONS, help="of the weights; tf32: float32 weights, TF32 products (default float32)"
+    )
+    sweep.add_argument("--compile", action="store_true", help="compile the norms (torch.compile; pays for RMSNorm on long runs)")
     sweep.add_argument("--seed", type=int, default=0, help="which prompts are taken, in which order (default 0)")
     sweep.add_argument("--out", type=Path, required=True, help="folder for the store")
     sweep.set_defaults(run=_sweep)
@@ -70,6 +76,11 @@ def _parser() -> argparse.ArgumentParser:
     heads.add_argument("--fraction", type=float, default=0.02, help="top fraction of tokens by direct effect (default 0.02)")
     heads.add_argument("--csv", type=Path, help="write the table here instead of printing it")
     heads.set_defaults(run=_heads)
+
+    verify = commands.add_parser("verify", help="check a results folder: files, checksums, and a hundredth of the shards computed again")
+    verify.add_argument("results", type=Path)
+    verify.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 … (default auto)")
+    verify.set_defaults(run=_verify)
 
     notebooks = commands.add_parser("notebooks", help="run the notebooks of a profile into a results folder")
     notebooks.add_argument("--profile", default="pocket", help="name of a profile or path of a .yaml file (default pocket)")
@@ -113,18 +124,19 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    folder = find_model(options.model)
     import json
 
     from transformers.utils import logging
 
     from selfrepair.devices import resolve_device
-    from selfrepair.models import find_model, load_hf
+    from selfrepair.models import load_hf
     from selfrepair.training.card import render_table
     from selfrepair.training.evaluate import evaluate
 
     logging.disable_progress_bar()
     model, tokenizer = load_hf(options.model, resolve_device(options.device))
-    card = Path(find_model(options.model)) / "metrics.json"  # what training measured, the n-gram models' losses among it
+    card = Path(folder) / "metrics.json"  # what training measured, the n-gram models' losses among it
     kept = json.loads(card.read_text()) if card.is_file() else {}
     seed = kept["config"]["gazetteer_seed"] if kept else 0
     print(render_table({options.model: kept | evaluate(model, tokenizer, seed)}))
@@ -133,16 +145,21 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _sweep(options: argparse.Namespace) -> None:
     if options.seed < 0:
         raise UserError(f"seed must not be negative, not {options.seed}")
-    import torch
+    find_model(options.model)  # what is wrong with the name is said before seconds of imports
     from transformers.utils import logging
 
     from selfrepair.corpora import load_tokens
+    from selfrepair.devices import all_devices, set_precision
     from selfrepair.disk import disk_full_is_said
+    from selfrepair.kernels import compile_norms
     from selfrepair.models import load_model
     from selfrepair.sweep import sweep
 
     logging.disable_progress_bar()
-    model = load_model(options.model, options.device, getattr(torch, options.dtype))
+    device, *more_devices = all_devices(options.device)
+    model = load_model(options.model, device, set_precision(options.dtype, device))
+    if options.compile:
+        compile_norms(model.hf)
     prompts = load_tokens(
         model.tokenizer,
         text=options.text,
@@ -153,7 +170,7 @@ def _sweep(options: argparse.Namespace) -> None:
         seed=options.seed,
     )
     with disk_full_is_said(options.out):
-        print(sweep(model, prompts, options.ablation, options.out, options.seed))
+        print(sweep(model, prompts, options.ablation, options.out, options.seed, more_devices=more_devices))
 
 
 def _heads(options: argparse.Namespace) -> None:
@@ -169,9 +186,28 @@ def _heads(options: argparse.Namespace) -> None:
             write_atomically(options.csv, table.encode())
 
 
+def _verify(options: argparse.Namespace) -> None:
+    from transformers.utils import logging
+
+    from selfrepair.verify import verify
+
+    logging.disable_progress_bar()
+    findings = []
+    for finding in verify(options.results, options.device):
+        findings.append(finding)
+        print(finding, flush=True)
+    differing = sum(finding.agrees is False for finding in findings)
+    if differing:
+        raise UserError(f"{options.results}: {differing} of {len(findings)} checks differ; what differs is named above")
+    print("all that was checked agrees")
+
+
 def _notebooks(options: argparse.Namespace) -> None:
     if options.jobs < 1:
         raise UserError(f"jobs must be at least 1, not {options.jobs}")
+    for model in load_profile(options.profile).models if options.model is None else [options.model]:
+        find_model(model)
+    from selfrepair.comparison import report
     from selfrepair.disk import disk_full_is_said
     from selfrepair.notebooks import run_notebooks
     from selfrepair.study import Study
@@ -184,6 +220,8 @@ def _notebooks(options: argparse.Namespace) -> None:
             for model, ablation in itertools.product(study.profile.models, study.profile.ablations):
                 study.sweep(model, ablation, progress=True)
         run_notebooks(options.profile, out, parameters, options.jobs, options.only)
+        if not options.only:
+            print(report(study.profile, out))
     print(out)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import itertools
+import json
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -130,6 +131,22 @@ def load_tokens(
         )
     order = np.random.Generator(np.random.PCG64(seed)).permutation(len(rows))
     return Prompts(rows[order[: n_prompts or available]], source)
+
+
+def hash_documents(documents: Iterable[str]) -> str:
+    """SHA-256 of documents, their borders included."""
+    digest = hashlib.sha256()
+    for document in documents:
+        encoded = document.encode()
+        digest.update(f"{len(encoded)} ".encode() + encoded)
+    return digest.hexdigest()
+
+
+def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of what makes tokens of text."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return hashlib.sha256(f"{tokenizer.bos_token_id} {tokenizer.eos_token_id} {rules}".encode()).hexdigest()
 
 
 def _load_ids(path: Path) -> np.ndarray:

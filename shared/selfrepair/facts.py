@@ -19,9 +19,10 @@ import yaml
 from jaxtyping import Bool, Int
 from transformers import PreTrainedTokenizerBase
 
+from selfrepair.checkpoints import model_folder
 from selfrepair.errors import UserError
 from selfrepair.gazetteer import Gazetteer
-from selfrepair.models import Model, find_model
+from selfrepair.models import Model
 
 OWN_FACTS = Path(__file__).with_name("facts.yaml")
 #: Prompts that a model is measured on, unless the reader says how many.
@@ -75,8 +76,9 @@ class FactPrompts:
 
 def training_config(name: str) -> dict[str, object] | None:
     """How an embedded model (or a folder trained as they are) was trained; ``None`` for other models."""
-    file = Path(find_model(name)) / "metrics.json"
-    return json.loads(file.read_text())["config"] if file.is_file() else None
+    folder = model_folder(name)
+    file = None if folder is None else folder / "metrics.json"
+    return json.loads(file.read_text())["config"] if file is not None and file.is_file() else None
 
 
 def facts_for(name: str, source: str | None = None) -> list[AskedFact]:

@@ -35,13 +35,14 @@ from torch import Tensor
 from transformers.utils import logging
 
 from selfrepair import __version__, results
+from selfrepair.checkpoints import model_folder
 from selfrepair.claims import Samples
 from selfrepair.direct_effect import FinalNorm, token_directions
 from selfrepair.errors import UserError
 from selfrepair.facts import AskedFact, FactPrompts, choose_prompts, draw_donors, training_config
-from selfrepair.models import Model, find_model, load_model
+from selfrepair.models import Model, load_model
 from selfrepair.replacement import ABLATIONS
-from selfrepair.replay import CleanRun, Replay, run_clean, watching
+from selfrepair.replay import CleanRun, Replay, float32_residual, run_clean, watching
 from selfrepair.statistics import bootstrap_weights
 from selfrepair.sweep import check_identity
 
@@ -81,7 +82,8 @@ class CleanLayers:
             run = run_clean(model, tokens)
         outputs = [output.view_as(run.final_residual) for pair in zip(run.attention_outputs, mlps, strict=True) for output in pair]
         last = run.final_residual[:, -1]
-        token = model.hf.get_output_embeddings()(model.final_norm(last)).argmax(-1)
+        with float32_residual(model):
+            token = model.hf.get_output_embeddings()(model.final_norm(last)).argmax(-1)
         direction, constant = token_directions(model, torch.stack([token, token], dim=1))
         return cls(run, outputs, direction[:, 0], constant[:, 0], FinalNorm.of(model.final_norm).sigma(last), token)
 
@@ -112,7 +114,7 @@ def layer_effects(model: Model, prompts: FactPrompts, ablation: str, folder: Pat
     attributes = {
         "model": model.name,
         "weights_sha256": model.weights_hash(),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": model.precision,
         "prompts_sha256": prompts.sha256,
         "ablation": ablation,
         "seed": seed,
@@ -124,7 +126,7 @@ def layer_effects(model: Model, prompts: FactPrompts, ablation: str, folder: Pat
     with FileLock(path.with_suffix(".lock")):
         if not path.exists():
             measured = ablate_layers(model, prompts, ablation, seed)
-            results.write_store(measured.assign_attrs(attributes | {"format": results.FORMAT}), path)
+            results.write_store([measured.assign_attrs(attributes | {"format": results.FORMAT})], path)
         return results.open_store(path)
 
 
@@ -483,8 +485,10 @@ def worked_table(run: FactRun, component: int, prompt: int) -> pd.DataFrame:
 
 def checkpoints(name: str) -> list[tuple[int, str]]:
     """``(step, what to load)`` of a model's saved training checkpoints, in order, and last the model itself; empty if it has none."""
-    folder = Path(find_model(name))
-    saved = [(int(path.name.removeprefix("step-")), str(path)) for path in sorted((folder / "checkpoints").glob("step-*"))]
+    folder = model_folder(name)
+    saved = (
+        [] if folder is None else [(int(path.name.removeprefix("step-")), str(path)) for path in sorted(folder.glob("checkpoints/step-*"))]
+    )
     if not saved:
         return []
     return [*saved, (int(json.loads((folder / "metrics.json").read_text())["steps"]), name)]

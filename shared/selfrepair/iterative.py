@@ -24,7 +24,7 @@ from selfrepair.errors import UserError
 from selfrepair.models import Model
 from selfrepair.paths import PUBLISHED
 from selfrepair.replacement import mean_z, pairs_that_fit, partner_batches, replacement_for
-from selfrepair.replay import Replay, carry, run_clean
+from selfrepair.replay import Replay, carry, float32_residual, run_clean
 from selfrepair.statistics import bootstrap_weights, select_top
 from selfrepair.sweep import checked_tokens
 
@@ -432,7 +432,8 @@ def next_token_loss(
     model: Model, residual: Float[Tensor, "prompt position d_model"], tokens: Int[Tensor, "prompt position"]
 ) -> Float[Tensor, "prompt position-1"]:
     """Cross-entropy (nats) of the next token when ``residual`` is final."""
-    logits = model.hf.get_output_embeddings()(model.final_norm(residual[:, :-1]))
+    with float32_residual(model):
+        logits = model.hf.get_output_embeddings()(model.final_norm(residual[:, :-1]))
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").unflatten(0, (len(tokens), -1))
 

@@ -1,4 +1,4 @@
-"""Finding and loading models: embedded names, local folders and hub ids, by one path."""
+"""Loading models and naming their parts: embedded names, local folders and hub ids, by one path."""
 
 from __future__ import annotations
 
@@ -9,42 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from selfrepair.devices import resolve_device
+from selfrepair.checkpoints import embedded_models, find_model
+from selfrepair.devices import precision, resolve_device
 from selfrepair.errors import UserError
 from selfrepair.kernels import use_fast_kernels
-from selfrepair.paths import MODELS
-from selfrepair.support import check_supported
-
-
-def embedded_models() -> list[str]:
-    """Names of the models that ship with the repository."""
-    return sorted(path.parent.name for path in MODELS.glob("*/config.json"))
-
-
-def find_model(name: str) -> str:
-    """What to give ``from_pretrained``: the folder of an embedded or local model, else the hub id itself.
-
-    Raises:
-        UserError: ``name`` is a path but no folder with a ``config.json``.
-    """
-    if name in embedded_models():
-        return str(MODELS / name)
-    path = Path(name)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(f"{name}: no config.json in this folder, so it is no Hugging Face model")
-        return str(path)
-    if name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise UserError(f"{name}: no such folder")
-    return name
+from selfrepair.support import check_architecture, check_supported
 
 
 @dataclass(frozen=True)
@@ -52,16 +30,20 @@ class Model:
     """A causal language model whose parts are named, ready for ablation.
 
     ``bridge`` is TransformerLens' view of it. ``hf`` is a twin without hooks that shares every
-    weight: the modules below are the twin's, so that running them costs nothing extra.
+    weight: the modules below are the twin's, so that running them costs nothing extra. ``first_maps``
+    has, by layer, the norms that read the residual stream, each with all linear maps that read the norm.
+    ``source`` is what :func:`load_model` was given.
     """
 
     name: str
+    source: str
     bridge: TransformerBridge
     hf: PreTrainedModel
     blocks: list[nn.Module]
     attentions: list[nn.Module]
     output_projections: list[nn.Module]
     mlp_output_projections: list[nn.Module]
+    first_maps: list[list[tuple[nn.Module, list[nn.Module]]]]
     final_norm: nn.Module
     value_biases: list[Float[Tensor, "head d_head"]]
     n_heads: int
@@ -78,6 +60,11 @@ class Model:
     @property
     def dtype(self) -> torch.dtype:
         return self.hf.dtype
+
+    @property
+    def precision(self) -> str:
+        """What its products are computed in: a name of :data:`selfrepair.choices.PRECISIONS`."""
+        return precision(self.device, self.dtype)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -115,6 +102,10 @@ class Model:
             digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
         return digest.hexdigest()
 
+    def on(self, device: torch.device) -> Model:
+        """The same model once more, on another device."""
+        return load_model(self.source, device, self.dtype)
+
 
 def load_model(name: str, device: str | torch.device = "auto", dtype: torch.dtype = torch.float32) -> Model:
     """Loads an embedded model, a local folder or a hub id through ``TransformerBridge``.
@@ -125,23 +116,39 @@ def load_model(name: str, device: str | torch.device = "auto", dtype: torch.dtyp
     device = resolve_device(str(device))
     where = find_model(name)
     try:
-        config = AutoConfig.from_pretrained(where)
-        check_supported(config, name)
+        check_architecture(PretrainedConfig.get_config_dict(where)[0].get("model_type"), name)
+        check_supported(AutoConfig.from_pretrained(where), name)
+        hf = _load_weights(name, where, device, dtype)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            bridge = TransformerBridge.boot_transformers(where, device=device, dtype=dtype)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            bridge = TransformerBridge.boot_transformers(where, hf_model=hf, device=device, dtype=dtype)
+    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise UserError(_why_not_loaded(name, where, error)) from error
-    return name_parts(Path(where).name if Path(where).is_dir() else name, bridge)
+    return name_parts(name, bridge)
 
 
-def name_parts(name: str, bridge: TransformerBridge) -> Model:
+def _load_weights(name: str, where: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """The weights, read straight to ``device`` in ``dtype``; attention is eager, as TransformerLens' hooks need it.
+
+    Raises:
+        UserError: the checkpoint lacks weights, which would be random.
+    """
+    hf, report = AutoModelForCausalLM.from_pretrained(
+        where, dtype=dtype, device_map={"": device}, attn_implementation="eager", output_loading_info=True
+    )
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(f"{name}: {len(missing)} weights are missing from this checkpoint, the first is {missing[0]}: download it again")
+    return hf
+
+
+def name_parts(source: str, bridge: TransformerBridge) -> Model:
     """The :class:`Model` of a booted bridge."""
     original = bridge.original_model.eval()
     twins: dict[int, nn.Module] = {}
     hf = _unhooked(original, twins)
     hf.config = copy.deepcopy(original.config)
-    hf.config._attn_implementation = "sdpa"
+    if hf._supports_sdpa:
+        hf.config._attn_implementation = "sdpa"
     for module in hf.modules():
         if getattr(module, "config", None) is original.config:
             module.config = hf.config
@@ -152,26 +159,37 @@ def name_parts(name: str, bridge: TransformerBridge) -> Model:
         return twins[id(component.original_component)]
 
     n_heads = bridge.cfg.n_heads
-    d_head = original.config.hidden_size // n_heads if bridge.cfg.d_head is None else bridge.cfg.d_head
     biases = []
     for block in bridge.blocks:
         bias = block.attn.b_V
         if bias is None:
-            bias = torch.zeros(n_heads, d_head, device=hf.device, dtype=hf.dtype)
+            bias = torch.zeros(n_heads, bridge.cfg.d_head, device=hf.device, dtype=hf.dtype)
         biases.append(bias.detach().repeat_interleave(n_heads // bias.shape[0], dim=0))
     return Model(
-        name=name,
+        name=Path(source).name if Path(source).is_dir() else source,
+        source=source,
         bridge=bridge,
         hf=hf,
         blocks=[twin(block) for block in bridge.blocks],
         attentions=[twin(block.attn) for block in bridge.blocks],
         output_projections=[twin(block.attn.o) for block in bridge.blocks],
         mlp_output_projections=[twin(block.mlp.out) for block in bridge.blocks],
+        first_maps=[[(twin(norm), [twin(part) for part in maps]) for norm, maps in _first_maps(block)] for block in bridge.blocks],
         final_norm=twin(bridge.ln_final),
         value_biases=biases,
         n_heads=n_heads,
         parallel=bool(bridge.cfg.parallel_attn_mlp) and getattr(hf.config, "use_parallel_residual", True),
     )
+
+
+def _first_maps(block: nn.Module) -> list[tuple[nn.Module, list[nn.Module]]]:
+    """The norms of a block and the linear maps behind each; a parallel block may have one norm for all."""
+    attention, mlp = block.attn.submodules, block.mlp.submodules
+    to_attention = [attention["qkv"]] if "qkv" in attention else [attention[part] for part in ("q", "k", "v")]
+    to_mlp = [mlp[part] for part in ("in", "gate") if part in mlp]
+    if "ln2" in block.submodules:
+        return [(block.ln1, to_attention), (block.ln2, to_mlp)]
+    return [(block.ln1, to_attention + to_mlp)]
 
 
 def _unhooked(module: nn.Module, twins: dict[int, nn.Module]) -> nn.Module:
@@ -196,18 +214,18 @@ def load_hf(name: str, device: torch.device, dtype: torch.dtype = torch.float32)
     where = find_model(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, attn_implementation="eager")
-    except (OSError, ValueError, SafetensorError) as error:
+        model = _load_weights(name, where, device, dtype)
+    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise UserError(_why_not_loaded(name, where, error)) from error
     if tokenizer.bos_token_id is None:
         tokenizer.bos_token = tokenizer.eos_token
-    return model.to(device).eval(), tokenizer
+    return model.eval(), tokenizer
 
 
 def _why_not_loaded(name: str, where: str, error: Exception) -> str:
     if Path(where).is_dir():
         return f"{name}: not a loadable causal language model: {' '.join(str(error).split())[:200]}"
     return (
-        f"{name}: no embedded model, no local folder, and the Hugging Face hub gave nothing for it: check the name and the network, "
-        f"or give the path of a local model folder; the embedded models ({', '.join(embedded_models())}) and --profile pocket need no network"
+        f"{name}: the Hugging Face hub did not give all of it ({' '.join(str(error).split())[:200]}): check the network, or give the path "
+        f"of a local model folder; the embedded models ({', '.join(embedded_models())}) and --profile pocket need no network"
     )

@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from selfrepair.choices import ABLATIONS
 from selfrepair.errors import UserError
 from selfrepair.models import Model
 from selfrepair.replay import run_clean
 
-ABLATIONS = ("resample", "mean", "zero")
 CLEAN_RUN_BYTES = 1 << 30
 
 #: ``(layer, z) → z`` of the same shape ``[prompt, position, head, d_head]`` to put in its place.

@@ -29,6 +29,28 @@ class CleanRun:
     final_residual: Float[Tensor, "prompt position d_model"]
 
 
+@contextmanager
+def float32_residual(model: Model) -> Iterator[None]:
+    """Inside, a model with 16-bit weights multiplies in 16 bits, but its residual stream and norms are float32.
+
+    What an ablation changes is a small part of the residual stream: in 16 bits its rounding would drown it.
+    """
+    if model.dtype not in (torch.bfloat16, torch.float16):
+        yield
+        return
+
+    def widen(_: nn.Module, positional: tuple, named: dict) -> tuple[tuple, dict]:
+        residual = (positional[0] if positional else named["hidden_states"]).float()
+        return ((residual, *positional[1:]), named) if positional else ((), {**named, "hidden_states": residual})
+
+    handle = model.blocks[0].register_forward_pre_hook(widen, with_kwargs=True, prepend=True)
+    try:
+        with torch.autocast(model.device.type, dtype=model.dtype):
+            yield
+    finally:
+        handle.remove()
+
+
 class Replay:
     """Runs single blocks with the arguments that the model itself gives them.
 
@@ -46,7 +68,8 @@ class Replay:
         handles = [block.register_forward_pre_hook(record, with_kwargs=True) for block in model.blocks]
         try:
             tokens = torch.zeros(1, prompt_len, dtype=torch.long, device=model.device)
-            model.hf.base_model(input_ids=tokens, use_cache=False)
+            with float32_residual(model):
+                model.hf.base_model(input_ids=tokens, use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
@@ -54,7 +77,8 @@ class Replay:
     def block(self, layer: int, residual: Float[Tensor, "batch position d_model"]) -> Float[Tensor, "batch position d_model"]:
         """Output of block ``layer`` for the residual stream before it."""
         positional, named = self._arguments[layer]
-        output = self.model.blocks[layer](residual, *positional, **named)
+        with float32_residual(self.model):
+            output = self.model.blocks[layer](residual, *positional, **named)
         return output[0] if isinstance(output, tuple) else output
 
     def block_given_attention(
@@ -88,7 +112,8 @@ def run_clean(model: Model, tokens: Int[Tensor, "prompt position"]) -> CleanRun:
     handles += [projection.register_forward_hook(after_projection) for projection in model.output_projections]
     handles.append(model.final_norm.register_forward_pre_hook(lambda _, positional: final.append(positional[0])))
     try:
-        model.hf.base_model(input_ids=tokens, use_cache=False)
+        with float32_residual(model):
+            model.hf.base_model(input_ids=tokens, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

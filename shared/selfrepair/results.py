@@ -8,16 +8,18 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import xarray as xr
+import zarr
 from filelock import FileLock
 
 from selfrepair.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
+PROMPTS_IN_CHUNK = 64
 
 
 def identity(attributes: dict[str, object]) -> str:
@@ -88,14 +90,22 @@ def kept(folder: Path, name: str, compute: Callable[[], dict[str, np.ndarray]]) 
         return arrays
 
 
-def write_store(dataset: xr.Dataset, path: Path) -> None:
-    """Writes ``dataset`` as a Zarr store with a checksum on every variable; whole or not at all."""
+def write_store(parts: Iterable[xr.Dataset], path: Path) -> None:
+    """Writes datasets that follow each other along ``prompt`` as one Zarr store, whole or not at all.
+
+    Each variable gets a checksum. No more than one part, or one layer of a variable, is in memory at a time.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    stamped = dataset.assign({name: array.assign_attrs(sha256=_checksum(array.values)) for name, array in dataset.data_vars.items()})
     unfinished = path.with_name(f".unfinished-{path.name}")
     shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
     try:
-        stamped.to_zarr(unfinished, mode="w", consolidated=False)
+        for part in parts:
+            if unfinished.exists():
+                part.to_zarr(unfinished, append_dim="prompt", consolidated=False)
+            else:
+                part.to_zarr(unfinished, mode="w", consolidated=False, encoding=_chunked(part))
+        for array in _arrays(unfinished, mode="r+"):
+            array.attrs["sha256"] = _checksum(array)
         if path.exists():
             shutil.rmtree(path)
         os.rename(unfinished, path)
@@ -104,7 +114,7 @@ def write_store(dataset: xr.Dataset, path: Path) -> None:
 
 
 def open_store(path: str | Path) -> xr.Dataset:
-    """Reads a store that :func:`write_store` wrote, into memory.
+    """Checks a store that :func:`write_store` wrote; values are read from the disk when they are asked for.
 
     Raises:
         UserError: nothing there, of another format, or damaged.
@@ -113,11 +123,11 @@ def open_store(path: str | Path) -> xr.Dataset:
     if not path.is_dir():
         raise UserError(f"{path}: no such store")
     try:
-        dataset = xr.open_zarr(path, consolidated=False).load()
+        dataset = xr.open_zarr(path, consolidated=False, chunks=None)
         version = dataset.attrs["format"]
         if version != FORMAT:
             raise UserError(f"{path}: written in format {version}, this version reads {FORMAT}; make it again with 'selfrepair sweep'")
-        damaged = [name for name, array in dataset.data_vars.items() if array.attrs["sha256"] != _checksum(array.values)]
+        damaged = [array.basename for array in _arrays(path, mode="r") if array.attrs["sha256"] != _checksum(array)]
     except UserError:
         raise
     except Exception as error:  # zarr, its codecs and xarray raise many types for a damaged or foreign folder
@@ -127,6 +137,23 @@ def open_store(path: str | Path) -> xr.Dataset:
     return dataset
 
 
-def _checksum(values: np.ndarray) -> str:
-    values = np.ascontiguousarray(values)
-    return hashlib.sha256(f"{values.dtype.str}{values.shape}".encode() + values.tobytes()).hexdigest()
+def _chunked(part: xr.Dataset) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Chunks that hold one layer and some prompts: figures read layers, sweeps write prompts."""
+    one = {"layer": 1, "prompt": PROMPTS_IN_CHUNK}
+    return {
+        name: {"chunks": tuple(one.get(dim, size) for dim, size in array.sizes.items())}
+        for name, array in part.variables.items()
+        if array.ndim
+    }
+
+
+def _arrays(path: Path, mode: str) -> list[zarr.Array]:
+    group = zarr.open_group(path, mode=mode, use_consolidated=False)
+    return [array for _, array in sorted(group.arrays())]
+
+
+def _checksum(array: zarr.Array) -> str:
+    digest = hashlib.sha256(f"{array.dtype.str}{array.shape}".encode())
+    for first in range(array.shape[0]) if array.ndim > 2 else [...]:
+        digest.update(np.ascontiguousarray(array[first]))
+    return digest.hexdigest()

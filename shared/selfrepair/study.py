@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +11,15 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 from filelock import FileLock
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from selfrepair.breakdown import heads_table
 from selfrepair.claims import to_markdown
-from selfrepair.corpora import Prompts, load_tokens
+from selfrepair.corpora import Prompts, hash_documents, hash_tokenizer, load_tokens, read_documents
+from selfrepair.devices import all_devices, resolve_device, set_precision
 from selfrepair.models import Model, load_model
-from selfrepair.paths import REPOSITORY
+from selfrepair.paths import HELD_OUT_TEXT, REPOSITORY
 from selfrepair.profiles import Profile, load_profile
 from selfrepair.results import code_version, kept, open_store, store_name, write_atomically
 from selfrepair.sweep import CODE, sweep
@@ -62,24 +63,40 @@ class Study:
         if fraction is not None:
             changes["fraction"] = fraction
         folder = REPOSITORY / "results" / Path(profile).stem if out_dir is None else Path(out_dir)
-        return cls(dataclasses.replace(load_profile(profile), **changes), seed, device, folder)
+        return cls(load_profile(profile).changed(**changes), seed, device, folder)
 
     def load(self, model: str) -> tuple[Model, Prompts]:
         """A model of the profile and the prompts to measure it on."""
         logging.disable_progress_bar()
-        loaded = load_model(model, self.device)
-        p = self.profile
-        return loaded, load_tokens(loaded.tokenizer, dataset=p.dataset, n_prompts=p.n_prompts, prompt_len=p.prompt_len, seed=self.seed)
+        device = resolve_device(self.device)
+        loaded = load_model(model, device, set_precision(self.profile.of_model(model).dtype, device))
+        return loaded, self.prompts(model, loaded.tokenizer)
+
+    def prompts(self, model: str, tokenizer: PreTrainedTokenizerBase) -> Prompts:
+        """The prompts to measure a model on, from ``tokens/`` if they were drawn before: a hub dataset is read once."""
+        p = self.profile.of_model(model)
+        drawn = {"n_prompts": p.n_prompts, "prompt_len": p.prompt_len, "seed": self.seed}
+        text = hash_documents(read_documents(HELD_OUT_TEXT)) if p.dataset is None else p.dataset
+        attributes = {**drawn, "text": text, "tokenizer": hash_tokenizer(tokenizer)}
+
+        def draw() -> dict[str, np.ndarray]:
+            found = load_tokens(tokenizer, dataset=p.dataset, **drawn)
+            return {"tokens": found.tokens, "source": np.array(found.source)}
+
+        saved = kept(self.out_dir / "tokens", store_name(model, "tokens", attributes), draw)
+        return Prompts(saved["tokens"], str(saved["source"]))
 
     def sweep(self, model: str, ablation: str, progress: bool = False) -> xr.Dataset:
         """The sweep of one model, from disk if it is there already."""
-        return open_store(sweep(*self.load(model), ablation, self.out_dir / "sweeps", self.seed, progress))
+        return open_store(self._sweep(*self.load(model), ablation, progress))
 
     def sweeps_by_ablation(self, model: str) -> dict[str, xr.Dataset]:
         """The sweeps of one model, which is loaded once, for every kind of ablation."""
         loaded, prompts = self.load(model)
-        stores = {kind: sweep(loaded, prompts, kind, self.out_dir / "sweeps", self.seed, progress=False) for kind in self.profile.ablations}
-        return {kind: open_store(store) for kind, store in stores.items()}
+        return {kind: open_store(self._sweep(loaded, prompts, kind)) for kind in self.profile.ablations}
+
+    def _sweep(self, model: Model, prompts: Prompts, ablation: str, progress: bool = False) -> Path:
+        return sweep(model, prompts, ablation, self.out_dir / "sweeps", self.seed, progress, all_devices(self.device)[1:])
 
     def sweeps(self, ablation: str) -> dict[str, xr.Dataset]:
         """The sweeps of every model."""
@@ -94,7 +111,7 @@ class Study:
         attributes = {
             "arguments": arguments,
             "weights_sha256": loaded.weights_hash(),
-            "dtype": str(loaded.dtype),
+            "dtype": loaded.precision,
             "tokens_sha256": prompts.sha256,
             "code": code_version(f"{what.__module__.rpartition('.')[2]}.py", *CODE),
         }

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import queue
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,55 +21,153 @@ from tqdm import tqdm
 from selfrepair import __version__, results
 from selfrepair.ablation import HeadAblations, ablate_heads, rows_that_fit
 from selfrepair.corpora import Prompts
+from selfrepair.devices import on_device, on_host, unless_out_of_memory
 from selfrepair.direct_effect import FinalNorm, token_directions
 from selfrepair.errors import UserError
+from selfrepair.manifest import write_manifest
 from selfrepair.models import Model
 from selfrepair.replacement import mean_z, pairs_that_fit, partner_batches, replacement_for
 from selfrepair.replay import run_clean
+from selfrepair.support import check_window
 
 SHARD_PAIRS = 16
-CODE = ("ablation.py", "direct_effect.py", "kernels.py", "models.py", "replacement.py", "replay.py", "sweep.py")
+#: Logits of this many positions of two prompts are enough to know the final norm and the unembedding.
+IDENTITY_POSITIONS = 16
+CODE = ("ablation.py", "direct_effect.py", "kernels.py", "low_rank.py", "models.py", "replacement.py", "replay.py", "sweep.py")
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
-def sweep(model: Model, prompts: Prompts, ablation: str, out: str | Path, seed: int = 0, progress: bool = True) -> Path:
+def sweep(
+    model: Model,
+    prompts: Prompts,
+    ablation: str,
+    out: str | Path,
+    seed: int = 0,
+    progress: bool = True,
+    more_devices: Sequence[torch.device] = (),
+) -> Path:
     """Ablates every head on all prompts and writes a store; returns its path.
 
     Donor of prompt ``i`` of ``N`` is ``(i + N/2) mod N`` for resample ablation. The store's name
     comes from everything that determines its numbers: asked again, it is not computed again. Work
-    is saved in shards of pairs of partners, so that a killed run goes on where it was.
+    is saved in shards of pairs of partners, so that a killed run goes on where it was, and several devices
+    share the work. Memory does not grow with the number of prompts.
 
     Raises:
-        UserError: unknown ablation, odd number of prompts, prompts that do not fit the model, or a
-            model for which direct effects do not sum to the logit.
+        UserError: unknown ablation, odd number of prompts, prompts that do not fit the model, a model for
+            which direct effects do not sum to the logit, or a device too small for one pair of prompts.
     """
-    replacement_for(ablation, model, None)
-    tokens = checked_tokens(model, prompts)
-    attributes = describe(model, prompts, ablation, seed)
-    name = results.store_name(model.name, ablation, attributes)
-    path = Path(out) / f"{name}.zarr"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):  # a run beside this one that wants the same store waits for it
-        shards = results.Shards(Path(out) / f"{name}.shards")
-        if path.exists() and _intact(path):
-            shards.remove()  # a run killed just before it would have
-            return path
-        half = len(tokens) // 2
-        starts = range(0, half, SHARD_PAIRS)
-        found: dict[int, dict[str, np.ndarray]] = {}
-        means: list[Tensor] | None = None
-        for start in tqdm(starts, desc=f"{model.name} {ablation}", unit="shard", disable=not progress):
-            pairs = torch.arange(start, min(start + SHARD_PAIRS, half))
-            shard = shards.read(f"{start:06d}")
-            if shard is None:
-                if ablation == "mean" and means is None:
-                    means = _saved_mean_z(model, tokens, shards)
-                shard = _ablate_pairs(model, tokens, pairs, half, ablation, means)
-                shards.write(f"{start:06d}", shard)
-            found[start] = shard
-        dataset = _merge(found, half, tokens, attributes)
-        results.write_store(dataset, path)
-        shards.remove()
-        return path
+    work = Sweep(model, prompts, ablation, out, seed)
+    with FileLock(work.path.with_suffix(".lock")):  # a run beside this one that wants the same store waits for it
+        if work.is_done():
+            work.shards.remove()  # a run killed just before it would have
+            return work.path
+        started = time.monotonic()
+        starts = tqdm(work.starts, desc=f"{model.name} {ablation}", unit="shard", disable=not progress)
+        for _ in on_all([model, *map(model.on, more_devices)], work.shard, starts):
+            pass
+        write_manifest(manifest_of(work.path), time.monotonic() - started, source=model.source, **work.attributes)
+        results.write_store(work.parts(), work.path)
+        work.shards.remove()
+        return work.path
+
+
+class Sweep:
+    """One sweep's shards and store. A shard holds pairs of partners, from pair ``start`` on, and is computed by itself."""
+
+    def __init__(self, model: Model, prompts: Prompts, ablation: str, out: str | Path, seed: int = 0):
+        replacement_for(ablation, model, None)
+        self.model, self.ablation = model, ablation
+        self.tokens = checked_tokens(model, prompts).cpu()
+        self.half = len(self.tokens) // 2
+        self.starts = shard_starts(len(self.tokens))
+        self.attributes = describe(model, prompts, ablation, seed)
+        name = results.store_name(model.name, ablation, self.attributes)
+        self.path = Path(out) / f"{name}.zarr"
+        self.shards = results.Shards(Path(out) / f"{name}.shards")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def is_done(self) -> bool:
+        try:
+            results.open_store(self.path)
+        except UserError:
+            return False
+        return True
+
+    def shard(self, model: Model, start: int) -> dict[str, np.ndarray]:
+        """The shard from the disk, or computed on ``model`` and kept there."""
+        return results.kept(self.shards.folder, f"{start:06d}", lambda: self._compute(model, start, self._kept_mean_z))
+
+    def computed_again(self, start: int) -> list[xr.Dataset]:
+        """The two parts of the sweep that a shard holds, computed whatever is on the disk."""
+        shard = self._compute(self.model, start, lambda model: mean_z(model, self.tokens.to(model.device)))
+        return [self._part(shard, start, second) for second in (False, True)]
+
+    def parts(self) -> Iterator[xr.Dataset]:
+        """The sweep in parts that follow each other along the prompts: first members of all pairs, then their partners."""
+        for second in (False, True):
+            for start in self.starts:
+                yield self._part(self.shard(self.model, start), start, second)
+
+    def _compute(self, model: Model, start: int, means: Callable[[Model], list[Tensor]]) -> dict[str, np.ndarray]:
+        pairs = torch.arange(start, min(start + SHARD_PAIRS, self.half))
+        return _ablate_pairs(model, self.tokens, pairs, self.half, self.ablation, means(model) if self.ablation == "mean" else None)
+
+    def _kept_mean_z(self, model: Model) -> list[Float[Tensor, "head d_head"]]:
+        def compute() -> dict[str, np.ndarray]:
+            return {str(layer): z.cpu().numpy() for layer, z in enumerate(mean_z(model, self.tokens.to(model.device)))}
+
+        saved = results.kept(self.shards.folder, "mean_z", compute)
+        return [torch.from_numpy(saved[str(layer)]).to(model.device) for layer in range(model.n_layers)]
+
+    def _part(self, shard: dict[str, np.ndarray], start: int, second: bool) -> xr.Dataset:
+        variables = {}
+        for field in dataclasses.fields(HeadAblations):
+            values = np.split(shard[field.name], 2, axis=_prompt_axis(field.name))[second]
+            variables[field.name] = (("layer", "head", "prompt", "position")[-values.ndim :], values)
+        n = variables["sigma_clean"][1].shape[0]
+        prompt = np.arange(start, start + n) + second * self.half
+        return xr.Dataset(
+            {**variables, "token": (("prompt", "token_position"), self.tokens[prompt].numpy())},
+            coords={
+                "prompt": prompt,
+                "donor": ("prompt", (prompt + self.half) % (2 * self.half)),
+                "position": np.arange(self.tokens.shape[1] - 1),
+            },
+            attrs={"format": results.FORMAT, **self.attributes},
+        )
+
+
+def shard_starts(n_prompts: int) -> range:
+    """The first pair of every shard of a sweep."""
+    return range(0, n_prompts // 2, SHARD_PAIRS)
+
+
+def manifest_of(store: Path) -> Path:
+    """Where a store's manifest lies."""
+    return store.with_suffix(".manifest.json")
+
+
+def on_all(models: Sequence[Model], work: Callable[[Model, Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """``work(model, item)`` for every item, in order, each on whichever of the models is free."""
+    if len(models) == 1:
+        yield from (work(models[0], item) for item in items)
+        return
+    free: queue.SimpleQueue[Model] = queue.SimpleQueue()
+    for model in models:
+        free.put(model)
+
+    def on_a_free_one(item: Item) -> Result:
+        model = free.get()
+        try:
+            return work(model, item)
+        finally:
+            free.put(model)
+
+    with ThreadPoolExecutor(len(models)) as pool:
+        yield from pool.map(on_a_free_one, items)
 
 
 def describe(model: Model, prompts: Prompts, ablation: str, seed: int) -> dict[str, object]:
@@ -73,7 +176,7 @@ def describe(model: Model, prompts: Prompts, ablation: str, seed: int) -> dict[s
         "model": model.name,
         "architecture": model.hf.config.model_type,
         "weights_sha256": model.weights_hash(),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": model.precision,
         "corpus": prompts.source,
         "tokens_sha256": prompts.sha256,
         "n_prompts": int(prompts.tokens.shape[0]),
@@ -97,9 +200,10 @@ def checked_tokens(model: Model, prompts: Prompts) -> Int[Tensor, "prompt positi
         raise UserError(f"{prompts.source}: {len(tokens)} prompts; an even number of at least 2 is needed")
     if tokens.shape[1] > model.context_length:
         raise UserError(f"prompts of {tokens.shape[1]} tokens do not fit {model.name}'s context of {model.context_length}")
+    check_window(model.hf.config, tokens.shape[1], model.name)
     if tokens.max() >= model.W_U.shape[0]:
         raise UserError(f"{prompts.source}: token id {int(tokens.max())} is outside {model.name}'s vocabulary of {model.W_U.shape[0]}")
-    check_identity(model, tokens[:2])
+    check_identity(model, tokens[:2, :IDENTITY_POSITIONS])
     return tokens
 
 
@@ -124,50 +228,40 @@ def check_identity(model: Model, tokens: Tensor) -> None:
         raise UserError(f"{model.name}: direct effects do not sum to the logits (relative error {error:.1e}); this model is not supported")
 
 
-def _intact(path: Path) -> bool:
-    try:
-        results.open_store(path)
-    except UserError:
-        return False
-    return True
-
-
 def _ablate_pairs(
     model: Model, tokens: Tensor, pairs: Tensor, half: int, ablation: str, means: list[Tensor] | None
 ) -> dict[str, np.ndarray]:
     at_once = max(1, min(rows_that_fit(model, tokens.shape[1]) // 2, pairs_that_fit(model, tokens.shape[1])))
     own = torch.cat([pairs, pairs + half])
-    parts = [
-        ablate_heads(model, tokens[own[batch]], replacement_for(ablation, model, means)) for batch in partner_batches(len(own), at_once)
-    ]
+    pending = list(partner_batches(len(own), at_once))
+    parts: list[dict[str, Tensor]] = []
+    while pending:
+        batch = pending.pop(0)
+
+        def ablate(rows: Tensor = own[batch]) -> dict[str, Tensor]:
+            ablations = ablate_heads(model, on_device(tokens[rows], model.device), replacement_for(ablation, model, means))
+            return {name: on_host(value) for name, value in vars(ablations).items()}
+
+        part = unless_out_of_memory(ablate)
+        if part is not None:
+            parts.append(part)
+        elif len(batch) > 2:
+            pending[:0] = [torch.cat(halves) for halves in zip(*(members.tensor_split(2) for members in batch.chunk(2)), strict=True)]
+        else:
+            raise UserError(
+                f"{model.name}: {model.device} has too little memory for one pair of prompts; "
+                "use shorter prompts, --dtype bfloat16 or a larger device"
+            )
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
     shard = {}
     for field in dataclasses.fields(HeadAblations):
-        axis = 0 if field.name == "sigma_clean" else 2
-        halves = [getattr(part, field.name).chunk(2, dim=axis) for part in parts]
+        axis = _prompt_axis(field.name)
+        halves = [part[field.name].chunk(2, dim=axis) for part in parts]
         ordered = torch.cat([half[0] for half in halves] + [half[1] for half in halves], dim=axis)
-        shard[field.name] = ordered.to(torch.promote_types(torch.float32, model.dtype)).cpu().numpy()
+        shard[field.name] = ordered.to(torch.promote_types(torch.float32, model.dtype)).numpy()
     return shard
 
 
-def _saved_mean_z(model: Model, tokens: Tensor, shards: results.Shards) -> list[Float[Tensor, "head d_head"]]:
-    saved = shards.read("mean_z")
-    if saved is None:
-        saved = {str(layer): z.cpu().numpy() for layer, z in enumerate(mean_z(model, tokens))}
-        shards.write("mean_z", saved)
-    return [torch.from_numpy(saved[str(layer)]).to(model.device) for layer in range(model.n_layers)]
-
-
-def _merge(found: dict[int, dict[str, np.ndarray]], half: int, tokens: Tensor, attributes: dict[str, object]) -> xr.Dataset:
-    variables = {}
-    for field in dataclasses.fields(HeadAblations):
-        axis = 0 if field.name == "sigma_clean" else 2
-        halves = [np.split(found[start][field.name], 2, axis=axis) for start in sorted(found)]
-        values = np.concatenate([first for first, _ in halves] + [second for _, second in halves], axis=axis)
-        variables[field.name] = (("layer", "head", "prompt", "position")[-values.ndim :], values)
-    n = 2 * half
-    prompt = np.arange(n)
-    return xr.Dataset(
-        {**variables, "token": (("prompt", "token_position"), tokens.cpu().numpy())},
-        coords={"prompt": prompt, "donor": ("prompt", (prompt + half) % n), "position": np.arange(tokens.shape[1] - 1)},
-        attrs={"format": results.FORMAT, **attributes},
-    )
+def _prompt_axis(name: str) -> int:
+    return 0 if name == "sigma_clean" else 2

@@ -1,0 +1,98 @@
+"""Finding checkpoints by name: embedded models, local folders and hub ids, without loading anything heavy."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+from selfrepair.errors import UserError
+from selfrepair.paths import MODELS
+
+#: Seconds that the hub has to answer, name resolution included.
+HUB_TIMEOUT = 3.0
+
+
+def embedded_models() -> list[str]:
+    """Names of the models that ship with the repository."""
+    return sorted(path.parent.name for path in MODELS.glob("*/config.json"))
+
+
+def model_folder(name: str) -> Path | None:
+    """The folder of an embedded or local model; ``None`` for a hub id.
+
+    Raises:
+        UserError: ``name`` is a path but no folder with a ``config.json``.
+    """
+    if name in embedded_models():
+        return MODELS / name
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"{name}: no config.json in this folder, so it is no Hugging Face model")
+        return path
+    if name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise UserError(f"{name}: no such folder")
+    return None
+
+
+def find_model(name: str) -> str:
+    """What to give ``from_pretrained``: the folder of an embedded or local model, else the hub id itself.
+
+    A hub id whose config.json was not downloaded before is asked for, once, at the hub.
+
+    Raises:
+        UserError: as :func:`model_folder`, or the hub cannot be reached or refuses the model.
+    """
+    folder = model_folder(name)
+    if folder is not None:
+        return str(folder)
+    _check_on_hub(name)
+    return name
+
+
+def _check_on_hub(name: str) -> None:
+    from huggingface_hub import hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
+        url = hf_hub_url(name, "config.json")
+    except HFValidationError as error:
+        raise UserError(f"{name}: no embedded model, no folder and no possible id of a model on the Hugging Face hub") from error
+    status = None if HF_HUB_OFFLINE else _hub_status(url)
+    if status is None:
+        why = "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else f"no answer from {url.split('/resolve/')[0]}"
+        raise UserError(
+            f"{name}: wanted from the Hugging Face hub, which was not reachable ({why}): "
+            "give the path of a local model folder instead, or use --profile pocket, which needs no network"
+        )
+    if status in (401, 403):  # to whom is not logged in, the hub says 401 of models that do not exist, too
+        raise UserError(f"{name}: gated, private or no model on the Hugging Face hub: log in with 'hf auth login', or check the name")
+    if status == 404:
+        raise UserError(f"{name}: no embedded model, no local folder and no model on the Hugging Face hub: check the name")
+    if status >= 400:
+        raise UserError(f"{name}: the Hugging Face hub answered with error {status}: try again later, or give a local model folder")
+
+
+def _hub_status(url: str) -> int | None:
+    """HTTP status of one HEAD request with the hub's own client, proxies and token; ``None`` if nobody answers in time."""
+    from huggingface_hub import get_hf_file_metadata
+    from huggingface_hub.errors import HfHubHTTPError
+
+    answer: list[int] = []
+
+    def ask() -> None:
+        try:
+            get_hf_file_metadata(url, timeout=HUB_TIMEOUT)
+            answer.append(200)
+        except HfHubHTTPError as error:
+            answer.append(error.response.status_code)
+        except Exception:  # whatever the client raises when there is no connection
+            return
+
+    asking = threading.Thread(target=ask, daemon=True)  # a resolver of names obeys no timeout
+    asking.start()
+    asking.join(HUB_TIMEOUT)
+    return answer[0] if answer else None

@@ -1,0 +1,77 @@
+"""What made a result, written beside it: code, packages, machine, command, times, and hashes of everything."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+from selfrepair import __version__
+from selfrepair.paths import REPOSITORY
+from selfrepair.results import code_version, write_atomically
+
+#: What a finished run leaves for readers, by pattern; sweeps have checksums and manifests of their own.
+RESULTS = ("figures/*", "claims/*.csv", "notebooks/*.ipynb", "heads_*.csv", "comparison.csv")
+
+
+def write_manifest(path: Path, seconds: float, **made_from: object) -> None:
+    """Writes the manifest of a result that took ``seconds`` to make; ``made_from`` is what determines its numbers."""
+    content = {
+        **made_from,
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 1),
+        "version": __version__,
+        "library": code_version(*sorted(file.name for file in Path(__file__).parent.glob("*.py"))),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "packages": _packages(),
+        "machine": _machine(),
+    }
+    write_atomically(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """SHA-256 of every result file in a results folder, by its path there."""
+    files = sorted(file for pattern in RESULTS for file in folder.glob(pattern) if file.is_file())
+    return {file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def _packages() -> dict[str, str]:
+    """Installed versions of what this package asks for."""
+    names = {re.match(r"[\w.-]+", line)[0] for line in metadata.requires("selfrepair") or [] if "extra ==" not in line}
+    return {name: metadata.version(name) for name in sorted(names)}
+
+
+def _commit() -> str | None:
+    """The commit checked out, with ``+`` if files differ from it; ``None`` outside a Git checkout."""
+    try:
+        git = ["git", "-C", str(REPOSITORY)]
+        head, changes = (
+            subprocess.run([*git, *command], capture_output=True, text=True, check=True).stdout.strip()
+            for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+" if changes else "")
+
+
+def _machine() -> dict[str, object]:
+    import torch
+
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.*)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.is_file() else None
+    return {
+        "system": platform.system(),
+        "processor": found[1] if found else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "accelerators": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+    }

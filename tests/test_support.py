@@ -1,0 +1,256 @@
+"""What is supported loads as the hub has it and equals the reference; what is not is refused before any weight is read."""
+
+import dataclasses
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import reference
+import torch
+import transformers
+from families import ALL_FAMILIES, PARALLEL, build_family, random_tokens
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from selfrepair.ablation import HeadAblations, ablate_heads
+from selfrepair.errors import UserError
+from selfrepair.models import load_model
+from selfrepair.paths import MODELS, REPOSITORY
+from selfrepair.replacement import replacement_for
+from selfrepair.replay import run_clean
+from selfrepair.support import CONDITIONS, REFUSALS, SUPPORTED, check_supported, check_window, support_table
+from selfrepair.sweep import check_identity
+
+VOCAB = 320
+TEXT = (MODELS / "README.md").read_text()
+TOKENIZERS = dict.fromkeys(("neox-parallel", "neox-sequential"), "GPTNeoXTokenizer")
+TOKENIZERS |= dict.fromkeys(("llama", "llama-gqa", "mistral"), "LlamaTokenizer")
+TOKENIZERS |= {"qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer", "phi": "CodeGenTokenizer"}
+HALF = ("gpt2", "neox-parallel", "neox-sequential", "opt", "phi", "llama")  # the hub has these in float16, the others in bfloat16
+
+
+@functools.cache
+def own_tokenizer(family):
+    return getattr(transformers, TOKENIZERS.get(family, "GPT2Tokenizer"))().train_new_from_iterator(TEXT.splitlines(), VOCAB)
+
+
+@pytest.fixture(scope="module")
+def like_hub(tmp_path_factory):
+    """Folders of checkpoints in shards of 16-bit weights with a tokenizer of the family's own class."""
+    folders = {}
+
+    def save(family):
+        if family not in folders:
+            folder = folders[family] = tmp_path_factory.mktemp(family)
+            model = build_family(family, VOCAB).to(torch.float16 if family in HALF else torch.bfloat16)
+            if family == "gpt2":  # whose names of weights lack the prefix of the language model
+                model.transformer.save_pretrained(folder, max_shard_size="30KB")
+                model.config.architectures = ["GPT2LMHeadModel"]
+                model.config.save_pretrained(folder)
+            else:
+                model.save_pretrained(folder, max_shard_size="30KB")
+            own_tokenizer(family).save_pretrained(folder)
+        return folders[family]
+
+    return save
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_hub_checkpoint_loads_and_one_head_equals_the_reference(like_hub, family):
+    folder = like_hub(family)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) >= 2
+    model = load_model(str(folder), device="cpu")
+    ids = model.tokenizer.encode(TEXT, add_special_tokens=False)
+    assert ids == own_tokenizer(family).encode(TEXT, add_special_tokens=False) and len(set(ids)) > 100 and max(ids) < VOCAB
+    assert model.tokenizer.bos_token_id is not None
+    tokens = torch.tensor(ids[:60]).view(6, 10)
+    check_identity(model, tokens)
+    hf = reference.in_float64(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval())
+    found = ablate_heads(model, tokens, replacement_for("resample", model, None), layers=range(1, 2))
+    wanted = reference.ablate(hf, tokens, 1, 2, "resample")
+    assert wanted["logit_change"].abs().max() > 0.1
+    for field in (field.name for field in dataclasses.fields(HeadAblations)):
+        got = getattr(found, field)
+        got = got if field == "sigma_clean" else got[0, 2]
+        assert (got - wanted[field]).abs().max() <= 1e-4 * max(1, wanted[field].abs().max()), field
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32))
+@pytest.mark.parametrize("family", ("gpt2", "llama-gqa", "qwen3", "phi", "gpt-neo"))
+def test_weights_are_of_the_dtype_asked_for_and_rotary_tables_are_not_rounded(like_hub, family, dtype):
+    model = load_model(str(like_hub(family)), device="cpu", dtype=dtype)
+    assert {parameter.dtype for parameter in model.hf.parameters()} == {dtype} == {model.dtype}
+    tables = [buffer for name, buffer in model.hf.named_buffers() if "inv_freq" in name]
+    assert bool(tables) == (family in ("llama-gqa", "qwen3", "phi"))
+    assert {table.dtype for table in tables} <= {torch.float32}
+    check_identity(model, random_tokens(2))
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_parts_are_what_they_are_named(like_hub, family):
+    model = load_model(str(like_hub(family)), device="cpu")
+    tokens = random_tokens(2)
+    assert model.parallel == (family in PARALLEL)
+    assert model.context_length == 32
+    assert len(model.W_O(0)) == model.n_heads == 4
+    assert model.value_biases[0].shape == model.W_O(0).shape[:2]
+    hf = AutoModelForCausalLM.from_pretrained(like_hub(family), dtype=torch.float32)
+    for layer, projection in enumerate(reference.mlp_projections(hf)):
+        torch.testing.assert_close(model.value_biases[layer].flatten(), reference.value_bias(hf, layer), rtol=0, atol=0)
+        torch.testing.assert_close(model.W_out(layer), reference._out_matrix(projection), rtol=0, atol=0)
+    seen = {}
+    names = {id(module): name for name, module in model.hf.named_modules()}
+    pairs = [(norm, part) for layer in model.first_maps for norm, maps in layer for part in maps]
+    for module in {id(module): module for pair in pairs for module in pair}.values():
+        module.register_forward_hook(lambda module, given, output: seen.__setitem__(id(module), (given[0], output)))
+    residuals = run_clean(model, tokens).residuals
+    for norm, part in pairs:
+        assert seen[id(part)][0] is seen[id(norm)][1], (names[id(norm)], names[id(part)])
+    # every linear map of a block is either one of them, or a head's or neuron's way out of it
+    ways_out = {id(module) for module in (*model.output_projections, *model.mlp_output_projections)}
+    linear = {id(module) for block in model.blocks for module in block.modules() if getattr(module, "weight", torch.empty(0)).ndim == 2}
+    assert linear == {id(part) for _, part in pairs} | ways_out
+    for layer, norms in enumerate(model.first_maps):
+        assert torch.equal(seen[id(norms[0][0])][0], residuals[layer])
+        if model.parallel and len(norms) == 2:
+            assert torch.equal(seen[id(norms[1][0])][0], residuals[layer])
+
+
+def test_every_supported_architecture_is_a_family(like_hub):
+    assert {AutoConfig.from_pretrained(like_hub(family)).model_type for family in ALL_FAMILIES} == set(SUPPORTED)
+
+
+@pytest.mark.parametrize(("kind", "reason"), [(kind, refusal.reason) for refusal in REFUSALS for kind in refusal.models])
+def test_refused_by_name_from_the_configuration_alone(kind, reason, tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were asked for"))
+    with pytest.raises(UserError) as refused:
+        load_model(str(tmp_path), device="cpu")
+    assert f"architecture '{kind}' is not supported: {reason}; supported are gpt2" in str(refused.value)
+    assert "\n" not in str(refused.value) and kind not in SUPPORTED
+
+
+@pytest.mark.parametrize("fields", ({"model_type": "bloom"}, {"model_type": "made_up_last_night"}, {"hidden_size": 8}))
+def test_unknown_architectures_are_refused(fields, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(UserError, match="its definitions were not checked"):
+        load_model(str(tmp_path), device="cpu")
+
+
+BREAKING = {
+    "do_layer_norm_before": ("opt", False),
+    "word_embed_proj_dim": ("opt", 8),
+    "_remove_final_layer_norm": ("opt", True),
+    "layer_norm_elementwise_affine": ("opt", False),
+    "attention_bias": ("gpt_neox", False),
+    "qk_layernorm": ("phi", True),
+    "add_cross_attention": ("gpt2", True),
+    "is_encoder_decoder": ("gpt2", True),
+    "final_logit_softcapping": ("llama", 30.0),
+    "logits_soft_cap": ("llama", 30.0),
+    "logit_scale": ("llama", 0.0625),
+    "logits_scaling": ("qwen2", 8.0),
+    "residual_multiplier": ("llama", 0.2),
+    "num_experts": ("qwen3", 8),
+    "num_local_experts": ("mistral", 8),
+    "n_routed_experts": ("llama", 8),
+    "vision_config": ("mistral", {"hidden_size": 8}),
+    "audio_config": ("mistral", {"hidden_size": 8}),
+    "quantization_config": ("llama", {"quant_method": "gptq", "bits": 4}),
+    "rope_scaling": ("llama", {"rope_type": "dynamic", "factor": 2.0}),
+}
+
+
+@pytest.mark.parametrize("setting", BREAKING)
+def test_settings_that_break_the_definitions_are_refused(setting, tmp_path, monkeypatch):
+    kind, value = BREAKING[setting]
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, setting: value}))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were asked for"))
+    reasons = [condition.reason for condition in CONDITIONS if f"`{setting}" in condition.setting or setting == "rope_scaling"]
+    with pytest.raises(UserError, match="is not supported: with ") as refused:
+        load_model(str(tmp_path), device="cpu")
+    assert any(reason in str(refused.value) for reason in reasons)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        *((kind, {}) for kind in SUPPORTED),
+        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "attention_bias": True, "mlp_bias": True}),
+        ("llama", {"tie_word_embeddings": True, "logit_scale": 1.0, "final_logit_softcapping": None, "head_dim": 16}),
+        ("gpt_neox", {"use_parallel_residual": False}),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+    ],
+)
+def test_settings_that_keep_them_are_not(kind, fields):
+    check_supported(AutoConfig.for_model(kind, **fields), kind)
+
+
+def test_prompts_must_lie_within_the_sliding_window():
+    windowed = AutoConfig.for_model("qwen2", use_sliding_window=True, sliding_window=64)
+    check_window(windowed, 64, "qwen")
+    with pytest.raises(UserError, match=r"qwen: its attention looks back 64 tokens .* --prompt-len 64 or less"):
+        check_window(windowed, 65, "qwen")
+    for config in (AutoConfig.for_model("qwen2", sliding_window=64), AutoConfig.for_model("mistral", sliding_window=None)):
+        check_window(config, 4096, "all of it")
+    check_window(AutoConfig.for_model("gpt2"), 1024, "gpt2")
+
+
+def test_missing_weights_are_refused(like_hub, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(like_hub("llama"))
+    model.model.save_pretrained(tmp_path)  # all but the unembedding
+    model.config.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(like_hub("llama")).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"1 weights are missing from this checkpoint, the first is lm_head\.weight"):
+        load_model(str(tmp_path), device="cpu")
+
+
+@pytest.mark.parametrize("fields", ("{", '{"model_type": "llama", "hidden_size": 33}', '{"model_type": "llama", "hidden_size": "wide"}'))
+def test_a_damaged_configuration_is_one_line(fields, tmp_path):
+    (tmp_path / "config.json").write_text(fields)
+    with pytest.raises(UserError, match="not a loadable causal language model") as refused:
+        load_model(str(tmp_path), device="cpu")
+    assert "\n" not in str(refused.value)
+
+
+PEAK = """
+import sys, torch
+from selfrepair.models import load_model
+
+def peak():  # of this process only, which getrusage's is not
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
+load_model(sys.argv[1], "cpu", torch.bfloat16)
+before = peak()
+model = load_model(sys.argv[2], "cpu", torch.bfloat16)
+assert all(parameter.sum().isfinite() for parameter in model.hf.parameters())
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a process's peak memory is read from /proc")
+def test_host_memory_of_loading_is_the_weights(like_hub, tmp_path):
+    shape = dict(vocab_size=VOCAB, hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **shape), dtype=torch.bfloat16)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    model.save_pretrained(tmp_path, max_shard_size="30MB")
+    own_tokenizer("llama").save_pretrained(tmp_path)
+    command = [sys.executable, "-c", PEAK, str(like_hub("llama")), str(tmp_path)]
+    grown = subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=True)
+    assert 0.8 * weights < int(grown.stdout) < 1.3 * weights
+
+
+def test_table_says_what_is_checked_and_the_readme_has_it():
+    table = support_table()
+    rows = [row.strip("| ").split(" | ") for row in table.splitlines()[2:]]
+    said = {kind: supported for kinds, _, supported in rows if " with " not in kinds for kind in re.findall("`(.+?)`", kinds)}
+    refused = {kind: f"no: {refusal.reason}" for refusal in REFUSALS for kind in refusal.models}
+    assert said == {kind: f"yes: {architecture.blocks}" for kind, architecture in SUPPORTED.items()} | refused
+    for condition in CONDITIONS:
+        assert any(kinds.endswith(f" with {condition.setting}") and supported == f"no: {condition.reason}" for kinds, _, supported in rows)
+    begin, end = "<!-- support table -->", "<!-- end of support table -->"
+    assert (REPOSITORY / "README.md").read_text().partition(begin)[2].partition(end)[0].strip() == table
