@@ -65,7 +65,7 @@ def command(folder, tokens, out, *more):
 
 @pytest.mark.parametrize("kind", ABLATIONS)
 def test_store_equals_the_reference_for_every_prompt(tmp_path, folder, model, kind, monkeypatch):
-    monkeypatch.setattr(sweep_module, "SHARD_PAIRS", 3)
+    monkeypatch.setattr(results, "SHARD_PAIRS", 3)
     dataset = open_store(sweep(model, PROMPTS, kind, tmp_path, progress=False))
     assert set(dataset.data_vars) == VARIABLES
     assert dict(dataset.sizes) == {"layer": 3, "head": 4, "prompt": N, "position": 11, "token_position": 12}
@@ -84,7 +84,7 @@ def test_store_equals_the_reference_for_every_prompt(tmp_path, folder, model, ki
 def test_independent_of_the_batch_size(tmp_path, model, kind, monkeypatch):
     stores = []
     for pairs in (1, 4, 16):
-        monkeypatch.setattr(sweep_module, "SHARD_PAIRS", pairs)
+        monkeypatch.setattr(results, "SHARD_PAIRS", pairs)
         monkeypatch.setattr(sweep_module, "rows_that_fit", lambda *_: 1000)
         stores.append(open_store(sweep(model, PROMPTS, kind, tmp_path / str(pairs), progress=False)))
     monkeypatch.setattr(replacement_module, "CLEAN_RUN_BYTES", 1)
@@ -134,13 +134,13 @@ def test_weights_hash_sees_every_weight(model, folder):
 
 
 def test_damaged_and_missing_shards_are_redone(tmp_path, model, monkeypatch):
-    monkeypatch.setattr(sweep_module, "SHARD_PAIRS", 3)
+    monkeypatch.setattr(results, "SHARD_PAIRS", 3)
     whole = open_store(sweep(model, PROMPTS, "mean", tmp_path / "whole", progress=False))
     monkeypatch.setattr(results, "write_store", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         sweep(model, PROMPTS, "mean", tmp_path, progress=False)
     monkeypatch.undo()
-    monkeypatch.setattr(sweep_module, "SHARD_PAIRS", 3)
+    monkeypatch.setattr(results, "SHARD_PAIRS", 3)
     (shards,) = tmp_path.glob("*.shards")
     damaged = shards / "000003.npz"
     content = bytearray(damaged.read_bytes())
@@ -341,7 +341,7 @@ def test_full_disk_is_one_line_and_the_run_goes_on_later(tmp_path, folder, capsy
 
 
 def test_several_devices_share_the_work_to_the_same_bytes(tmp_path, folder, monkeypatch):
-    monkeypatch.setattr(sweep_module, "SHARD_PAIRS", 2)
+    monkeypatch.setattr(results, "SHARD_PAIRS", 2)
     model = load_model(str(folder), "cpu")
     alone = open_store(sweep(model, PROMPTS, "mean", tmp_path / "alone", progress=False))
     users = []
@@ -353,7 +353,7 @@ def test_several_devices_share_the_work_to_the_same_bytes(tmp_path, folder, monk
 
 
 def test_a_worker_that_fails_is_not_hidden_and_finished_shards_stay(tmp_path, model, monkeypatch):
-    monkeypatch.setattr(sweep_module, "SHARD_PAIRS", 2)
+    monkeypatch.setattr(results, "SHARD_PAIRS", 2)
     real = sweep_module._ablate_pairs
 
     def fail(on, tokens, pairs, *rest):
@@ -411,7 +411,7 @@ def test_nothing_the_size_of_vocabulary_times_tokens_is_made(tmp_path, model):
 def test_chunks_hold_one_layer(tmp_path, model, monkeypatch):
     import zarr
 
-    monkeypatch.setattr(sweep_module, "SHARD_PAIRS", 3)
+    monkeypatch.setattr(results, "SHARD_PAIRS", 3)
     monkeypatch.setattr(results, "PROMPTS_IN_CHUNK", 8)
     path = sweep(model, PROMPTS, "zero", tmp_path, progress=False)
     assert zarr.open_array(path / "logit_change", mode="r").chunks == (1, model.n_heads, 8, PROMPTS.tokens.shape[1] - 1)

@@ -8,7 +8,7 @@ import pytest
 import zarr
 from families import random_tokens, save_family
 
-from selfrepair import __version__, verify
+from selfrepair import __version__, results, verify
 from selfrepair import sweep as sweep_module
 from selfrepair.cli import main
 from selfrepair.corpora import Prompts
@@ -24,7 +24,7 @@ PROMPTS = Prompts(random_tokens(8).numpy(), "random")
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """A results folder with two sweeps, a file and its manifest."""
-    monkeypatch.setattr(sweep_module, "SHARD_PAIRS", 2)
+    monkeypatch.setattr(results, "SHARD_PAIRS", 2)
     model = load_model(str(save_family("gpt2", tmp_path / "tiny")), "cpu")
     out = tmp_path / "results"
     for kind in ("resample", "mean"):
@@ -76,7 +76,7 @@ def test_a_wrong_number_with_a_right_checksum_is_found(run):
     for store in run.glob("sweeps/*.zarr"):
         array = zarr.open_group(store, mode="r+")["logit_change"]
         array[:] = array[:] * 1.01
-        array.attrs["sha256"] = sweep_module.results._checksum(array)
+        array.attrs["sha256"] = results._checksum(array)
     again = [finding for finding in found(run).values() if "computed again" in finding.detail]
     assert len(again) == 1 and again[0].agrees is False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from pathlib import Path
 
@@ -48,6 +49,28 @@ def find_model(name: str) -> str:
         return str(folder)
     _check_on_hub(name)
     return name
+
+
+def read_config(name: str) -> dict[str, object]:
+    """A model's config.json, from the hub if need be.
+
+    Raises:
+        UserError: as :func:`find_model`, or the file is no JSON object.
+    """
+    found = Path(find_model(name))
+    if (found / "config.json").is_file():
+        file = found / "config.json"
+    else:
+        from huggingface_hub import hf_hub_download
+
+        file = Path(hf_hub_download(name, "config.json"))
+    try:
+        config = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name}: its config.json cannot be read ({error})") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{name}: its config.json is no JSON object")
+    return config
 
 
 def _check_on_hub(name: str) -> None:

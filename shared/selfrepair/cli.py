@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from selfrepair import __version__
 from selfrepair.checkpoints import find_model
 from selfrepair.choices import ABLATIONS, PRECISIONS
 from selfrepair.errors import UserError
 from selfrepair.profiles import load_profile
+
+if TYPE_CHECKING:
+    from selfrepair.study import Study
 
 # Imports of torch and transformers wait until a command needs them: --help and bad arguments answer at once.
 
@@ -28,12 +32,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
+        sys.stdout.flush()
     except UserError as error:
         print(f"selfrepair: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("selfrepair: interrupted; the same command goes on from what is saved", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read the output, head for instance, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return 0
 
 
@@ -89,7 +97,93 @@ def _parser() -> argparse.ArgumentParser:
     notebooks.add_argument("--out", type=Path, help="results folder (default: results/<profile>)")
     notebooks.add_argument("--jobs", type=int, default=1, help="notebooks run side by side (default 1)")
     notebooks.set_defaults(run=_notebooks)
+    _add_stages(commands)
     return parser
+
+
+def _add_stages(commands: argparse._SubParsersAction) -> None:
+    """The commands that the workflow (Snakefile) is made of."""
+    run = argparse.ArgumentParser(add_help=False)
+    run.add_argument("--profile", default="pocket", help="name of a profile or path of a .yaml file (default pocket)")
+    run.add_argument("--out", type=Path, help="results folder (default: results/<profile>)")
+    run.add_argument("--seed", type=int, default=0, help="which prompts are taken, in which order (default 0)")
+    run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 … (default auto)")
+    one = argparse.ArgumentParser(add_help=False)
+    one.add_argument("--model", required=True, help="a model of the profile")
+    kind = argparse.ArgumentParser(add_help=False)
+    kind.add_argument("--ablation", required=True, choices=ABLATIONS)
+    stages = {
+        "plan": (_plan, [run], "what a run of a profile is made of, as JSON"),
+        "tokens": (_tokens, [run, one], "draw the prompts of one model"),
+        "shard": (_shard, [run, one, kind], "compute some shards of one sweep"),
+        "merge": (_merge, [run, one, kind], "make one sweep's store from its shards; missing ones are computed"),
+        "summary": (_summary, [run], "compare a finished run with the released numbers; write its manifest and page"),
+    }
+    for name, (stage, parents, says) in stages.items():
+        command = commands.add_parser(name, parents=parents, help=f"{says} (a stage of the workflow)")
+        command.set_defaults(run=stage)
+        if name == "shard":
+            command.add_argument("--first", type=int, nargs="+", required=True, metavar="PAIR", help="first pairs of the shards (see plan)")
+
+
+def _study(options: argparse.Namespace) -> Study:
+    """The run that a stage belongs to. What is wrong with its arguments is said before seconds of imports."""
+    if options.seed < 0:
+        raise UserError(f"seed must not be negative, not {options.seed}")
+    profile = load_profile(options.profile)
+    if "model" in options:
+        if options.model not in profile.models:
+            raise UserError(f"{options.model}: not a model of {options.profile}; it has {', '.join(profile.models)}")
+        find_model(options.model)
+    if "ablation" in options and options.ablation not in profile.ablations:
+        raise UserError(f"{options.ablation}: not an ablation of {options.profile}; it has {', '.join(profile.ablations)}")
+    from selfrepair.study import Study
+
+    return Study.of(options.profile, seed=options.seed, device=options.device, out_dir=options.out)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    import json
+
+    from selfrepair.stages import plan
+
+    print(json.dumps(plan(load_profile(options.profile)), indent=1))
+
+
+def _tokens(options: argparse.Namespace) -> None:
+    from selfrepair.disk import disk_full_is_said
+    from selfrepair.stages import draw_tokens
+
+    study = _study(options)
+    with disk_full_is_said(study.out_dir):
+        print(draw_tokens(study, options.model))
+
+
+def _shard(options: argparse.Namespace) -> None:
+    from selfrepair.disk import disk_full_is_said
+    from selfrepair.stages import compute_shards
+
+    study = _study(options)
+    with disk_full_is_said(study.out_dir):
+        compute_shards(study, options.model, options.ablation, options.first)
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from selfrepair.disk import disk_full_is_said
+    from selfrepair.stages import merge_shards
+
+    study = _study(options)
+    with disk_full_is_said(study.out_dir):
+        print(merge_shards(study, options.model, options.ablation))
+
+
+def _summary(options: argparse.Namespace) -> None:
+    from selfrepair.disk import disk_full_is_said
+    from selfrepair.stages import summarise
+
+    study = _study(options)
+    with disk_full_is_said(study.out_dir):
+        print(summarise(study, str(options.profile)))
 
 
 def _train(options: argparse.Namespace) -> None:

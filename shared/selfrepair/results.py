@@ -19,6 +19,8 @@ from filelock import FileLock
 from selfrepair.errors import UserError
 
 FORMAT = 2
+#: Pairs of prompts in a shard of a sweep.
+SHARD_PAIRS = 16
 PROMPTS_IN_CHUNK = 64
 
 
@@ -30,7 +32,17 @@ def identity(attributes: dict[str, object]) -> str:
 
 def store_name(model: str, ablation: str, attributes: dict[str, object]) -> str:
     """File name, without suffix, of what was measured on a model: readable, and another for other ``attributes``."""
-    return f"{model.strip('/').replace('/', '--')}-{ablation}-{identity(attributes)}"
+    return f"{slug(model)}-{ablation}-{identity(attributes)}"
+
+
+def slug(model: str) -> str:
+    """A model's name as a part of file names."""
+    return model.strip("/").replace("/", "--")
+
+
+def shard_starts(n_prompts: int) -> range:
+    """The first pair of every shard of a sweep."""
+    return range(0, n_prompts // 2, SHARD_PAIRS)
 
 
 def code_version(*modules: str) -> str:
@@ -48,6 +60,12 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Removes what a killed :func:`write_atomically` of ``path`` left; nobody else may be writing it."""
+    for unfinished in path.parent.glob(f".{path.name}.*"):
+        unfinished.unlink()
 
 
 class Shards:

@@ -21,8 +21,8 @@ from selfrepair.devices import all_devices, resolve_device, set_precision
 from selfrepair.models import Model, load_model
 from selfrepair.paths import HELD_OUT_TEXT, REPOSITORY
 from selfrepair.profiles import Profile, load_profile
-from selfrepair.results import code_version, kept, open_store, store_name, write_atomically
-from selfrepair.sweep import CODE, sweep
+from selfrepair.results import Shards, code_version, identity, kept, open_store, slug, store_name, write_atomically
+from selfrepair.sweep import CODE, Sweep, sweep
 
 T = TypeVar("T")
 
@@ -78,17 +78,29 @@ class Study:
         drawn = {"n_prompts": p.n_prompts, "prompt_len": p.prompt_len, "seed": self.seed}
         text = hash_documents(read_documents(HELD_OUT_TEXT)) if p.dataset is None else p.dataset
         attributes = {**drawn, "text": text, "tokenizer": hash_tokenizer(tokenizer)}
-
-        def draw() -> dict[str, np.ndarray]:
+        shards = Shards(self.out_dir / "tokens")
+        saved = shards.read(slug(model))
+        if saved is None or str(saved["identity"]) != identity(attributes):
             found = load_tokens(tokenizer, dataset=p.dataset, **drawn)
-            return {"tokens": found.tokens, "source": np.array(found.source)}
-
-        saved = kept(self.out_dir / "tokens", store_name(model, "tokens", attributes), draw)
+            saved = {"tokens": found.tokens, "source": np.array(found.source), "identity": np.array(identity(attributes))}
+            shards.write(slug(model), saved)
         return Prompts(saved["tokens"], str(saved["source"]))
+
+    def tokens_file(self, model: str) -> Path:
+        """Where :meth:`prompts` keeps the prompts of a model."""
+        return self.out_dir / "tokens" / f"{slug(model)}.npz"
 
     def sweep(self, model: str, ablation: str, progress: bool = False) -> xr.Dataset:
         """The sweep of one model, from disk if it is there already."""
-        return open_store(self._sweep(*self.load(model), ablation, progress))
+        return open_store(self.stored_sweep(model, ablation, progress))
+
+    def stored_sweep(self, model: str, ablation: str, progress: bool = False) -> Path:
+        """Where the sweep of one model lies, once it does."""
+        return self._sweep(*self.load(model), ablation, progress)
+
+    def planned_sweep(self, model: str, ablation: str) -> Sweep:
+        """The sweep of one model, to compute some of its shards."""
+        return Sweep(*self.load(model), ablation, self.out_dir / "sweeps", self.seed)
 
     def sweeps_by_ablation(self, model: str) -> dict[str, xr.Dataset]:
         """The sweeps of one model, which is loaded once, for every kind of ablation."""

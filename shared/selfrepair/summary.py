@@ -45,7 +45,7 @@ HEADINGS = {
 }
 
 #: An entry of the claims table's cells that list models: name, value with interval, what it says of the claim.
-BY_MODEL = re.compile(r"(.+?) (\S+(?: \[[^]]*\])?)(?: (yes|no|open))?(?:; |$)")
+BY_MODEL = re.compile(r"(.+?) (-?(?:[\d.]+|nan|inf)(?: \[[^]]*\])?)(?: (yes|no|open))?(?:; |$)")
 
 
 @dataclass(frozen=True)

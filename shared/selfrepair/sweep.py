@@ -30,7 +30,6 @@ from selfrepair.replacement import mean_z, pairs_that_fit, partner_batches, repl
 from selfrepair.replay import run_clean
 from selfrepair.support import check_window
 
-SHARD_PAIRS = 16
 #: Logits of this many positions of two prompts are enough to know the final norm and the unembedding.
 IDENTITY_POSITIONS = 16
 CODE = ("ablation.py", "direct_effect.py", "kernels.py", "low_rank.py", "models.py", "replacement.py", "replay.py", "sweep.py")
@@ -61,13 +60,12 @@ def sweep(
     """
     work = Sweep(model, prompts, ablation, out, seed)
     with FileLock(work.path.with_suffix(".lock")):  # a run beside this one that wants the same store waits for it
+        results.remove_unfinished(manifest_of(work.path))
         if work.is_done():
             work.shards.remove()  # a run killed just before it would have
             return work.path
         started = time.monotonic()
-        starts = tqdm(work.starts, desc=f"{model.name} {ablation}", unit="shard", disable=not progress)
-        for _ in on_all([model, *map(model.on, more_devices)], work.shard, starts):
-            pass
+        work.compute(work.starts, progress, more_devices)
         write_manifest(manifest_of(work.path), time.monotonic() - started, source=model.source, **work.attributes)
         results.write_store(work.parts(), work.path)
         work.shards.remove()
@@ -82,7 +80,7 @@ class Sweep:
         self.model, self.ablation = model, ablation
         self.tokens = checked_tokens(model, prompts).cpu()
         self.half = len(self.tokens) // 2
-        self.starts = shard_starts(len(self.tokens))
+        self.starts = results.shard_starts(len(self.tokens))
         self.attributes = describe(model, prompts, ablation, seed)
         name = results.store_name(model.name, ablation, self.attributes)
         self.path = Path(out) / f"{name}.zarr"
@@ -95,6 +93,12 @@ class Sweep:
         except UserError:
             return False
         return True
+
+    def compute(self, starts: Iterable[int], progress: bool = False, more_devices: Sequence[torch.device] = ()) -> None:
+        """Leaves these shards on the disk."""
+        starts = tqdm(starts, desc=f"{self.model.name} {self.ablation}", unit="shard", disable=not progress)
+        for _ in on_all([self.model, *map(self.model.on, more_devices)], self.shard, starts):
+            pass
 
     def shard(self, model: Model, start: int) -> dict[str, np.ndarray]:
         """The shard from the disk, or computed on ``model`` and kept there."""
@@ -112,7 +116,7 @@ class Sweep:
                 yield self._part(self.shard(self.model, start), start, second)
 
     def _compute(self, model: Model, start: int, means: Callable[[Model], list[Tensor]]) -> dict[str, np.ndarray]:
-        pairs = torch.arange(start, min(start + SHARD_PAIRS, self.half))
+        pairs = torch.arange(start, min(start + results.SHARD_PAIRS, self.half))
         return _ablate_pairs(model, self.tokens, pairs, self.half, self.ablation, means(model) if self.ablation == "mean" else None)
 
     def _kept_mean_z(self, model: Model) -> list[Float[Tensor, "head d_head"]]:
@@ -138,11 +142,6 @@ class Sweep:
             },
             attrs={"format": results.FORMAT, **self.attributes},
         )
-
-
-def shard_starts(n_prompts: int) -> range:
-    """The first pair of every shard of a sweep."""
-    return range(0, n_prompts // 2, SHARD_PAIRS)
 
 
 def manifest_of(store: Path) -> Path:

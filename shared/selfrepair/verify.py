@@ -16,8 +16,8 @@ from selfrepair.devices import resolve_device, set_precision
 from selfrepair.errors import UserError
 from selfrepair.manifest import hash_files
 from selfrepair.models import load_model
-from selfrepair.results import code_version, open_store
-from selfrepair.sweep import CODE, Sweep, manifest_of, shard_starts
+from selfrepair.results import code_version, open_store, shard_starts
+from selfrepair.sweep import CODE, Sweep, manifest_of
 
 #: Of the shards of all sweeps, computed again; at least one.
 SHARE_OF_SHARDS = 0.01

@@ -1,0 +1,125 @@
+"""The stages of a run, each of which any machine can take up: what there is to do, and the small files that say it is done."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from selfrepair.checkpoints import read_config
+from selfrepair.errors import UserError
+from selfrepair.paths import NOTEBOOKS
+from selfrepair.profiles import Profile
+from selfrepair.results import code_version, shard_starts, slug, write_atomically
+
+if TYPE_CHECKING:
+    from selfrepair.study import Study
+
+#: Megabytes that Python, PyTorch and a batch's activations take beside the weights.
+BESIDE_WEIGHTS_MB = 2500
+BYTES = {"float64": 8, "float32": 4, "tf32": 4, "bfloat16": 2, "float16": 2}
+
+
+def plan(profile: Profile) -> dict[str, object]:
+    """What a run of ``profile`` is made of, as JSON: per model the first pairs of its shards and what a job needs.
+
+    ``code`` changes with the library: what was made by other code is made again.
+
+    Raises:
+        UserError: a model that cannot be found or reached.
+    """
+
+    models = {}
+    for name in profile.models:
+        own = profile.of_model(name)
+        config = read_config(name)
+        layers, width, vocabulary = (_first_of(config, *names) for names in _SIZES)
+        weights = (12 * layers * width**2 + 2 * vocabulary * width) * BYTES[own.dtype] / 1e6
+        models[name] = {
+            "settings": {"n_prompts": own.n_prompts, "prompt_len": own.prompt_len, "dtype": own.dtype, "dataset": own.dataset},
+            "first_pairs": list(shard_starts(own.n_prompts)),
+            "mem_mb": round(2 * weights + BESIDE_WEIGHTS_MB),  # on a CPU, weights are kept in a second layout too
+            "code": code_version(*sorted(file.name for file in Path(__file__).parent.glob("*.py"))),
+        }
+    return {
+        "models": models,
+        "ablations": profile.ablations,
+        "fraction": profile.fraction,
+        "notebooks": [path.stem for path in sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))],
+        "notebook_mem_mb": max(model["mem_mb"] for model in models.values()) + BESIDE_WEIGHTS_MB,
+    }
+
+
+#: Names under which configurations give the number of layers, d_model and the size of the vocabulary.
+_SIZES = (("num_hidden_layers", "n_layer", "num_layers"), ("hidden_size", "n_embd", "d_model"), ("vocab_size",))
+
+
+def _first_of(config: dict[str, object], *names: str) -> int:
+    return next((config[name] for name in names if isinstance(config.get(name), int)), 0)
+
+
+def draw_tokens(study: Study, model: str) -> Path:
+    """Loads a model and draws the prompts it is measured on; returns their file."""
+    study.load(model)
+    return study.tokens_file(model)
+
+
+def compute_shards(study: Study, model: str, ablation: str, first_pairs: Sequence[int]) -> None:
+    """Computes the shards of one sweep that begin with these pairs, unless they or the sweep are there already.
+
+    Raises:
+        UserError: no shard begins with a pair, or as :func:`selfrepair.sweep.sweep`.
+    """
+    work = study.planned_sweep(model, ablation)
+    unknown = sorted(set(first_pairs) - set(work.starts))
+    if unknown:
+        raise UserError(f"no shard of {model} begins with pair {unknown[0]}; they begin with {', '.join(map(str, work.starts))}")
+    if not work.is_done():
+        work.compute(first_pairs)
+    for first in first_pairs:
+        _say_done(study.out_dir / "shards" / slug(model) / ablation / f"{first}.done", store=work.path.name, first_pair=first)
+
+
+def merge_shards(study: Study, model: str, ablation: str) -> Path:
+    """The store of one sweep, from its shards and whatever of them is missing; returns its path."""
+    store = study.stored_sweep(model, ablation, progress=True)
+    _say_done(study.out_dir / "sweeps" / f"{slug(model)}-{ablation}.done", store=store.name)
+    return store
+
+
+def summarise(study: Study, profile: str) -> str:
+    """Writes the manifest of a finished run and its page ``index.html``; returns what to print: the comparison and the page's path.
+
+    Raises:
+        UserError: the run left nothing to show, or is of other models than the released numbers of their names.
+    """
+    from selfrepair.comparison import report
+    from selfrepair.manifest import hash_files, write_manifest
+    from selfrepair.summary import write_summary
+
+    out = study.out_dir
+    said = report(study.profile, out)
+    notes = [json.loads(path.read_bytes()) for path in sorted((out / "sweeps").glob("*.manifest.json"))]
+    sweeps = [
+        note for note in notes if note["model"] in {Path(model).name if Path(model).is_dir() else model for model in study.profile.models}
+    ]
+    write_manifest(
+        out / "manifest.json",
+        sum(note["seconds"] for note in sweeps),
+        profile=profile,
+        settings=dataclasses.asdict(study.profile),
+        seed=study.seed,
+        sweeps={f"{note['model']} {note['ablation']}": {key: note[key] for key in _OF_A_SWEEP} for note in sweeps},
+        files=hash_files(out),
+    )
+    return f"{said}\n{write_summary(out)}"
+
+
+#: What a run's manifest repeats of its sweeps' own.
+_OF_A_SWEEP = ("weights_sha256", "corpus", "tokens_sha256", "dtype", "code", "seconds", "finished")
+
+
+def _say_done(path: Path, **what: object) -> None:
+    write_atomically(path, (json.dumps(what) + "\n").encode())
