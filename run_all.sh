@@ -7,15 +7,20 @@ ROOT="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)"
 
 show_help() {
     cat <<'HELP'
-Usage: ./run_all.sh [--profile NAME] [--jobs N]
+Usage: ./run_all.sh [--profile NAME] [--jobs N] [--slurm[=FOLDER]]
+       ./run_all.sh --update [--jobs N]
        ./run_all.sh --test [--jobs N]
        ./run_all.sh --lab
 
-Sets up a Python environment if there is none yet, then runs every notebook of the suite.
+Sets up a Python environment if there is none yet, then runs the suite: measurements, notebooks, figures, claims and
+the page results/NAME/index.html. Interrupted, the same command goes on from where it was.
 
   --profile NAME  what to measure: a file profiles/NAME.yaml (default: pocket, which needs no network)
-  --jobs N        how many notebooks run side by side (default: the number of cores);
+  --jobs N        how many jobs run side by side (default: the number of cores);
                   with --test: how many threads the tests may use (default: PyTorch's choice)
+  --slurm         hand the jobs to a SLURM cluster; what it asks for is in profiles/slurm/config.yaml, or in
+                  the config.yaml of FOLDER
+  --update        run the pocket profile, then refresh the committed notebooks, figures and README from it
   --test          run the unit tests, then check the notebooks' saved outputs
   --lab           open the notebooks in JupyterLab
   --help          show this text
@@ -61,7 +66,8 @@ known_profiles() {
 
 PROFILE=pocket
 JOBS=
-MODE=notebooks
+SLURM=
+MODE=run
 while (($# > 0)); do
     option=$1
     shift
@@ -71,10 +77,11 @@ while (($# > 0)); do
             value=$1
             shift
             ;;
-        --profile=* | --jobs=*)
+        --profile=* | --jobs=* | --slurm=*)
             value=${option#*=}
             option=${option%%=*}
             ;;
+        --slurm) value=$ROOT/profiles/slurm ;;
     esac
     case "$option" in
         --profile)
@@ -85,8 +92,12 @@ while (($# > 0)); do
             [[ "$value" =~ ^[1-9][0-9]{0,3}$ ]] || fail_usage "--jobs needs a whole number from 1 to 9999, not" "$value"
             JOBS=$value
             ;;
-        --test | --lab)
-            [[ "$MODE" == notebooks || "$MODE" == "${option#--}" ]] || fail_usage "--test and --lab exclude each other"
+        --slurm)
+            [[ -f "$value/config.yaml" ]] || fail_usage "--slurm needs a folder with a config.yaml, not" "$value"
+            SLURM="$(CDPATH='' cd -- "$value" && pwd -P)"
+            ;;
+        --test | --lab | --update)
+            [[ "$MODE" == run || "$MODE" == "${option#--}" ]] || fail_usage "--test, --lab and --update exclude each other"
             MODE=${option#--}
             ;;
         --help | -h)
@@ -97,7 +108,10 @@ while (($# > 0)); do
     esac
 done
 # Said before the set-up, which takes minutes the first time.
-if [[ "$MODE" == notebooks && ! -f "$ROOT/profiles/$PROFILE.yaml" ]]; then
+if [[ "$MODE" == update && "$PROFILE" != pocket ]]; then
+    fail_usage "--update refreshes what is committed of the pocket profile, not of" "$PROFILE"
+fi
+if [[ "$MODE" == run && ! -f "$ROOT/profiles/$PROFILE.yaml" ]]; then
     fail_usage "no profile $PROFILE; there are:$(known_profiles)"
 fi
 
@@ -214,9 +228,20 @@ if ! is_set_up; then set_up; fi
 export PATH="$ENVIRONMENT/bin:$PATH"
 export JUPYTER_PREFER_ENV_PATH=1 # the notebooks' kernel "python3" is this environment's, not the user's
 
+run_workflow() {
+    local where=(--cores "${JOBS:-$(count_cores)}")
+    if [[ -n "$SLURM" ]]; then where=(--workflow-profile "$SLURM" ${JOBS:+--jobs "$JOBS"}); fi
+    "$PYTHON" -m snakemake --logger selfrepair "${where[@]}" --config profile="$PROFILE" out="results/$PROFILE"
+}
+
 case "$MODE" in
-    notebooks)
-        exec "$PYTHON" -m selfrepair.cli notebooks --profile "$PROFILE" --jobs "${JOBS:-$(count_cores)}"
+    run)
+        run_workflow
+        if [[ -f "results/$PROFILE/logs/summary.log" ]]; then cat "results/$PROFILE/logs/summary.log"; fi
+        ;;
+    update)
+        run_workflow
+        exec "$PYTHON" -m selfrepair.cli update
         ;;
     lab)
         exec "$PYTHON" -m jupyterlab notebooks

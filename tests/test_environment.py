@@ -190,8 +190,8 @@ def test_help_lists_every_option_from_any_folder(clone):
     assert (done.returncode, done.stderr) == (0, "")
     cases = re.findall(r"^ +(-[-a-z |]*)\)$", SCRIPT, flags=re.MULTILINE)
     options = {option for case in cases for option in case.split(" | ") if option.startswith("--")}
-    assert options == {"--profile", "--jobs", "--test", "--lab", "--help"}
-    assert all(re.search(rf"^  {option} ", done.stdout, flags=re.MULTILINE) for option in options)
+    assert options == {"--profile", "--jobs", "--slurm", "--test", "--lab", "--update", "--help"}
+    assert all(re.search(rf"^  {option}[ =[]", done.stdout, flags=re.MULTILINE) for option in options)
     assert all(name in done.stdout for name in ("SELFREPAIR_USE_ACTIVE=1", "TORCH_INDEX_URL"))
     assert clone.calls == [], "nothing may be set up for --help"
 
@@ -212,6 +212,9 @@ def test_help_lists_every_option_from_any_folder(clone):
         ["--profile", "../pocket"],
         ["--profile", "no-such-profile"],
         ["--test", "--lab"],
+        ["--update", "--test"],
+        ["--slurm=/nowhere"],
+        ["--update", "--profile", "paper"],
     ],
 )
 def test_wrong_options_are_one_line_and_status_2(clone, options):
@@ -230,7 +233,7 @@ def test_an_unknown_profile_is_answered_with_those_there_are(clone):
 @needs_bash
 def test_first_run_installs_and_second_does_not(clone):
     assert clone.run("--jobs", "3").returncode == 0
-    main_job = "-m selfrepair.cli notebooks --profile pocket --jobs 3"
+    main_job = "-m snakemake --logger selfrepair --cores 3 --config profile=pocket out=results/pocket"
     assert clone.calls == [clone.making, *clone.installation, main_job]
     done = clone.run("--jobs=3")
     assert (done.returncode, done.stderr) == (0, "")
@@ -346,6 +349,20 @@ def test_ci_runs_the_tests(clone):
 def test_lab_opens_the_notebooks(clone):
     clone.run("--lab")
     assert clone.calls[-1] == "-m jupyterlab notebooks"
+
+
+@needs_bash
+def test_slurm_and_update_run_the_workflow(clone):
+    folder = clone.root / "profiles" / "slurm"
+    folder.mkdir()
+    (folder / "config.yaml").touch()
+    assert clone.run("--jobs", "7", "--slurm").returncode == 0
+    workflow = "-m snakemake --logger selfrepair {} --config profile=pocket out=results/pocket"
+    assert clone.calls[-1] == workflow.format(f"--workflow-profile {folder.resolve()} --jobs 7")
+    assert clone.run("--update", "--jobs=3").returncode == 0
+    assert clone.calls[-2:] == [workflow.format("--cores 3"), "-m selfrepair.cli update"]
+    assert clone.run("--update", "--jobs=3", FAIL_AT=workflow.format("--cores 3")).returncode == 3
+    assert clone.calls[-1] == workflow.format("--cores 3"), "nothing is refreshed from a run that failed"
 
 
 def test_scripts_are_executable():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def model_folder(name: str) -> Path | None:
     if name in embedded_models():
         return MODELS / name
     path = Path(name)
-    if path.is_dir():
+    if os.path.isdir(name):  # False for what can be no path, where Path.is_dir raises
         if not (path / "config.json").is_file():
             raise UserError(f"{name}: no config.json in this folder, so it is no Hugging Face model")
         return path
@@ -71,6 +72,24 @@ def read_config(name: str) -> dict[str, object]:
     if not isinstance(config, dict):
         raise UserError(f"{name}: its config.json is no JSON object")
     return config
+
+
+def training_metrics(folder: Path) -> dict[str, object]:
+    """The ``metrics.json`` that ``selfrepair train`` leaves with a model; empty for models that were trained by others.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    file = folder / "metrics.json"
+    if not file.is_file():
+        return {}
+    try:
+        metrics = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: damaged ({error}); copy the model again") from error
+    config = metrics.get("config") if isinstance(metrics, dict) else None
+    seed = config.get("gazetteer_seed") if isinstance(config, dict) else None
+    return metrics if type(seed) is int and seed >= 0 else {}
 
 
 def _check_on_hub(name: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from selfrepair import __version__
-from selfrepair.checkpoints import find_model
+from selfrepair.checkpoints import find_model, training_metrics
 from selfrepair.choices import ABLATIONS, PRECISIONS
 from selfrepair.errors import UserError
 from selfrepair.profiles import load_profile
@@ -24,17 +24,32 @@ if TYPE_CHECKING:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: error: {_one_line(message)} (see {self.prog} --help)\n")
+
+
+#: Longest message that is shown whole, and how much of both ends of a longer one.
+LONGEST, ENDS = 2000, 500
+
+
+def _one_line(message: object) -> str:
+    """The message with escapes for line breaks and whatever else cannot be printed, and without the middle if it is very long."""
+    text = str(message)
+    text = text if len(text) <= LONGEST else f"{text[:ENDS]} … {text[-ENDS:]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    options = _parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = _parser()
+    if not _is_unicode("".join(arguments)):
+        parser.error("an argument is no UTF-8 text; rename the file that it names")
+    options = parser.parse_args(arguments)
     try:
         options.run(options)
         sys.stdout.flush()
     except UserError as error:
-        print(f"selfrepair: error: {error}", file=sys.stderr)
+        print(f"selfrepair: error: {_one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("selfrepair: interrupted; the same command goes on from what is saved", file=sys.stderr)
@@ -42,7 +57,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output, head for instance, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        path = error.filename2 or error.filename
+        if path is None:  # not about a file that was given, or that was to be written
+            raise
+        print(f"selfrepair: error: {_one_line(os.fsdecode(path))}: cannot be read or written ({error.strerror})", file=sys.stderr)
+        return 1
     return 0
+
+
+def _is_unicode(text: str) -> bool:
+    """False if it holds bytes that were no UTF-8, which Python keeps as lone surrogates and no file format does."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -98,6 +124,8 @@ def _parser() -> argparse.ArgumentParser:
     notebooks.add_argument("--jobs", type=int, default=1, help="notebooks run side by side (default 1)")
     notebooks.set_defaults(run=_notebooks)
     _add_stages(commands)
+    update = commands.add_parser("update", help="refresh the committed notebooks, figures and README from a run of the pocket profile")
+    update.set_defaults(run=_update)
     return parser
 
 
@@ -177,6 +205,16 @@ def _merge(options: argparse.Namespace) -> None:
         print(merge_shards(study, options.model, options.ablation))
 
 
+def _update(options: argparse.Namespace) -> None:
+    from selfrepair.study import Study
+    from selfrepair.update import update_committed
+
+    study = Study.of("pocket")
+    if not (study.out_dir / "index.html").is_file():
+        raise UserError(f"{study.out_dir}: holds no finished run; ./run_all.sh --update makes one first")
+    update_committed(study, "pocket")
+
+
 def _summary(options: argparse.Namespace) -> None:
     from selfrepair.disk import disk_full_is_said
     from selfrepair.stages import summarise
@@ -218,9 +256,7 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    folder = find_model(options.model)
-    import json
-
+    kept = training_metrics(Path(find_model(options.model)))  # the n-gram models' losses among them
     from transformers.utils import logging
 
     from selfrepair.devices import resolve_device
@@ -230,8 +266,6 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     logging.disable_progress_bar()
     model, tokenizer = load_hf(options.model, resolve_device(options.device))
-    card = Path(folder) / "metrics.json"  # what training measured, the n-gram models' losses among it
-    kept = json.loads(card.read_text()) if card.is_file() else {}
     seed = kept["config"]["gazetteer_seed"] if kept else 0
     print(render_table({options.model: kept | evaluate(model, tokenizer, seed)}))
 

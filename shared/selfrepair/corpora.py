@@ -6,7 +6,7 @@ import gzip
 import hashlib
 import itertools
 import json
-import re
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,13 @@ from transformers import PreTrainedTokenizerBase
 from selfrepair.errors import UserError
 from selfrepair.paths import HELD_OUT_TEXT
 
-SEPARATOR = re.compile(r"^---$", re.MULTILINE)
+SEPARATOR = b"---"
+#: Bytes of the longest document: a tokenizer reads it in one piece, which takes two hundred times as much memory.
+LONGEST_DOCUMENT = 1 << 24
+#: Characters that are tokenised at once, or one document.
+CHARACTERS_AT_ONCE = 1 << 20
+#: Longest prompt that may be asked for: longer than any model's context.
+LONGEST_PROMPT = 1 << 24
 
 
 def read_documents(path: str | Path) -> list[str]:
@@ -28,7 +34,7 @@ def read_documents(path: str | Path) -> list[str]:
     In a file, a line that holds exactly ``---`` ends one document and begins the next.
 
     Raises:
-        UserError: nothing there, no text file in the folder, or a file that is not UTF-8 text.
+        UserError: nothing there, no text file in the folder, a file that is not UTF-8 text, or too long a document.
     """
     path = Path(path)
     if path.is_dir():
@@ -39,21 +45,42 @@ def read_documents(path: str | Path) -> list[str]:
         files = [path]
     else:
         raise UserError(f"{path}: no such file or folder")
-    documents = [part.strip("\n") for file in files for part in SEPARATOR.split(_read(file))]
+    documents = [document.strip("\n") for file in files for document in _documents(file)]
     documents = [document for document in documents if document.strip()]
     if not documents:
         raise UserError(f"{path}: holds no text")
     return documents
 
 
-def _read(file: Path) -> str:
+def _documents(file: Path) -> Iterator[str]:
+    """What lies between a file's separators; a file that is no text, or never ends, is not read further than need be."""
+    lines: list[bytes] = []
+    start = end = 0
     try:
-        raw = file.read_bytes()
-        return (gzip.decompress(raw) if file.suffix == ".gz" else raw).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+        with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as content:
+            while line := content.readline(LONGEST_DOCUMENT + 1):
+                end += len(line)
+                if line.removesuffix(b"\n") == SEPARATOR:
+                    yield _decoded(file, b"".join(lines), start)
+                    lines, start = [], end
+                elif end - start > LONGEST_DOCUMENT:
+                    raise UserError(f"{file}: a document of more than {LONGEST_DOCUMENT >> 20} MiB; divide it by lines that hold only ---")
+                else:
+                    lines.append(line)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{file}: cannot be read ({error})") from error
+    yield _decoded(file, b"".join(lines), start)
+
+
+def _decoded(file: Path, raw: bytes, start: int) -> str:
+    """The text of bytes that begin at byte ``start`` of a file."""
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 text ({error.reason} at byte {start + error.start})") from error
+    if "\0" in text:
+        raise UserError(f"{file}: not text (NUL at byte {start + raw.index(0)})")
+    return text
 
 
 def pack(documents: Iterable[Sequence[int]], bos: int, length: int) -> np.ndarray:
@@ -113,8 +140,8 @@ def load_tokens(
         raise UserError("give one of a token file, a text or a dataset, not several")
     if n_prompts is not None and (n_prompts < 2 or n_prompts % 2):
         raise UserError(f"n_prompts must be a positive even number (prompts are each other's donors in pairs), not {n_prompts}")
-    if prompt_len < 2:
-        raise UserError(f"prompt_len must be at least 2, not {prompt_len}")
+    if not 2 <= prompt_len <= LONGEST_PROMPT:
+        raise UserError(f"prompt_len must be from 2 to {LONGEST_PROMPT}, not {prompt_len}")
     if tokens is not None:
         rows, source = _load_ids(Path(tokens)), str(tokens)
     elif dataset is not None:
@@ -149,17 +176,24 @@ def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(f"{tokenizer.bos_token_id} {tokenizer.eos_token_id} {rules}".encode()).hexdigest()
 
 
-def _load_ids(path: Path) -> np.ndarray:
+def _load_ids(path: Path) -> Int[np.ndarray, "prompt position"]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
     try:
-        ids = np.load(path, allow_pickle=False)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
-    except (OSError, ValueError, EOFError) as error:
+        with path.open("rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ids = np.lib.format.read_array(file, allow_pickle=False)
+            rest = file.read(1)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except Exception as error:  # NumPy raises many types for a damaged header
         raise UserError(f"{path}: not an .npy file of token ids") from error
-    if not isinstance(ids, np.ndarray) or ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or ids.shape[1] < 2:
+    if ids.ndim != 2 or ids.dtype.kind not in "iu" or ids.shape[1] < 2:
         raise UserError(f"{path}: must hold integer token ids [n_prompts, prompt_len], prompt_len at least 2")
-    if ids.size and ids.min() < 0:
-        raise UserError(f"{path}: holds a negative token id")
+    if rest:
+        raise UserError(f"{path}: damaged: longer than its {ids.shape[0]} prompts of {ids.shape[1]} {ids.dtype} token ids")
+    if ids.size and not 0 <= ids.min() <= ids.max() <= np.iinfo(np.int64).max:
+        raise UserError(f"{path}: holds a negative token id, or one that is too large")
     return ids.astype(np.int64)
 
 
@@ -168,14 +202,24 @@ def _pack_until(
 ) -> Int[np.ndarray, "row position"]:
     """Packs documents, tokenising no more of them than ``n_rows`` rows need (plus a few)."""
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if bos is None:
+        raise UserError(f"{tokenizer.name_or_path}: its tokenizer has no BOS and no EOS token to begin prompts with; give a token file")
     encoded: list[list[int]] = []
     n_tokens = 0
     while batch := list(itertools.islice(documents, 100)):
-        encoded += tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
-        n_tokens = sum(map(len, encoded))
+        for part in _parts(batch):
+            encoded += tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
+        n_tokens += sum(map(len, encoded[-len(batch) :]))
         if n_rows is not None and n_tokens >= n_rows * length:
             break
     return pack(encoded, bos, length)
+
+
+def _parts(documents: list[str]) -> Iterator[list[str]]:
+    """The documents in order, in lists of about ``CHARACTERS_AT_ONCE``."""
+    ends = itertools.accumulate(map(len, documents))
+    for _, part in itertools.groupby(zip(ends, documents, strict=True), lambda item: item[0] // CHARACTERS_AT_ONCE):
+        yield [document for _, document in part]
 
 
 def _dataset_documents(name: str) -> Iterator[str]:

@@ -13,9 +13,12 @@ from selfrepair.errors import UserError
 
 T = TypeVar("T")
 
+#: Of torch's devices; others have no arithmetic, or were never tried.
+KINDS = ("cpu", "cuda", "mps", "xpu")
+
 
 def resolve_device(name: str) -> torch.device:
-    """``auto`` is CUDA where there is one, else the CPU; other names are torch's.
+    """``auto`` is CUDA where there is one, else the CPU; other names are torch's, of the kinds that models are run on.
 
     Raises:
         UserError: no such device on this machine.
@@ -23,9 +26,11 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        if name.partition(":")[0] not in KINDS:
+            raise ValueError(f"none of {', '.join(KINDS)}")
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, ValueError, AssertionError) as error:
         raise UserError(f"device '{name}' is not available here; use cpu or auto") from error
     return device
 

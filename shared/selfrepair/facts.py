@@ -19,7 +19,7 @@ import yaml
 from jaxtyping import Bool, Int
 from transformers import PreTrainedTokenizerBase
 
-from selfrepair.checkpoints import model_folder
+from selfrepair.checkpoints import model_folder, training_metrics
 from selfrepair.errors import UserError
 from selfrepair.gazetteer import Gazetteer
 from selfrepair.models import Model
@@ -77,8 +77,7 @@ class FactPrompts:
 def training_config(name: str) -> dict[str, object] | None:
     """How an embedded model (or a folder trained as they are) was trained; ``None`` for other models."""
     folder = model_folder(name)
-    file = None if folder is None else folder / "metrics.json"
-    return json.loads(file.read_text())["config"] if file is not None and file.is_file() else None
+    return None if folder is None else training_metrics(folder).get("config")
 
 
 def facts_for(name: str, source: str | None = None) -> list[AskedFact]:

@@ -76,7 +76,7 @@ class FirstMaps:
                 stack.enter_context(_forward(norm.module, partial(_keep_sigma, norm.norm, sigma)))
                 written = (W_O - W_O.mean(-1, keepdim=True) if norm.norm.centred else W_O) * norm.norm.gamma
                 for linear in norm.maps:
-                    through = [linear_map(linear.weight, head) for head in written]
+                    through = [linear_map(head, linear.weight).T for head in written]
                     stack.enter_context(_forward(linear.module, partial(_output, norm, linear, change, through, sigma)))
             yield
 
@@ -104,7 +104,8 @@ def _output(
     x: Float[Tensor, "*batch d_model"],
 ) -> Float[Tensor, "*batch d_out"]:
     shrunk = sigma[-1].reciprocal().view(*change.shape[:3], 1)
-    output = torch.stack([linear_map(c, weight, linear.constant) for c, weight in zip(change * shrunk, through, strict=True)])
+    outputs = [linear_map(c, weight, linear.constant) for c, weight in zip(change * shrunk, through, strict=True)]
+    output = outputs[0][None] if len(outputs) == 1 else torch.stack(outputs)
     output.addcmul_(linear.clean, shrunk * norm.sigma[..., None])
     if linear.gelu is not None:
         torch.ops.aten.gelu_(output, approximate=linear.gelu.approximate)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Float
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
@@ -115,29 +116,54 @@ def load_model(name: str, device: str | torch.device = "auto", dtype: torch.dtyp
     """
     device = resolve_device(str(device))
     where = find_model(name)
-    try:
-        check_architecture(PretrainedConfig.get_config_dict(where)[0].get("model_type"), name)
+    with _unloadable_is_said(name, where):
+        config = PretrainedConfig.get_config_dict(where)[0]
+        check_architecture(config.get("model_type") and str(config["model_type"]), name)
         check_supported(AutoConfig.from_pretrained(where), name)
         hf = _load_weights(name, where, device, dtype)
+        bridge = TransformerBridge.boot_transformers(where, hf_model=hf, device=device, dtype=dtype)
+    return name_parts(name, bridge)
+
+
+@contextmanager
+def _unloadable_is_said(name: str, where: str) -> Iterator[None]:
+    """Turns what the libraries raise while they read a checkpoint into one line, and keeps their warnings back."""
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            bridge = TransformerBridge.boot_transformers(where, hf_model=hf, device=device, dtype=dtype)
-    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+            yield
+    except UserError:
+        raise
+    except Exception as error:  # transformers, tokenizers, safetensors and TransformerLens raise every type for files that are no good
         raise UserError(_why_not_loaded(name, where, error)) from error
-    return name_parts(name, bridge)
 
 
 def _load_weights(name: str, where: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """The weights, read straight to ``device`` in ``dtype``; attention is eager, as TransformerLens' hooks need it.
 
     Raises:
-        UserError: the checkpoint lacks weights, which would be random.
+        UserError: the checkpoint lacks weights, which would be random, or its weights are not those of its
+            configuration, or not finite.
     """
     hf, report = AutoModelForCausalLM.from_pretrained(
-        where, dtype=dtype, device_map={"": device}, attn_implementation="eager", output_loading_info=True
+        where,
+        dtype=dtype,
+        device_map={"": device},
+        attn_implementation="eager",
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # refused below
     )
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"{name}: {len(missing)} weights are missing from this checkpoint, the first is {missing[0]}: download it again")
+    for weight, found, wanted in sorted(report["mismatched_keys"]):
+        raise UserError(f"{name}: {weight} has shape {list(found)}, by its config.json it should be {list(wanted)}: download it again")
+    for weight in sorted(report["unexpected_keys"]):
+        layer = re.search(r"\.(\d+)\.", weight)
+        if layer and int(layer[1]) >= hf.config.num_hidden_layers:
+            raise UserError(f"{name}: holds {weight}, but has {hf.config.num_hidden_layers} layers by its config.json: download it again")
+    for weight, values in hf.named_parameters():
+        if not values.isfinite().all():
+            raise UserError(f"{name}: {weight} is not finite: the checkpoint is damaged, or {dtype} is too narrow for it")
     return hf
 
 
@@ -212,20 +238,19 @@ def load_hf(name: str, device: torch.device, dtype: torch.dtype = torch.float32)
         UserError: it cannot be found, read or reached.
     """
     where = find_model(name)
-    try:
+    with _unloadable_is_said(name, where):
         tokenizer = AutoTokenizer.from_pretrained(where)
         model = _load_weights(name, where, device, dtype)
-    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-        raise UserError(_why_not_loaded(name, where, error)) from error
     if tokenizer.bos_token_id is None:
         tokenizer.bos_token = tokenizer.eos_token
     return model.eval(), tokenizer
 
 
 def _why_not_loaded(name: str, where: str, error: Exception) -> str:
+    said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
     if Path(where).is_dir():
-        return f"{name}: not a loadable causal language model: {' '.join(str(error).split())[:200]}"
+        return f"{name}: not a loadable causal language model ({said})"
     return (
-        f"{name}: the Hugging Face hub did not give all of it ({' '.join(str(error).split())[:200]}): check the network, or give the path "
+        f"{name}: the Hugging Face hub did not give all of it ({said}): check the network, or give the path "
         f"of a local model folder; the embedded models ({', '.join(embedded_models())}) and --profile pocket need no network"
     )

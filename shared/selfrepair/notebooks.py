@@ -7,9 +7,13 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import papermill
+from filelock import FileLock
+from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
+from traitlets.config import Config
 
 from selfrepair.errors import UserError
 from selfrepair.paths import NOTEBOOKS
@@ -45,11 +49,22 @@ def run_notebooks(profile: str, out_dir: Path, parameters: dict[str, object], jo
 
 def _run(source: Path, target: Path, parameters: dict[str, object]) -> str | None:
     print(f"{source.stem}: running", file=sys.stderr)
-    try:
-        papermill.execute_notebook(
-            str(source), str(target), parameters=parameters, kernel_name="python3", progress_bar=False, cwd=os.fspath(source.parent)
-        )
-    except PapermillExecutionError as error:
-        return f"{source.stem}: cell {error.exec_count} failed with {error.ename}: {str(error.evalue).splitlines()[0]} (see {target})"
+    with FileLock(target.with_suffix(".lock")), TemporaryDirectory() as folder:
+        # Sockets in a folder of its own: kernels that start at the same moment can be given the same TCP port.
+        sockets = Config({"KernelManager": {"transport": "ipc", "ip": f"{folder}/kernel"}})
+        try:
+            papermill.execute_notebook(
+                str(source),
+                str(target),
+                parameters=parameters,
+                kernel_name="python3",
+                progress_bar=False,
+                cwd=os.fspath(source.parent),
+                config=sockets,
+            )
+        except PapermillExecutionError as error:
+            return f"{source.stem}: cell {error.exec_count} failed with {error.ename}: {(str(error.evalue).splitlines() or [''])[0]} (see {target})"
+        except DeadKernelError:
+            return f"{source.stem}: its kernel died, from too little memory perhaps (see {target})"
     print(f"{source.stem}: done, {target}", file=sys.stderr)
     return None

@@ -12,6 +12,8 @@ PUBLISHED = SHARED / "published"
 REPOSITORY = SHARED.parent
 PROFILES = REPOSITORY / "profiles"
 NOTEBOOKS = REPOSITORY / "notebooks"
+FIGURES = REPOSITORY / "figures"
+README = REPOSITORY / "README.md"
 
 
 def cache_dir() -> Path:

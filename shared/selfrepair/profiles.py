@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
+from reprlib import repr as shown
 
 import yaml
 
@@ -68,8 +69,12 @@ def load_profile(name: str | Path) -> Profile:
         raise UserError(f"{path}: {error}") from error
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML's safe loader, but a key given twice is an error, where YAML's own takes the last."""
+#: Largest whole number that a profile may hold: Python refuses to write far larger ones.
+MOST_BITS = 4096
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, but a key given twice, where YAML's own takes the last, and a number too large to write are errors."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
         seen: set[str] = set()
@@ -79,10 +84,19 @@ class _UniqueKeys(yaml.SafeLoader):
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        value = super().construct_yaml_int(node)
+        if value.bit_length() > MOST_BITS:
+            raise yaml.constructor.ConstructorError(None, None, "a number with too many digits", node.start_mark)
+        return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
 
 def _read(path: Path) -> object:
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError:
         raise
     except yaml.MarkedYAMLError as error:
@@ -104,7 +118,7 @@ def _profile(values: object) -> Profile:
         settings = {f.name: f.default for f in fields.values()} | values | own
         for key, (is_possible, wanted) in _POSSIBLE.items():
             if not is_possible(settings[key]):
-                raise UserError(f"{key} must be {wanted}, not {settings[key]!r}")
+                raise UserError(f"{key} must be {wanted}, not {shown(settings[key])}")
         n_tokens = settings["n_prompts"] * (settings["prompt_len"] - 1)
         if 1 / settings["fraction"] > n_tokens:
             raise UserError(f"fraction {settings['fraction']!r} of {n_tokens} tokens is less than one token: raise it or n_prompts")
@@ -114,22 +128,22 @@ def _profile(values: object) -> Profile:
 def _models(entries: object) -> tuple[list[str], dict[str, dict[str, object]]]:
     """Names, in order, and what each model that has settings of its own sets."""
     if not isinstance(entries, list) or not entries:
-        raise UserError(f"models must be a list of names, not {entries!r}")
+        raise UserError(f"models must be a list of names, not {shown(entries)}")
     settings: dict[str, dict[str, object]] = {}
     for entry in entries:
         own = dict(entry) if isinstance(entry, dict) else {"name": entry}
         _refuse_unknown(own, ("name", *OF_ONE_MODEL))
         name = own.pop("name", None)
         if not _is_name(name):
-            raise UserError(f"models must be names, or a name with {' or '.join(OF_ONE_MODEL)}, not {entry!r}")
+            raise UserError(f"models must be names, or a name with {' or '.join(OF_ONE_MODEL)}, not {shown(entry)}")
         if name in settings:
-            raise UserError(f"models has {name!r} twice")
+            raise UserError(f"models has {shown(name)} twice")
         settings[name] = own
     return list(settings), {name: own for name, own in settings.items() if own}
 
 
 def _refuse_unknown(values: dict[object, object], known: Collection[str]) -> None:
-    unknown = [repr(key) for key in values if key not in known]
+    unknown = [shown(key) for key in values if key not in known]
     if unknown:
         raise UserError(f"unknown {', '.join(unknown)}; known keys are {', '.join(known)}")
 

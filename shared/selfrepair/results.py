@@ -19,6 +19,8 @@ from filelock import FileLock
 from selfrepair.errors import UserError
 
 FORMAT = 2
+#: The modules that make a sweep's numbers.
+ENGINE = ("ablation.py", "direct_effect.py", "kernels.py", "low_rank.py", "models.py", "replacement.py", "replay.py", "sweep.py")
 #: Pairs of prompts in a shard of a sweep.
 SHARD_PAIRS = 16
 PROMPTS_IN_CHUNK = 64
@@ -52,7 +54,13 @@ def code_version(*modules: str) -> str:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file whole or not at all.
+
+    Raises:
+        UserError: there is something else than an ordinary file.
+    """
+    if path.exists() and not path.is_file():  # a folder, or a device that a file would take the place of
+        raise UserError(f"{path}: is a folder or a device; give the path of a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
@@ -113,6 +121,7 @@ def write_store(parts: Iterable[xr.Dataset], path: Path) -> None:
 
     Each variable gets a checksum. No more than one part, or one layer of a variable, is in memory at a time.
     """
+    path = path.absolute()  # xarray takes a folder that is called ~ for the user's own
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".unfinished-{path.name}")
     shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
@@ -141,7 +150,7 @@ def open_store(path: str | Path) -> xr.Dataset:
     if not path.is_dir():
         raise UserError(f"{path}: no such store")
     try:
-        dataset = xr.open_zarr(path, consolidated=False, chunks=None)
+        dataset = xr.open_zarr(path.absolute(), consolidated=False, chunks=None)
         version = dataset.attrs["format"]
         if version != FORMAT:
             raise UserError(f"{path}: written in format {version}, this version reads {FORMAT}; make it again with 'selfrepair sweep'")

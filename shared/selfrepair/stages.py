@@ -12,7 +12,7 @@ from selfrepair.checkpoints import read_config
 from selfrepair.errors import UserError
 from selfrepair.paths import NOTEBOOKS
 from selfrepair.profiles import Profile
-from selfrepair.results import code_version, shard_starts, slug, write_atomically
+from selfrepair.results import ENGINE, code_version, shard_starts, slug, write_atomically
 
 if TYPE_CHECKING:
     from selfrepair.study import Study
@@ -25,13 +25,13 @@ BYTES = {"float64": 8, "float32": 4, "tf32": 4, "bfloat16": 2, "float16": 2}
 def plan(profile: Profile) -> dict[str, object]:
     """What a run of ``profile`` is made of, as JSON: per model the first pairs of its shards and what a job needs.
 
-    ``code`` changes with the library: what was made by other code is made again.
+    ``code`` changes with the code that makes the numbers, a model's with the engine: what was made by other code is made again.
 
     Raises:
         UserError: a model that cannot be found or reached.
     """
 
-    models = {}
+    models: dict[str, object] = {}
     for name in profile.models:
         own = profile.of_model(name)
         config = read_config(name)
@@ -41,13 +41,14 @@ def plan(profile: Profile) -> dict[str, object]:
             "settings": {"n_prompts": own.n_prompts, "prompt_len": own.prompt_len, "dtype": own.dtype, "dataset": own.dataset},
             "first_pairs": list(shard_starts(own.n_prompts)),
             "mem_mb": round(2 * weights + BESIDE_WEIGHTS_MB),  # on a CPU, weights are kept in a second layout too
-            "code": code_version(*sorted(file.name for file in Path(__file__).parent.glob("*.py"))),
+            "code": code_version(*ENGINE),
         }
     return {
         "models": models,
         "ablations": profile.ablations,
         "fraction": profile.fraction,
         "notebooks": [path.stem for path in sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))],
+        "code": code_version(*sorted(file.name for file in Path(__file__).parent.glob("*.*"))),
         "notebook_mem_mb": max(model["mem_mb"] for model in models.values()) + BESIDE_WEIGHTS_MB,
     }
 

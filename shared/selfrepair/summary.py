@@ -131,27 +131,27 @@ def _sections(figures: list[Figure]) -> list[Section]:
     left = {figure.name: figure for figure in figures}
     sections = []
     for path in sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb")):
-        number, notebook = path.name[:2], nbformat.read(path, as_version=4)
-        own = [name for name in left if name.startswith(f"{number}_")]
-        if not own:
-            continue
-        title, groups = "", {}
-        heading = question = ""
-        for cell in notebook.cells:
+        title = heading = question = ""
+        groups: dict[str, list[Figure]] = {}
+        for cell in nbformat.read(path, as_version=4).cells:
             if cell.cell_type == "markdown":
                 lines = cell.source.splitlines()
-                title = title or next((line.lstrip("# ") for line in lines if line.startswith("# ")), "")
-                question = question or next((line for line in lines if line.startswith("**Question.**")), "")
-                heading = next((line.lstrip("# ") for line in lines if line.startswith("## ")), heading)
-            else:
-                drawn = [left.pop(name) for name in own if name in left and f'"{name}"' in cell.source]
-                groups.setdefault(heading, []).extend(drawn)
-        groups["Others"] = [left.pop(name) for name in own if name in left]
-        groups = {heading: drawn for heading, drawn in groups.items() if drawn}
-        sections.append(Section(number, title, _with_emphasis(question.removeprefix("**Question.**").strip()), groups))
+                title = title or _after("# ", lines)
+                question = question or _after("**Question.** ", lines)
+                heading = _after("## ", lines) or heading
+                continue
+            for name in [name for name in left if f'"{name}"' in cell.source]:
+                groups.setdefault(heading, []).append(left.pop(name))
+        if groups:
+            sections.append(Section(path.name[:2], title, _with_emphasis(question), groups))
     if left:
         sections.append(Section("other", "Other figures", Markup(""), {"": list(left.values())}))
     return sections
+
+
+def _after(beginning: str, lines: list[str]) -> str:
+    """The rest of the first line that begins so."""
+    return next((line.removeprefix(beginning) for line in lines if line.startswith(beginning)), "")
 
 
 def _with_emphasis(markdown: str) -> Markup:

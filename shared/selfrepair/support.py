@@ -157,6 +157,8 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
 )
 
+#: What every configuration gives, by these names or others that stand for them.
+SIZES = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size", "max_position_embeddings")
 UNKNOWN = "its definitions were not checked"
 SHORT_WINDOW = "only prompts that lie within the sliding window were checked"
 
@@ -271,9 +273,13 @@ def check_supported(config: PretrainedConfig, name: str) -> None:
     """Refuses a model for which direct effects and self-repair are not what the definitions say.
 
     Raises:
-        UserError: the architecture or a setting of it breaks the definitions; says which.
+        UserError: the architecture or a setting of it breaks the definitions, or a size is none; says which.
     """
     check_architecture(config.model_type, name)
+    for setting in SIZES:
+        size = getattr(config, setting, None)
+        if type(size) is not int or size < 1:
+            raise UserError(f"{name}: {setting} must be a positive whole number, in its config.json it is {size!r}")
     for condition in CONDITIONS:
         if condition.model_type in (None, config.model_type) and condition.breaks(config):
             raise _refused(name, config.model_type, f"with {condition.setting.replace('`', '')}: {condition.reason}")

@@ -32,7 +32,7 @@ from selfrepair.support import check_window
 
 #: Logits of this many positions of two prompts are enough to know the final norm and the unembedding.
 IDENTITY_POSITIONS = 16
-CODE = ("ablation.py", "direct_effect.py", "kernels.py", "low_rank.py", "models.py", "replacement.py", "replay.py", "sweep.py")
+CODE = results.ENGINE
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

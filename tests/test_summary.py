@@ -1,0 +1,389 @@
+"""The summary page: everything of a results folder is in it, nothing else is needed, and a real browser shows it as meant."""
+
+import base64
+import io
+import json
+import re
+from collections import Counter
+from html.parser import HTMLParser
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+from browser import PROGRAM, Page
+from PIL import Image
+
+from selfrepair.errors import UserError
+from selfrepair.paths import NOTEBOOKS
+from selfrepair.summary import HEADINGS, VERDICTS, write_summary
+
+HOSTILE = """</script><script>alert(1)</script><img src="http://example.org/x" onerror='alert(2)'>&amp; "NA" [1]"""
+FIGURES = ("01_self_repair_by_depth", "01_effect_against_change", "03_frozen_norm", "05_not_in_a_notebook", "99_of_no_notebook", "<&>")
+VOID = {"meta", "link", "img"}
+
+
+class Elements(HTMLParser):
+    """Every element with its attributes, all text outside scripts and styles, and what is opened or closed wrongly."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.faults: list[str] = []
+        self._open: list[str] = []
+        self.feed(page)
+        self.close()
+        self.faults += [f"<{tag}> is not closed" for tag in self._open]
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag):
+        if not self._open or self._open.pop() != tag:
+            self.faults.append(f"</{tag}> closes something else at {self.getpos()}")
+
+    def handle_data(self, data):
+        if not {"script", "style"} & set(self._open):
+            self.texts.append(data)
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.elements if name == tag]
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+
+def heads(model, n_layers=2, n_heads=12, seed=0):
+    """A heads table with the columns that the summary knows and one that it does not."""
+    numbers = np.random.default_rng(seed)
+    index = [(model, layer, head) for layer in range(n_layers) for head in range(n_heads)]
+    table = pd.DataFrame(index, columns=["model", "layer", "head"])
+    for name in [*HEADINGS, "self_repair_low", "self_repair_high", "of_a_later_version"]:
+        table[name] = numbers.normal(size=len(table))
+    table.loc[0, "direct_effect"] = -0.0001
+    return table.assign(n_tokens=np.arange(len(table)) * 7 % 50)
+
+
+def claim(number, verdict, measured, published=""):
+    return {
+        "id": f"claim-{number}",
+        "notebook": f"{number % 3 + 1:02}",
+        "source": "R&N 2024, Fig. 1",
+        "claim": f"Claim {number} is <as it is>.",
+        "statistic": f"statistic {number}",
+        "holds if": "≥ 0",
+        "published": published,
+        "measured": measured,
+        "verdict": verdict,
+    }
+
+
+@pytest.fixture
+def results(tmp_path):
+    """A results folder such as a run leaves, of three models, two of them with names that could be taken for something else."""
+    folder = tmp_path / "pocket"
+    (folder / "figures").mkdir(parents=True)
+    for number, name in enumerate(FIGURES):
+        image = Image.new("RGBA", (300 + 400 * number, 200), (40 * number, 80, 120, 255))
+        image.save(folder / "figures" / f"{name}.png")
+    claims = [
+        claim(0, "partly", f"pocket-a 0.068 [0.055, 0.079] yes; {HOSTILE} -0.09 [-0.10, 0.10] open", "gpt2-small 0.25; pythia-160m 0.20"),
+        claim(1, "not reproduced", "pocket-a -2.34 [-2.71, -2.04] no"),
+        claim(2, "reproduced", "pocket-a 1.00 [nan, nan] yes"),
+        claim(3, "not testable here", ""),
+        claim(4, "reproduced", "pocket-a 0.5 [0.4, 0.6] yes"),
+    ]
+    pd.DataFrame(claims).to_csv(folder / "figures" / "claims.csv", index=False)
+    for seed, ablation in enumerate(("mean", "resample", "zero")):
+        tables = [heads("pocket-a", seed=seed), heads(HOSTILE, n_heads=2, seed=seed), heads("NA", n_heads=3)]
+        pd.concat(tables).to_csv(folder / f"heads_{ablation}.csv", index=False, float_format="%.6g")
+    comparison = [
+        {"model": "gpt2", "quantity": "direct_effect", "unit": "logits", "n_heads": 144, "correlation": 0.98765, "mean_ours": 1.5},
+        {"model": "gpt2", "quantity": "self_repair", "unit": "logits", "n_heads": 144, "correlation": np.nan, "mean_ours": 0.25},
+    ]
+    pd.DataFrame(comparison).to_csv(folder / "comparison.csv", index=False)
+    manifest = {
+        "profile": {"models": ["pocket-a", HOSTILE], "dataset": None},
+        "seconds": 480.3,
+        "packages": {f"package-{number}": f"1.{number}" for number in range(20)},
+        "machine": {"cores": 2, "accelerators": []},
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.fixture
+def page(results):
+    return Elements(write_summary(results).read_text(encoding="utf-8"))
+
+
+# --- what the page holds -------------------------------------------------------------------------------------------
+
+
+def test_is_well_formed(page):
+    assert page.faults == []
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(set(ids)) == len(ids)
+    assert {link["href"] for link in page.all("a")} == {f"#{id}" for id in ids}
+
+
+def test_every_figure_is_there_pixel_by_pixel_under_its_notebook(page, results):
+    images = {image["alt"]: image for image in page.all("img") if "src" in image}
+    assert len(images) == len(FIGURES)
+    for name in FIGURES:
+        image = images[re.sub(r"^\d\d_", "", name).replace("_", " ").capitalize()]
+        kind, content = image["src"].split(",")
+        assert kind == "data:image/webp;base64"
+        with Image.open(io.BytesIO(base64.b64decode(content))) as shown, Image.open(results / "figures" / f"{name}.png") as drawn:
+            assert np.array_equal(shown.convert("RGBA"), drawn)
+            assert (int(image["width"]), int(image["height"])) == (drawn.width // 2, drawn.height // 2)
+    order = [page.text.index(caption) for caption in ("Self repair by depth", "Effect against change", "Frozen norm", "Of no notebook")]
+    assert order == sorted(order), "as the notebooks draw them, the others last"
+
+
+def test_a_notebooks_title_question_and_headings_are_there(page):
+    first = nbformat.read(next(NOTEBOOKS.glob("01_*.ipynb")), as_version=4)
+    title, question = (line for line in first.cells[0].source.splitlines() if line.startswith(("# ", "**Question.**")))
+    assert title.removeprefix("# ") in page.text
+    assert question.removeprefix("**Question.**").strip().replace("*", "") in page.text
+    assert "Self-repair against depth Self repair by depth" in page.text
+
+
+def test_a_notebooks_text_is_shown_as_text_with_emphasis(results, tmp_path, monkeypatch):
+    cells = [
+        nbformat.v4.new_markdown_cell(f"# {HOSTILE}\n\n**Question.** Is *it* {HOSTILE}?"),
+        nbformat.v4.new_code_cell(f'"{FIGURES[0]}"'),
+    ]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "01_x.ipynb")
+    monkeypatch.setattr("selfrepair.summary.NOTEBOOKS", tmp_path)
+    page = Elements(write_summary(results).read_text())
+    assert page.faults == []
+    assert len(page.all("em")) == 1
+    assert f"{HOSTILE} Is it {HOSTILE}? Self repair by depth" in page.text
+
+
+def test_every_claim_is_there(page):
+    for number, verdict in enumerate(("partly", "not reproduced", "reproduced", "not testable here", "reproduced")):
+        assert f"Claim {number} is <as it is>. R&N 2024, Fig. 1 {verdict}" in page.text
+        assert f"statistic {number}; ≥ 0 {number % 3 + 1:02}" in page.text
+    assert "pocket-a 0.068 [0.055, 0.079] yes" in page.text
+    assert f"{HOSTILE} -0.09 [-0.10, 0.10] open gpt2-small 0.25 pythia-160m 0.20 statistic 0" in page.text
+    assert "1 not reproduced 1 not testable here" in page.text
+    marks = Counter(mark for span in page.all("span") for mark in (span.get("class") or "").split() if mark in VERDICTS.values())
+    assert marks == {"yes": 3, "partly": 2, "no": 2, "untested": 2}, "each verdict in its row and in the tally"
+
+
+def test_every_head_is_there_for_every_ablation_best_known_first(page, results):
+    table = pd.read_csv(results / "heads_mean.csv")
+    row = table.iloc[13]
+    interval = f"{row.self_repair:.3f} [{row.self_repair_low:.3f}, {row.self_repair_high:.3f}]"
+    assert "-0.000" not in page.text
+    assert f"L1H1 {interval} {row.direct_effect:.3f} {row.logit_change:.3f}" in page.text
+    assert len(re.findall(r"\bL\dH\d", page.text)) == 3 * len(table)
+    assert page.text.index("pocket-a: 24 heads resample ablation") < page.text.index("mean ablation") < page.text.index("zero ablation")
+    for heading in (*HEADINGS.values(), "of a later version"):
+        assert page.text.count(heading) >= 9, "in the tables of three models under three ablations"
+
+
+def test_comparison_and_manifest_are_there(page):
+    assert "gpt2 direct_effect logits 144 0.988 1.500 gpt2 self_repair logits 144 – 0.250" in page.text
+    assert f"models pocket-a {HOSTILE} dataset – seconds 480.3 packages 20 entries package-0 1.0" in page.text
+    assert "machine cores 2 accelerators –" in page.text
+
+
+def test_names_are_shown_as_text(page):
+    assert f"{HOSTILE}: 4 heads" in page.text
+    assert "NA: 6 heads" in page.text
+    assert len(page.all("script")) == 1
+    assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
+
+
+def test_nothing_is_fetched(page, results):
+    addresses = [
+        value for _, attributes in page.elements for name, value in attributes.items() if name in ("src", "href", "srcset", "data")
+    ]
+    assert addresses
+    assert all(address.startswith(("data:", "#")) for address in addresses)
+    source = (results / "index.html").read_text()
+    own = "".join(re.findall(r"<(?:style|script)>(.*?)</(?:style|script)>", source, flags=re.DOTALL))
+    assert own
+    assert not re.search(r"url\(|@import|https?:|fetch|XMLHttpRequest|WebSocket|import\(", own)
+    policy = next(meta["content"] for meta in page.all("meta") if meta.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'; img-src data:; style-src 'sha256-")
+    assert "unsafe" not in policy
+
+
+def test_same_results_same_bytes(results, tmp_path):
+    first = write_summary(results).read_bytes()
+    assert write_summary(results, tmp_path / "elsewhere" / "page.html") == tmp_path / "elsewhere" / "page.html"
+    assert (tmp_path / "elsewhere" / "page.html").read_bytes() == first
+
+
+# --- what is missing or broken -------------------------------------------------------------------------------------
+
+PARTS = {
+    "claims": ["figures/claims.csv"],
+    "comparison": ["comparison.csv"],
+    "heads": ["heads_mean.csv", "heads_resample.csv", "heads_zero.csv"],
+    "run": ["manifest.json"],
+    "figures-": [f"figures/{name}.png" for name in FIGURES],
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_what_is_missing_is_left_out(results, part):
+    for name in PARTS[part]:
+        (results / name).unlink()
+    page = Elements(write_summary(results).read_text())
+    assert page.faults == []
+    sections = [section["id"] for section in page.all("section")]
+    assert {other for other in PARTS if any(id.startswith(other) for id in sections)} == set(PARTS) - {part}
+    assert [link["href"] for link in page.all("a")] == [f"#{id}" for id in sections]
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_nothing_to_show_is_one_line(tmp_path, made):
+    folder = tmp_path / "none"
+    if made:
+        folder.mkdir()
+    with pytest.raises(UserError, match=r"none: holds no figures.*run 'selfrepair notebooks'") as raised:
+        write_summary(folder)
+    assert "\n" not in str(raised.value)
+    assert not (folder / "index.html").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"[1]", b"a,b\n1,2\n", b'"', b"model,layer,head\n1,2,3,4\n5,6,7,8,9\n"])
+@pytest.mark.parametrize("name", [f"figures/{FIGURES[0]}.png", "figures/claims.csv", "heads_mean.csv", "comparison.csv", "manifest.json"])
+def test_a_damaged_file_is_named_in_one_line(results, name, content):
+    (results / "index.html").write_text("of an earlier run")
+    (results / name).write_bytes(content)
+    with pytest.raises(UserError, match=r"cannot be read \(\w+\); delete it") as raised:
+        write_summary(results)
+    assert str(results / name) in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert (results / "index.html").read_text() == "of an earlier run"
+
+
+# --- in a browser --------------------------------------------------------------------------------------------------
+
+needs_browser = pytest.mark.skipif(PROGRAM is None, reason="needs Chromium on the PATH (Debian: apt-get install chromium)")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    with Page(tmp_path_factory.mktemp("browser") / "profile") as page:
+        yield page
+
+
+@pytest.fixture
+def shown(browser, results):
+    """The page of a run in the browser, whose list of complaints and requests is then empty."""
+    path = write_summary(results)
+    browser.complaints.clear()
+    browser.requests.clear()
+    browser.open(path)
+    return browser
+
+
+def column(browser, table, number):
+    """The shown texts of one column of the first table of a class."""
+    cells = f"document.querySelector('{table}').tBodies[0].rows"
+    return browser.run(f"[...{cells}].map(row => row.cells[{number}].innerText.trim())")
+
+
+@needs_browser
+def test_the_browser_reports_what_goes_wrong(browser, tmp_path):
+    page = tmp_path / "bad.html"
+    page.write_text("<img src='http://localhost:9/x.png'><script>console.error('broken'); nothing.here()</script>")
+    browser.open(page)
+    assert any("broken" in complaint for complaint in browser.complaints)
+    assert any("nothing is not defined" in complaint for complaint in browser.complaints)
+    assert browser.requests == ["http://localhost:9/x.png"]
+
+
+@needs_browser
+def test_images_load_and_nothing_is_complained_of_or_asked_for(shown):
+    widths = shown.run("[...document.querySelectorAll('figure img')].map(image => image.naturalWidth)")
+    assert sorted(widths) == [300 + 400 * number for number in range(len(FIGURES))]
+    assert shown.run("getComputedStyle(document.querySelector('.verdict.yes')).backgroundColor") == "rgb(0, 105, 163)"
+    assert (shown.complaints, shown.requests) == ([], [])
+
+
+@needs_browser
+def test_the_policy_stops_what_the_page_does_not_hold(shown):
+    shown.run("document.body.insertAdjacentHTML('beforeend', `<img src='http://localhost:9/x.png' onerror='document.title = 1'>`)")
+    shown.run("new Promise(resolve => setTimeout(resolve, 200))")
+    assert any("Content Security Policy" in complaint for complaint in shown.complaints)
+    assert shown.run("document.title") == "Self-repair: pocket"
+
+
+@needs_browser
+def test_claims_sort_by_verdict_and_text(shown):
+    order = list(VERDICTS)
+    shown.click(".claims th:nth-child(2) button")
+    assert column(shown, ".claims", 1) == sorted(column(shown, ".claims", 1), key=order.index)
+    assert [text[:7] for text in column(shown, ".claims", 0)] == [f"Claim {number}" for number in (2, 4, 0, 1, 3)]
+    shown.click(".claims th:nth-child(2) button")
+    assert column(shown, ".claims", 1) == ["not testable here", "not reproduced", "partly", "reproduced", "reproduced"]
+    shown.click(".claims th:nth-child(1) button")
+    assert [text[:7] for text in column(shown, ".claims", 0)] == [f"Claim {number}" for number in range(5)]
+    sorted_by = "[...document.querySelectorAll('.claims th')].map(heading => heading.getAttribute('aria-sort'))"
+    assert shown.run(sorted_by)[:6] == ["ascending", None, None, None, None, None]
+
+
+@needs_browser
+def test_heads_sort_as_numbers_by_mouse_and_keyboard(shown):
+    assert shown.run("document.querySelector('details table').checkVisibility()") is False
+    shown.click("details summary")
+    assert shown.run("document.querySelector('details table').checkVisibility()") is True
+    named = [f"L{layer}H{head}" for layer in range(2) for head in range(12)]
+    assert column(shown, "details table", 0) == named
+    shown.click("details th:nth-child(2) button")
+    values = [float(text.split()[0]) for text in column(shown, "details table", 1)]
+    assert values == sorted(values)
+    assert values[0] < 0 < values[-1]
+    shown.press("Enter", 13, "\r")
+    values = [float(text.split()[0]) for text in column(shown, "details table", 1)]
+    assert values == sorted(values, reverse=True)
+    shown.click("details th:nth-child(1) button")
+    assert column(shown, "details table", 0) == named, "L0H2 before L0H10"
+
+
+@needs_browser
+def test_missing_numbers_sort_last_both_ways(shown):
+    correlation = "#comparison th:nth-child(5) button"
+    for _ in range(2):
+        shown.click(correlation)
+        assert column(shown, "#comparison table", 4) == ["0.988", "–"]
+    assert shown.run("document.querySelector('#comparison th:nth-child(5)').ariaSort") == "descending"
+
+
+@needs_browser
+def test_a_figure_is_enlarged_and_put_away(shown):
+    shown.click("#figures-03 .enlarge")
+    assert shown.run("(image => [image.alt, image.naturalWidth, image.width])(document.querySelector('dialog[open] img'))") == [
+        "Frozen norm",
+        1100,
+        1100,
+    ]
+    shown.press("Escape", 27)
+    assert shown.run("document.querySelector('dialog[open]')") is None
+    shown.click(".enlarge")
+    shown.click("dialog button")
+    assert shown.run("document.querySelector('dialog[open]')") is None
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [360, 820, 1280])
+@pytest.mark.parametrize("dark", [False, True])
+def test_only_tables_scroll_sideways(shown, results, width, dark):
+    shown.open(results / "index.html", width, 740, dark)
+    shown.run("document.querySelectorAll('details').forEach(details => details.open = true)")
+    assert shown.run("[innerWidth, document.documentElement.scrollWidth - document.documentElement.clientWidth]") == [width, 0]
+    assert shown.run("(table => table.scrollWidth > table.clientWidth)(document.querySelector('details .scroll'))")
+    background = shown.run("getComputedStyle(document.body).backgroundColor")
+    assert (int(re.search(r"\d+", background)[0]) < 128) == dark

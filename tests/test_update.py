@@ -1,0 +1,55 @@
+"""What ``./run_all.sh --update`` writes over the committed files, and that a failing notebook changes none of them."""
+
+import nbformat
+import pytest
+
+from selfrepair import update
+from selfrepair.errors import UserError
+from selfrepair.study import Study
+
+README = "# Title\n\n## Claims\n\nold\n\nThe rules behind the verdicts\nend\n"
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    (tmp_path / "notebooks").mkdir()
+    out = tmp_path / "results" / "pocket"
+    (out / "figures").mkdir(parents=True)
+    (out / "figures" / "01_a.png").write_bytes(b"new")
+    (out / "figures" / "claims.md").write_text("| claim |\n")
+    (tmp_path / "README.md").write_text(README)
+    for name, value in (("NOTEBOOKS", "notebooks"), ("FIGURES", "figures"), ("README", "README.md")):
+        monkeypatch.setattr(update, name, tmp_path / value)
+    monkeypatch.setattr(update, "summarise", lambda study, profile: (study.out_dir / "index.html").write_text(profile))
+    return tmp_path
+
+
+def write(repository, name, source):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source), nbformat.v4.new_markdown_cell("text")])
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(notebook, repository / "notebooks" / f"{name}.ipynb")
+
+
+def test_everything_is_refreshed(repository):
+    write(repository, "01_works", "import os\nprint(2 + 3, os.path.basename(os.getcwd()))")
+    update.update_committed(Study.of("pocket", out_dir=repository / "results" / "pocket"), "pocket")
+    cell = nbformat.read(repository / "notebooks" / "01_works.ipynb", 4).cells[0]
+    assert cell.outputs[0].text == "5 notebooks\n" and cell.execution_count == 1 and not cell.metadata
+    figures = repository / "figures" / "pocket"
+    assert (figures / "01_a.png").read_bytes() == b"new" and (figures / "index.html").read_text() == "pocket"
+    assert (repository / "README.md").read_text() == README.replace("old\n", "| claim |\n")
+
+
+def test_a_failing_notebook_changes_nothing(repository):
+    write(repository, "01_works", "print(1)")
+    write(repository, "02_breaks", "1 / 0")
+    before = {path: path.read_bytes() for path in repository.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="02_breaks: ZeroDivisionError"):
+        update.update_committed(Study.of("pocket", out_dir=repository / "results" / "pocket"), "pocket")
+    assert {path: path.read_bytes() for path in repository.rglob("*") if path.is_file()} == before
+
+
+def test_a_readme_without_claims_is_said(repository):
+    (repository / "README.md").write_text("# Title\n")
+    with pytest.raises(UserError, match="no section 'Claims'"):
+        update.update_committed(Study.of("pocket", out_dir=repository / "results" / "pocket"), "pocket")

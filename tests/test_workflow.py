@@ -1,0 +1,240 @@
+"""The Snakefile: what runs when, what is run again and what is not, and what the user sees. Stub commands stand in for the real ones."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from snakemake_interface_logger_plugins.common import LogEvent
+from snakemake_logger_plugin_selfrepair import LogHandler, duration
+
+ROOT = Path(__file__).resolve().parents[1]
+
+#: Writes what the command of that name would, and a line to ``calls``. ``fail`` and ``slow`` hold parts of command lines.
+STUB = f"""#!{sys.executable}
+import os, sys, time
+from pathlib import Path
+
+here = Path({{here!r}})
+line = " ".join(sys.argv[1:])
+options = {{o: sys.argv[i + 1] for i, o in enumerate(sys.argv) if o.startswith("--")}}
+command = sys.argv[1]
+if command == "plan":
+    if options["--profile"] == "none":
+        sys.exit("selfrepair: error: none: no such profile")
+    print((here / "plan.json").read_text())
+    sys.exit()
+with open(here / "calls", "a") as calls:
+    calls.write(line + " threads=" + os.environ["OMP_NUM_THREADS"] + "\\n")
+if (here / "fail").exists() and (here / "fail").read_text() in line:
+    sys.exit("some noise\\nselfrepair: error: 01_first: cell 3 failed with ValueError: x")
+model = options.get("--model", "").replace("/", "--")
+done = {{
+    "tokens": [f"tokens/{{model}}.npz"],
+    "shard": [f"shards/{{model}}/{{options.get('--ablation')}}/{{first}}.done" for first in sys.argv if first.isdigit()],
+    "merge": [f"sweeps/{{model}}-{{options.get('--ablation')}}.done"],
+    "notebooks": [f"claims/{{options.get('--only')}}.csv"],
+    "summary": ["index.html"],
+}}
+for name in done[command]:
+    path = Path(options["--out"], name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(line)
+if (here / "slow").exists() and (here / "slow").read_text() in line:
+    time.sleep(3)
+"""
+
+
+class Workflow:
+    def __init__(self, folder: Path):
+        self.folder = folder
+        (folder / "bin").mkdir(parents=True)
+        stub = folder / "bin" / "selfrepair"
+        stub.write_text(STUB.replace("{{", "{").replace("}}", "}").replace("{here!r}", repr(str(folder))))
+        stub.chmod(0o755)
+        self.plan("1")
+
+    def plan(self, code: str) -> None:
+        models = {"pocket-a": [0, 16, 32], "org/b": [0]}
+        plan = {
+            "models": {name: {"first_pairs": first, "mem_mb": 100, "code": code} for name, first in models.items()},
+            "ablations": ["resample"],
+            "notebooks": ["01_self_repair_across_models", "02_imperfect_and_noisy"],
+            "notebook_mem_mb": 100,
+        }
+        (self.folder / "plan.json").write_text(json.dumps(plan))
+
+    def start(self, *options: str, profile: str = "pocket") -> subprocess.Popen:
+        environment = {**os.environ, "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}"}
+        common = ["--snakefile", ROOT / "Snakefile", "--workflow-profile", ROOT / "profiles" / "default", "--logger", "selfrepair"]
+        config = ["--config", f"profile={profile}", "out=results", "shards_per_job=2"]
+        return subprocess.Popen(
+            [sys.executable, "-m", "snakemake", *common, "--cores", "2", *config, *options],
+            cwd=self.folder,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, *options: str, **keywords: str) -> tuple[int, list[str]]:
+        """Exit status and the lines that the user sees, without Snakemake's first one."""
+        process = self.start(*options, **keywords)
+        said = process.communicate(timeout=120)[1].splitlines()
+        assert "workflow specific profile" in said[0]
+        return process.returncode, said[1:]
+
+    def calls(self) -> list[str]:
+        """The commands since the last time."""
+        file = self.folder / "calls"
+        lines = file.read_text().splitlines() if file.exists() else []
+        file.unlink(missing_ok=True)
+        return lines
+
+    def wait_for(self, call: str) -> None:
+        deadline = time.monotonic() + 60
+        while not ((self.folder / "calls").exists() and call in (self.folder / "calls").read_text()):
+            assert time.monotonic() < deadline, f"{call} was not run"
+            time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run from nothing, what it said, and the commands it ran."""
+    workflow = Workflow(tmp_path_factory.mktemp("workflow"))
+    return workflow, *workflow.run(), workflow.calls()
+
+
+def test_every_stage_in_order_on_one_thread_each(finished):
+    _, status, said, calls = finished
+    assert status == 0
+    commands = [call.split()[0] for call in calls]
+    assert {name: commands.count(name) for name in commands} == {"tokens": 2, "shard": 2, "merge": 2, "notebooks": 2, "summary": 1}
+    assert all(call.endswith("threads=1") for call in calls)
+    assert any("--model pocket-a --ablation resample --first 0 16 " in call for call in calls)
+    shards_of_a = max(i for i, call in enumerate(calls) if call.startswith("shard"))
+    assert shards_of_a < next(i for i, call in enumerate(calls) if call.startswith("merge") and "pocket-a" in call)
+    assert commands[-3:] == ["notebooks", "notebooks", "summary"]
+    assert [line.split(",")[0] for line in said[:-1]] == [
+        *("tokens: 2 of 2", "shards: 2 of 2", "sweeps: 2 of 2", "notebooks: 2 of 2", "summary: 1 of 1"),
+    ]
+    assert said[-1].startswith("done in ") and said[-1].endswith("logs: results/logs")
+
+
+def test_again_does_nothing_and_other_code_does_all_again(finished):
+    workflow, *_, calls = finished
+    assert workflow.run() == (0, ["nothing to do: the results are there already"])
+    assert workflow.calls() == []
+    workflow.plan("2")
+    assert workflow.run()[0] == 0
+    assert sorted(workflow.calls()) == sorted(calls)
+
+
+def test_what_fails_stops_nothing_else_and_is_tried_again(tmp_path):
+    workflow = Workflow(tmp_path / "w")
+    (workflow.folder / "fail").write_text("--model org/b")
+    status, said = workflow.run()
+    assert (status, said[-1][:30]) == (1, "1 failed, 4 of 9 jobs are done")
+    (workflow.folder / "fail").write_text("--only 01")
+    status, said = workflow.run()
+    log = "results/logs/notebooks/01.log"
+    assert status == 1
+    assert f"failed: notebooks 01: 01_first: cell 3 failed with ValueError: x (see {log})" in said
+    assert said[-1] == "1 failed, 3 of 5 jobs are done; the same command goes on from there; logs: results/logs"
+    assert len(said) == 4 and (workflow.folder / log).is_file()
+    assert (workflow.folder / "results" / "claims" / "02.csv").is_file()
+    workflow.calls()
+    (workflow.folder / "fail").unlink()
+    assert workflow.run()[0] == 0
+    assert [call.split()[0] for call in workflow.calls()] == ["notebooks", "summary"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_stopped_run_goes_on(tmp_path, number):
+    workflow = Workflow(tmp_path / "w")
+    (workflow.folder / "slow").write_text("notebooks")
+    process = workflow.start()
+    workflow.wait_for("notebooks")
+    os.killpg(process.pid, number)
+    said = process.communicate(timeout=60)[1].splitlines()
+    assert process.returncode != 0
+    if number == signal.SIGINT:
+        assert "6 of 9 jobs are done; the same command goes on from there" in said[-1] and "Traceback" not in "".join(said)
+    workflow.calls()
+    (workflow.folder / "slow").unlink()
+    assert workflow.run()[0] == 0
+    assert [call.split()[0] for call in workflow.calls()] == ["notebooks", "notebooks", "summary"]
+    assert (workflow.folder / "results" / "index.html").is_file()
+
+
+def test_second_run_on_the_same_results_waits(tmp_path):
+    workflow = Workflow(tmp_path / "w")
+    (workflow.folder / "slow").write_text("tokens")
+    first = workflow.start()
+    workflow.wait_for("tokens")
+    status, said = workflow.run()
+    first.communicate(timeout=60)
+    assert (first.returncode, status) == (0, 0)
+    assert said == ["another run is at work on results: waiting until it ends", "nothing to do: the results are there already"]
+    calls = workflow.calls()
+    assert len(calls) == len(set(calls)) == 9
+
+
+def test_bad_profile_is_one_line(tmp_path):
+    workflow = Workflow(tmp_path / "w")
+    assert workflow.run(profile="none") == (1, ["selfrepair: error: none: no such profile"])
+    assert not (workflow.folder / "results").exists()
+
+
+# --- what the user sees ------------------------------------------------------------------------------------------------
+
+
+def logged(handler: LogHandler, event: LogEvent, **values: object) -> None:
+    handler.handle(logging.makeLogRecord({"event": event, "levelno": logging.INFO, **values}))
+
+
+def test_time_left_is_judged_by_what_is_done(monkeypatch, capsys):
+    now = 1000.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    handler = LogHandler(SimpleNamespace(), None)
+    logged(handler, LogEvent.RUN_INFO, stats={"merge": 4, "all": 1, "total": 5})
+    for job in range(4):
+        logged(handler, LogEvent.JOB_INFO, jobid=job, rule_name="merge", wildcards={"model": job}, log=[f"out/logs/sweeps/{job}.log"])
+    now += 300
+    logged(handler, LogEvent.JOB_FINISHED, job_id=2)
+    now += 10  # too soon for another line where there is no terminal
+    logged(handler, LogEvent.JOB_FINISHED, job_id=0)
+    now += 10
+    for job in (1, 3):
+        logged(handler, LogEvent.JOB_FINISHED, job_id=job)
+    handler.close()
+    assert capsys.readouterr().err.splitlines() == ["sweeps: 1 of 4, 15 min left", "sweeps: 4 of 4, 5 min", "done in 5 min; logs: out/logs"]
+
+
+def test_terminal_shows_the_stages_at_work_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    handler = LogHandler(SimpleNamespace(), None)
+    logged(handler, LogEvent.RUN_INFO, stats={"tokens": 1, "merge": 1})
+    logged(handler, LogEvent.JOB_INFO, jobid=1, rule_name="tokens", wildcards={}, log=["out/logs/tokens/a.log"])
+    logged(handler, LogEvent.JOB_INFO, jobid=2, rule_name="merge", wildcards={}, log=["out/logs/sweeps/a.log"])
+    logged(handler, LogEvent.JOB_FINISHED, job_id=1)
+    lines = capsys.readouterr().err.replace("\r\033[K", "|")
+    assert lines == "|tokens: 0 of 1|tokens: 0 of 1 | sweeps: 0 of 1|tokens: 1 of 1, 0 s\n|sweeps: 0 of 1"
+
+
+def test_error_of_snakemake_itself_is_one_line(capsys):
+    handler = LogHandler(SimpleNamespace(), None)
+    handler.handle(logging.makeLogRecord({"levelno": logging.ERROR, "msg": "WorkflowError:\n   sbatch failed"}))
+    handler.close()
+    assert capsys.readouterr().err == "WorkflowError: sbatch failed\n"
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(0.4, "0 s"), (119, "119 s"), (120, "2 min"), (7199, "120 min"), (7200, "2 h")])
+def test_duration(seconds, said):
+    assert duration(seconds) == said
