@@ -7,6 +7,7 @@ Weights laid out as it wants them save it the work of doing so in every product.
 
 from __future__ import annotations
 
+import ctypes
 from functools import partial
 
 import torch
@@ -37,6 +38,7 @@ def use_fast_kernels(module: nn.Module) -> None:
                 part._modules[name] = nn.GELU(approximate=GELUS[type(child)])
         if type(part) is nn.LayerNorm:
             part.forward = partial(_layer_norm, part)
+    _keep_freed_memory()
     if not _has_onednn():
         return
     fused = {}
@@ -49,6 +51,14 @@ def use_fast_kernels(module: nn.Module) -> None:
     for part in module.modules():
         if type(part) in (nn.Linear, Conv1D):
             part.forward = partial(_linear, part, _Packed(), fused.get(id(part)))
+
+
+def _keep_freed_memory() -> None:
+    """Makes glibc keep freed blocks for the next operation, where it would give them back and take them page by page again."""
+    if hasattr(ctypes.CDLL(None), "mallopt"):
+        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+        ctypes.CDLL(None).mallopt(trim_threshold, 2**31 - 1)
+        ctypes.CDLL(None).mallopt(mmap_threshold, 2**25)
 
 
 def compile_norms(module: nn.Module) -> None:
