@@ -23,7 +23,7 @@ from selfrepair.checkpoints import embedded_models, find_model
 from selfrepair.devices import precision, resolve_device
 from selfrepair.errors import UserError
 from selfrepair.kernels import use_fast_kernels
-from selfrepair.support import check_architecture, check_supported
+from selfrepair.support import check_architecture, check_supported, is_parallel
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,8 @@ def load_model(name: str, device: str | torch.device = "auto", dtype: torch.dtyp
         check_supported(AutoConfig.from_pretrained(where), name)
         hf = _load_weights(name, where, device, dtype)
         bridge = TransformerBridge.boot_transformers(where, hf_model=hf, device=device, dtype=dtype)
+    if bridge.cfg.n_heads != hf.config.num_attention_heads:
+        raise UserError(f"{name}: its config.json gives both {hf.config.num_attention_heads} and {bridge.cfg.n_heads} heads")
     return name_parts(name, bridge)
 
 
@@ -204,7 +206,7 @@ def name_parts(source: str, bridge: TransformerBridge) -> Model:
         final_norm=twin(bridge.ln_final),
         value_biases=biases,
         n_heads=n_heads,
-        parallel=bool(bridge.cfg.parallel_attn_mlp) and getattr(hf.config, "use_parallel_residual", True),
+        parallel=is_parallel(hf.config),
     )
 
 

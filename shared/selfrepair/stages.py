@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,12 +44,14 @@ def plan(profile: Profile) -> dict[str, object]:
             "mem_mb": round(2 * weights + BESIDE_WEIGHTS_MB),  # on a CPU, weights are kept in a second layout too
             "code": code_version(*ENGINE),
         }
+    notebooks = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
     return {
         "models": models,
         "ablations": profile.ablations,
         "fraction": profile.fraction,
-        "notebooks": [path.stem for path in sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))],
+        "notebooks": [path.stem for path in notebooks],
         "code": code_version(*sorted(file.name for file in Path(__file__).parent.glob("*.*"))),
+        "notebook_code": {path.stem: hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in notebooks},
         "notebook_mem_mb": max(model["mem_mb"] for model in models.values()) + BESIDE_WEIGHTS_MB,
     }
 

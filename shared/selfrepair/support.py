@@ -159,6 +159,8 @@ REFUSALS: tuple[Refusal, ...] = (
 
 #: What every configuration gives, by these names or others that stand for them.
 SIZES = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size", "max_position_embeddings")
+#: Architectures whose heads may have any width, and share keys and values.
+GROUPED = ("llama", "mistral", "phi", "qwen2", "qwen3")
 UNKNOWN = "its definitions were not checked"
 SHORT_WINDOW = "only prompts that lie within the sliding window were checked"
 
@@ -280,9 +282,22 @@ def check_supported(config: PretrainedConfig, name: str) -> None:
         size = getattr(config, setting, None)
         if type(size) is not int or size < 1:
             raise UserError(f"{name}: {setting} must be a positive whole number, in its config.json it is {size!r}")
+    heads, width = config.num_attention_heads, getattr(config, "head_dim", None)
+    if width is None and config.hidden_size % heads:
+        raise UserError(
+            f"{name}: not a loadable causal language model (hidden_size {config.hidden_size} is no multiple of num_attention_heads {heads})"
+        )
+    groups = getattr(config, "num_key_value_heads", None)
+    if config.model_type not in GROUPED and (width not in (None, config.hidden_size // heads) or groups not in (None, heads)):
+        raise UserError(f"{name}: head_dim and num_key_value_heads in its config.json are none of a '{config.model_type}': take them out")
     for condition in CONDITIONS:
         if condition.model_type in (None, config.model_type) and condition.breaks(config):
             raise _refused(name, config.model_type, f"with {condition.setting.replace('`', '')}: {condition.reason}")
+
+
+def is_parallel(config: PretrainedConfig) -> bool:
+    """Whether the MLP of a supported architecture's blocks reads what the attention of the same block reads."""
+    return config.model_type == "phi" or (config.model_type == "gpt_neox" and bool(config.use_parallel_residual))
 
 
 def check_window(config: PretrainedConfig, prompt_len: int, name: str) -> None:
@@ -292,7 +307,7 @@ def check_window(config: PretrainedConfig, prompt_len: int, name: str) -> None:
         UserError: they are; says how long prompts may be.
     """
     window = getattr(config, "sliding_window", None)
-    if window is not None and prompt_len > window:
+    if window is not None and not (type(window) is int and prompt_len <= window):
         raise UserError(f"{name}: its attention looks back {window} tokens and {SHORT_WINDOW}: give --prompt-len {window} or less")
 
 

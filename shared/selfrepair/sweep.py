@@ -117,7 +117,10 @@ class Sweep:
 
     def _compute(self, model: Model, start: int, means: Callable[[Model], list[Tensor]]) -> dict[str, np.ndarray]:
         pairs = torch.arange(start, min(start + results.SHARD_PAIRS, self.half))
-        return _ablate_pairs(model, self.tokens, pairs, self.half, self.ablation, means(model) if self.ablation == "mean" else None)
+        shard = _ablate_pairs(model, self.tokens, pairs, self.half, self.ablation, means(model) if self.ablation == "mean" else None)
+        if not all(np.isfinite(values).all() for values in shard.values()):
+            raise UserError(f"{model.name}: some effects are not finite; the weights are damaged or {model.dtype} is too narrow for them")
+        return shard
 
     def _kept_mean_z(self, model: Model) -> list[Float[Tensor, "head d_head"]]:
         def compute() -> dict[str, np.ndarray]:
