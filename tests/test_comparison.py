@@ -238,3 +238,7 @@ def test_report_says_in_one_line_why_nothing_is_compared(run, changes, said):
         found = report(PROFILE.changed(**changes), folder)
     assert pd.Series([found]).str.match(f"No comparison with the released numbers: .*{said}").all() and "\n" not in found
     assert not (folder / "comparison.csv").exists()
+
+
+def test_a_run_without_the_table_of_heads_is_said(tmp_path):
+    assert "notebook 01" in report(PROFILE, tmp_path)

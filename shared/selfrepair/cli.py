@@ -306,7 +306,10 @@ def _heads(options: argparse.Namespace) -> None:
     from selfrepair.disk import disk_full_is_said
     from selfrepair.results import open_store, write_atomically
 
-    table = heads_table(open_store(options.store), options.fraction).to_csv(index=False, float_format="%.6g")
+    store = open_store(options.store)
+    if "self_repair_heads" not in store:
+        raise UserError(f"{options.store}: no sweep of heads; give a store that 'selfrepair sweep' wrote")
+    table = heads_table(store, options.fraction).to_csv(index=False, float_format="%.6g")
     if options.csv is None:
         print(table, end="")
     else:

@@ -128,6 +128,8 @@ def report(profile: Profile, out_dir: Path) -> str:
         return f"{none}they are of resample ablation, this run is of {' and '.join(profile.ablations)}."
     if profile.fraction not in TOKENS_OF_FRACTION:
         return f"{none}they are over the top 2 % of tokens or all of them, this run is over the top {100 * profile.fraction:g} %."
+    if not (out_dir / "heads_resample.csv").is_file():
+        return f"{none}notebook 01, which makes the table of heads, has not run."
     ours = pd.read_csv(out_dir / "heads_resample.csv", dtype={"model": str})
     comparison = compare_with_published(ours, published_heads(TOKENS_OF_FRACTION[profile.fraction]))
     if comparison.empty:

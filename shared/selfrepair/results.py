@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import uuid
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from filelock import FileLock
 
 from selfrepair.errors import UserError
 
-FORMAT = 2
+FORMAT = 3
 #: The modules that make a sweep's numbers.
 ENGINE = ("ablation.py", "direct_effect.py", "kernels.py", "low_rank.py", "models.py", "replacement.py", "replay.py", "sweep.py")
 #: Pairs of prompts in a shard of a sweep.
@@ -119,7 +120,7 @@ def kept(folder: Path, name: str, compute: Callable[[], dict[str, np.ndarray]]) 
 def write_store(parts: Iterable[xr.Dataset], path: Path) -> None:
     """Writes datasets that follow each other along ``prompt`` as one Zarr store, whole or not at all.
 
-    Each variable gets a checksum. No more than one part, or one layer of a variable, is in memory at a time.
+    Each variable gets a checksum, and so do the attributes with the names of all variables. No more than one part, or one layer of a variable, is in memory at a time.
     """
     path = path.absolute()  # xarray takes a folder that is called ~ for the user's own
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -131,8 +132,10 @@ def write_store(parts: Iterable[xr.Dataset], path: Path) -> None:
                 part.to_zarr(unfinished, append_dim="prompt", consolidated=False)
             else:
                 part.to_zarr(unfinished, mode="w", consolidated=False, encoding=_chunked(part))
-        for array in _arrays(unfinished, mode="r+"):
+        group = zarr.open_group(unfinished, mode="r+", use_consolidated=False)
+        for _, array in group.arrays():
             array.attrs["sha256"] = _checksum(array)
+        group.attrs["sha256"] = _checksum_of_contents(dict(group.attrs), group)
         if path.exists():
             shutil.rmtree(path)
         os.rename(unfinished, path)
@@ -150,11 +153,16 @@ def open_store(path: str | Path) -> xr.Dataset:
     if not path.is_dir():
         raise UserError(f"{path}: no such store")
     try:
-        dataset = xr.open_zarr(path.absolute(), consolidated=False, chunks=None)
-        version = dataset.attrs["format"]
-        if version != FORMAT:
-            raise UserError(f"{path}: written in format {version}, this version reads {FORMAT}; make it again with 'selfrepair sweep'")
-        damaged = [array.basename for array in _arrays(path, mode="r") if array.attrs["sha256"] != _checksum(array)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of files that are no part of a store
+            dataset = xr.open_zarr(path.absolute(), consolidated=False, chunks=None)
+            version = dataset.attrs["format"]
+            if version != FORMAT:
+                raise UserError(f"{path}: written in format {version}, this version reads {FORMAT}; make it again with 'selfrepair sweep'")
+            group = zarr.open_group(path.absolute(), mode="r", use_consolidated=False)
+            damaged = [name for name, array in sorted(group.arrays()) if array.attrs["sha256"] != _checksum(array)]
+            if dataset.attrs.pop("sha256") != _checksum_of_contents(dataset.attrs, group):
+                damaged.append("its attributes or what it holds")
     except UserError:
         raise
     except Exception as error:  # zarr, its codecs and xarray raise many types for a damaged or foreign folder
@@ -174,13 +182,12 @@ def _chunked(part: xr.Dataset) -> dict[str, dict[str, tuple[int, ...]]]:
     }
 
 
-def _arrays(path: Path, mode: str) -> list[zarr.Array]:
-    group = zarr.open_group(path, mode=mode, use_consolidated=False)
-    return [array for _, array in sorted(group.arrays())]
-
-
 def _checksum(array: zarr.Array) -> str:
-    digest = hashlib.sha256(f"{array.dtype.str}{array.shape}".encode())
+    digest = hashlib.sha256(f"{array.dtype.str}{array.shape}{array.metadata.dimension_names}".encode())
     for first in range(array.shape[0]) if array.ndim > 2 else [...]:
         digest.update(np.ascontiguousarray(array[first]))
     return digest.hexdigest()
+
+
+def _checksum_of_contents(attributes: dict[str, object], group: zarr.Group) -> str:
+    return hashlib.sha256(json.dumps([attributes, sorted(group.array_keys())], sort_keys=True).encode()).hexdigest()

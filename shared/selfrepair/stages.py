@@ -104,6 +104,8 @@ def summarise(study: Study, profile: str) -> str:
     from selfrepair.summary import write_summary
 
     out = study.out_dir
+    if not any((out / "figures").glob("*.png")):
+        raise UserError(f"{out}: holds no figures; run 'selfrepair notebooks' into it first")
     said = report(study.profile, out)
     notes = [json.loads(path.read_bytes()) for path in sorted((out / "sweeps").glob("*.manifest.json"))]
     sweeps = [

@@ -96,9 +96,9 @@ class Sweep:
 
     def compute(self, starts: Iterable[int], progress: bool = False, more_devices: Sequence[torch.device] = ()) -> None:
         """Leaves these shards on the disk."""
-        starts = tqdm(starts, desc=f"{self.model.name} {self.ablation}", unit="shard", disable=not progress)
-        for _ in on_all([self.model, *map(self.model.on, more_devices)], self.shard, starts):
-            pass
+        with tqdm(starts, desc=f"{self.model.name} {self.ablation}", unit="shard", disable=not progress) as bar:
+            for _ in on_all([self.model, *map(self.model.on, more_devices)], self.shard, bar):
+                pass
 
     def shard(self, model: Model, start: int) -> dict[str, np.ndarray]:
         """The shard from the disk, or computed on ``model`` and kept there."""
