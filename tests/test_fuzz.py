@@ -458,7 +458,7 @@ WORKING = {
     "heads": {None: "INPUTS/sweeps/STORE", "--csv": "table.csv"},
     "evaluate": {None: "INPUTS/empty"},
     "verify": {None: "INPUTS/sweeps"},
-    "train": {None: "INPUTS/training.yaml", "--text": "INPUTS/texts", "--out": "out"},
+    "train": {None: "INPUTS/training.yaml", "--text": "INPUTS/missing", "--out": "out"},
     "notebooks": {"--profile": "INPUTS/profile.yaml", "--out": "out", "--only": "99"},
     **{name: {"--profile": "INPUTS/profile.yaml", "--out": "out"} for name in ("plan", "tokens", "shard", "merge", "summary")},
 }
