@@ -237,7 +237,8 @@ run_workflow() {
 case "$MODE" in
     run)
         run_workflow
-        if [[ -f "results/$PROFILE/logs/summary.log" ]]; then cat "results/$PROFILE/logs/summary.log"; fi
+        said="results/$PROFILE/logs/summary/summary.log" # the comparison with the published numbers, and where the page is
+        if [[ -f "$said" ]]; then cat -- "$said"; fi
         ;;
     update)
         run_workflow

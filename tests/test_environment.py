@@ -365,6 +365,15 @@ def test_slurm_and_update_run_the_workflow(clone):
     assert clone.calls[-1] == workflow.format("--cores 3"), "nothing is refreshed from a run that failed"
 
 
+@needs_bash
+def test_run_ends_with_what_its_summary_said(clone):
+    (log,) = re.findall(r"^rule summary:.*?^    log:\n +OUT / (.+?),\n", (ROOT / "Snakefile").read_text(), flags=re.MULTILINE | re.DOTALL)
+    file = clone.root.joinpath("results", "pocket", *re.findall(r'"(.+?)"', log))
+    file.parent.mkdir(parents=True)
+    file.write_text("gpt2: correlation 0.99\n")
+    assert clone.run().stdout == "gpt2: correlation 0.99\n"
+
+
 def test_scripts_are_executable():
     assert all(os.access(ROOT / name, os.X_OK) for name in ("run_all.sh", ".ci/run"))
 

@@ -511,10 +511,33 @@ def run_arguments(cases, inputs, line):
 @example(line=["heads", "INPUTS/sweeps/STORE", "--csv", "INPUTS/empty"])
 @example(line=["heads", "INPUTS/sweeps/STORE", "--csv", "INPUTS/occupied/table.csv"])
 @example(line=["heads", "a\nb"])
+@example(line=["heads", "INPUTS/sweeps/STORE", "--fraction", "1e-12"])
+@example(line=["train", "INPUTS/training.yaml", "--text", "INPUTS/texts", "--out", "out"])
 @example(line=["verify", "x/" * 3000])
 @example(line=["verify", "a\nb", "a\nb"])
 def test_arguments(cases, inputs, line):
     run_arguments(cases, inputs, line)
+
+
+TRAINING_CONFIGS = (
+    mutated(yaml.safe_dump(TRAINING).encode())
+    | st.dictionaries(
+        st.sampled_from([*TRAINING, "dropout", "weight_decay", "seed", "clip", "nothing"]), STRUCTURES, min_size=1, max_size=2
+    ).map(lambda values: yaml.safe_dump(TRAINING | values).encode())
+    | st.sampled_from(TRICKS)
+)
+
+
+@cases_of(80)
+@given(content=TRAINING_CONFIGS)
+@example(content=Raw(yaml.safe_dump(TRAINING).encode() + b"weight_decay: .nan"))
+@example(content=Raw(yaml.safe_dump(TRAINING).encode() + b"clip: 1" + b"0" * 400))
+@example(content=Raw(b"seed: 2001-99-99"))
+@example(content=Raw(b"[" * 5000))
+def test_training_configurations(cases, content):
+    with cases.folder() as folder:
+        (folder / "config.yaml").write_bytes(content)
+        assert cases.run(["train", "config.yaml", "--text", "missing", "--out", "out"]).status == 1
 
 
 # --- token files ----------------------------------------------------------------------------------------------------------------
@@ -1249,7 +1272,7 @@ def test_flipped_bits(cases, inputs, table, change):
     run_store(cases, inputs, table, change)
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"3", b"{", b"\xff"])
+@pytest.mark.parametrize("content", [b"", b"[]", b"3", b"{", b"\xff", b"[" * 100_000, b'{"files": 3}', b'{"files": ["a"]}'])
 @pytest.mark.parametrize("name", ["manifest.json", "sweeps/manifest"])
 def test_damaged_manifests(cases, inputs, content, name):
     with cases.folder() as folder:

@@ -237,6 +237,7 @@ def one_line(capsys, status, *said):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
+        (["--prompt-len", "8"], "rows are taken as long as they are"),
         (["--n-prompts", "3"], "even"),
         (["--n-prompts", "-2"], "even"),
         (["--n-prompts", "0"], "even"),

@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--text", type=Path, help="text file or folder of .txt/.txt.gz (default: the held-out prose)")
     sweep.add_argument("--dataset", help="dataset id on the Hugging Face hub, or 'pile' for its Pile sample")
     sweep.add_argument("--n-prompts", type=int, help="even number of prompts (default: all)")
-    sweep.add_argument("--prompt-len", type=int, default=128, help="tokens per prompt, BOS included (default 128)")
+    sweep.add_argument("--prompt-len", type=int, help="tokens per prompt, BOS included (default 128; not with --tokens)")
     sweep.add_argument("--ablation", default="resample", choices=ABLATIONS)
     sweep.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 … (default auto)")
     sweep.add_argument(
@@ -273,6 +273,8 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _sweep(options: argparse.Namespace) -> None:
     if options.seed < 0:
         raise UserError(f"seed must not be negative, not {options.seed}")
+    if options.tokens is not None and options.prompt_len is not None:
+        raise UserError("--prompt-len is not for --tokens, whose rows are taken as long as they are")
     find_model(options.model)  # what is wrong with the name is said before seconds of imports
     from transformers.utils import logging
 
@@ -294,7 +296,7 @@ def _sweep(options: argparse.Namespace) -> None:
         dataset=options.dataset,
         tokens=options.tokens,
         n_prompts=options.n_prompts,
-        prompt_len=options.prompt_len,
+        prompt_len=128 if options.prompt_len is None else options.prompt_len,
         seed=options.seed,
     )
     with disk_full_is_said(options.out):

@@ -59,7 +59,7 @@ def load_profile(name: str | Path) -> Profile:
     """
     path = Path(name) if str(name).endswith((".yaml", ".yml")) else PROFILES / f"{name}.yaml"
     try:
-        return _profile(_read(path))
+        return _profile(read_yaml(path))
     except FileNotFoundError as error:
         known = ", ".join(sorted(p.stem for p in PROFILES.glob("*.yaml")))
         raise UserError(f"{name}: no such profile; there are {known}, or give the path of a .yaml file") from error
@@ -94,7 +94,13 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
-def _read(path: Path) -> object:
+def read_yaml(path: Path) -> object:
+    """What a YAML file holds.
+
+    Raises:
+        OSError: it cannot be read.
+        UserError: it is no YAML, or gives a key twice.
+    """
     try:
         return yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError:

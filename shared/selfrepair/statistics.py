@@ -17,7 +17,7 @@ def select_top(direct_effect: Float[np.ndarray, "prompt position"], fraction: fl
     if not 0 < fraction <= 1:
         raise UserError(f"fraction must lie in (0, 1], not {fraction}")
     flat = direct_effect.ravel()
-    count = int(np.ceil(fraction * flat.size - 1e-9))
+    count = max(1, int(np.ceil(fraction * flat.size - 1e-9)))
     chosen = np.argsort(-flat, kind="stable")[:count]
     selected = np.zeros(flat.size, dtype=bool)
     selected[chosen] = True

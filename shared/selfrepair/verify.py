@@ -65,9 +65,9 @@ def verify(folder: Path, device: str = "auto", seed: int | None = None) -> Itera
 def _read(manifest: Path) -> dict[str, object]:
     try:
         content = json.loads(manifest.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{manifest}: not a manifest ({error}); run again to make one") from error
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or not isinstance(content.get("files", {}), dict):
         raise UserError(f"{manifest}: not a manifest; run again to make one")
     return content
 

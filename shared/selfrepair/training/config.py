@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as shown
 from typing import TypeVar, get_type_hints
 
-import yaml
-
 from selfrepair.errors import UserError
+from selfrepair.profiles import read_yaml
 
 ARCHITECTURES = ("gpt2", "gpt_neox", "llama")
 PRECISIONS = ("float32", "bfloat16")
@@ -87,11 +88,11 @@ def load_config(path: str | Path) -> TrainingConfig:
     """
     path = Path(path)
     try:
-        values = yaml.safe_load(path.read_text())
+        values = read_yaml(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: must hold 'key: value' lines")
     phases = values.get("phases")
@@ -112,11 +113,11 @@ def _build(kind: type[T], values: dict[str, object], path: Path, where: str = ""
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for key, value in values.items():
         if key not in fields:
-            raise UserError(f"{path}: {where}unknown key '{key}'; known are {', '.join(fields)}")
-        if hints[key] is float and type(value) is int:
+            raise UserError(f"{path}: {where}unknown key {shown(key)}; known are {', '.join(fields)}")
+        if hints[key] is float and type(value) is int and value.bit_length() < 1024:
             values[key] = value = float(value)
         if key != "phases" and type(value) is not hints[key]:
-            raise UserError(f"{path}: {where}{key} must be {hints[key].__name__}, not {value!r}")
+            raise UserError(f"{path}: {where}{key} must be {hints[key].__name__}, not {shown(value)}")
     missing = [f.name for f in fields.values() if f.default is dataclasses.MISSING and f.name not in values]
     if missing:
         raise UserError(f"{path}: {where}missing {', '.join(missing)}")
@@ -124,6 +125,10 @@ def _build(kind: type[T], values: dict[str, object], path: Path, where: str = ""
 
 
 def _fault(config: TrainingConfig) -> str | None:
+    for part in (config, *config.phases):
+        for field, value in vars(part).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                return f"{field} must be finite, not {value}"
     positive = ("n_layers", "n_heads", "d_model", "d_mlp", "batch_size", "lr_matrices", "lr_other", "clip")
     for field in positive:
         if not getattr(config, field) > 0:
@@ -134,8 +139,8 @@ def _fault(config: TrainingConfig) -> str | None:
         return f"unknown precision '{config.precision}'; known are {', '.join(PRECISIONS)}"
     if config.d_model % config.n_heads or (config.d_model // config.n_heads) % 2:
         return f"d_model {config.d_model} must be an even multiple of n_heads {config.n_heads}"
-    if config.vocab_size < 257 or config.sequence_length < 2:
-        return "vocab_size must be at least 257 (the bytes and BOS) and sequence_length at least 2"
+    if config.vocab_size < 257 or config.sequence_length < 5:
+        return "vocab_size must be at least 257 (the bytes and BOS) and sequence_length at least 5 (BOS and twice two tokens)"
     if not 0 <= config.dropout < 1:
         return "dropout must lie in [0, 1)"
     for phase, steps in zip(config.phases, config.phase_steps, strict=True):

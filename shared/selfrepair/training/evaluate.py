@@ -65,7 +65,9 @@ def fact_recall(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prom
     """For each prompt, whether the most likely next token is the first token of the answer (bool ``[n_prompts]``)."""
     answers = first_tokens(tokenizer, prompts)
     by_length: dict[int, list[int]] = defaultdict(list)
-    encoded = [[tokenizer.bos_token_id, *ids] for ids in tokenizer([p.text for p in prompts], add_special_tokens=False)["input_ids"]]
+    context = model.config.max_position_embeddings
+    texts = tokenizer([p.text for p in prompts], add_special_tokens=False)["input_ids"]
+    encoded = [[tokenizer.bos_token_id, *ids][-context:] for ids in texts]  # of a prompt that is too long, the end
     for i, ids in enumerate(encoded):
         by_length[len(ids)].append(i)
     correct = np.zeros(len(prompts), dtype=bool)
