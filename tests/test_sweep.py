@@ -245,7 +245,6 @@ def one_line(capsys, status, *said):
         (["--device", "abacus"], "not available"),
         (["--seed", "-1"], "seed"),
         (["--text", "x"], "not several"),
-        (["--prompt-len", "1"], "prompt_len"),
     ],
 )
 def test_bad_arguments_are_one_line(tmp_path, folder, token_file, capsys, more, said):
