@@ -18,11 +18,13 @@ from selfrepair.claims import load_claims
 from selfrepair.errors import UserError
 from selfrepair.facts import AskedFact, FactPrompts, draw_donors, facts_for
 from selfrepair.hydra import LayerMeans, ablate_layers, hydra_statistics, layer_effects
+from selfrepair.manifest import manifest_of
 from selfrepair.models import load_model
 from selfrepair.paths import MODELS
 from selfrepair.plots import hydra as plots
 from selfrepair.plots import style
 from selfrepair.replacement import ABLATIONS
+from selfrepair.results import is_whole
 from selfrepair.statistics import bootstrap_weights
 
 SCALARS = ("direct_effect", "total_effect", "compensation", "norm_term")
@@ -454,6 +456,19 @@ def test_read_from_disk_instead_of_measured_again(facts_run, monkeypatch):
     xr.testing.assert_identical(layer_effects(model, run.prompts, "resample", folder), run.effects)
     with pytest.raises(pytest.fail.Exception, match="measured again"):
         layer_effects(model, run.prompts, "resample", folder, seed=1)
+
+
+def test_a_damaged_store_is_measured_again_and_has_a_manifest(facts_run, tmp_path):
+    run, folder = facts_run
+    shutil.copytree(folder, tmp_path / "hydra")
+    (store,) = (tmp_path / "hydra").glob("*.zarr")
+    noted = json.loads(manifest_of(store).read_text())
+    assert noted["source"] == "pocket-pythia-small" and noted["prompts_sha256"] == run.prompts.sha256 and noted["seed"] == 0
+    (store / "effect" / "zarr.json").unlink()
+    np.testing.assert_array_equal(
+        layer_effects(load_model("pocket-pythia-small", "cpu"), run.prompts, "resample", store.parent)["token"], run.effects["token"]
+    )
+    assert is_whole(store)
 
 
 def test_run_of_known_facts(facts_run):

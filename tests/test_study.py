@@ -1,12 +1,15 @@
 """What the notebooks share: measurements kept on disk are what would be measured again."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 
 from selfrepair import iterative
+from selfrepair.manifest import manifest_of
 from selfrepair.study import Study
+from selfrepair.verify import verify
 
 MODEL = "pocket-pythia-small"
 MEASURES = {
@@ -44,4 +47,20 @@ def test_other_arguments_and_damage_are_measured_again(tmp_path):
     assert not np.array_equal(a.earlier, b.earlier)
     for file in tmp_path.glob("measured/*.npz"):
         file.write_bytes(file.read_bytes()[:-10])
+    assert [finding.agrees for finding in verify(tmp_path)] == [False, False]
     np.testing.assert_allclose(here.measure(iterative.one_layer_earlier, MODEL, "zero", 0.05).earlier, a.earlier, rtol=1e-5, atol=1e-7)
+    assert sorted(finding.agrees for finding in verify(tmp_path)) == [False, True]
+
+
+def test_a_measurement_has_a_manifest(tmp_path):
+    here = study(tmp_path)
+    here.measure(iterative.one_layer_earlier, MODEL, "zero", 0.05)
+    (file,) = tmp_path.glob("measured/*.npz")
+    noted = json.loads(manifest_of(file).read_text())
+    model, prompts = here.load(MODEL)
+    wanted = {"source": MODEL, "measured": "one_layer_earlier", "arguments": ["zero", 0.05]}
+    wanted |= {"weights_sha256": model.weights_hash(), "tokens_sha256": prompts.sha256}
+    assert {name: noted[name] for name in wanted} == wanted
+    manifest_of(file).unlink()
+    (finding,) = verify(tmp_path)
+    assert finding.agrees is False and "manifest" in finding.detail

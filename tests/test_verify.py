@@ -13,10 +13,10 @@ from selfrepair import sweep as sweep_module
 from selfrepair.cli import main
 from selfrepair.corpora import Prompts
 from selfrepair.errors import UserError
-from selfrepair.manifest import hash_files, write_manifest
+from selfrepair.manifest import hash_files, manifest_of, write_manifest
 from selfrepair.models import load_model
 from selfrepair.results import open_store
-from selfrepair.sweep import manifest_of, sweep
+from selfrepair.sweep import sweep
 
 PROMPTS = Prompts(random_tokens(8).numpy(), "random")
 

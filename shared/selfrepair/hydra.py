@@ -20,6 +20,7 @@ against the donor and the final norm taken apart as in Rushing & Nanda 2024.)
 from __future__ import annotations
 
 import json
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ from selfrepair.claims import Samples
 from selfrepair.direct_effect import FinalNorm, token_directions
 from selfrepair.errors import UserError
 from selfrepair.facts import AskedFact, FactPrompts, choose_prompts, draw_donors, training_config
+from selfrepair.manifest import manifest_of, write_manifest
 from selfrepair.models import Model, load_model
 from selfrepair.replacement import ABLATIONS
 from selfrepair.replay import CleanRun, Replay, float32_residual, run_clean, watching
@@ -124,8 +126,11 @@ def layer_effects(model: Model, prompts: FactPrompts, ablation: str, folder: Pat
     path = folder / f"{results.store_name(model.name, ablation, attributes)}.zarr"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
-        if not path.exists():
+        results.remove_unfinished(manifest_of(path))
+        if not results.is_whole(path):
+            started = time.monotonic()
             measured = ablate_layers(model, prompts, ablation, seed)
+            write_manifest(manifest_of(path), time.monotonic() - started, source=model.source, **attributes)
             results.write_store([measured.assign_attrs(attributes | {"format": results.FORMAT})], path)
         return results.open_store(path)
 

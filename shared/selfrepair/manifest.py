@@ -18,8 +18,13 @@ from selfrepair import __version__
 from selfrepair.paths import REPOSITORY
 from selfrepair.results import code_version, write_atomically
 
-#: What a finished run leaves for readers, by pattern; sweeps have checksums and manifests of their own.
-RESULTS = ("figures/*", "claims/*.csv", "notebooks/*.ipynb", "heads_*.csv", "comparison.csv")
+#: What a finished run leaves for readers, by pattern; what was measured has checksums and manifests of their own.
+RESULTS = ("*.csv", "figures/*", "claims/*.csv", "notebooks/*.ipynb")
+
+
+def manifest_of(measured: Path) -> Path:
+    """Where the manifest of a store, or of a file of arrays, lies."""
+    return measured.with_suffix(".manifest.json")
 
 
 def write_manifest(path: Path, seconds: float, **made_from: object) -> None:

@@ -27,6 +27,10 @@ SHARD_PAIRS = 16
 PROMPTS_IN_CHUNK = 64
 
 
+class FormatError(UserError):
+    """A store of another version of this library."""
+
+
 def identity(attributes: dict[str, object]) -> str:
     """Twelve hexadecimal digits that differ where any attribute does."""
     text = json.dumps({"format": FORMAT, **attributes}, sort_keys=True)
@@ -143,11 +147,21 @@ def write_store(parts: Iterable[xr.Dataset], path: Path) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def is_whole(path: Path) -> bool:
+    """Whether :func:`open_store` can read it."""
+    try:
+        open_store(path)
+    except UserError:
+        return False
+    return True
+
+
 def open_store(path: str | Path) -> xr.Dataset:
     """Checks a store that :func:`write_store` wrote; values are read from the disk when they are asked for.
 
     Raises:
-        UserError: nothing there, of another format, or damaged.
+        FormatError: of another format.
+        UserError: nothing there, or damaged.
     """
     path = Path(path)
     if not path.is_dir():
@@ -158,7 +172,9 @@ def open_store(path: str | Path) -> xr.Dataset:
             dataset = xr.open_zarr(path.absolute(), consolidated=False, chunks=None)
             version = dataset.attrs["format"]
             if version != FORMAT:
-                raise UserError(f"{path}: written in format {version}, this version reads {FORMAT}; make it again with 'selfrepair sweep'")
+                raise FormatError(
+                    f"{path}: written in format {version}, this version reads {FORMAT}; make it again with 'selfrepair sweep'"
+                )
             group = zarr.open_group(path.absolute(), mode="r", use_consolidated=False)
             damaged = [name for name, array in sorted(group.arrays()) if array.attrs["sha256"] != _checksum(array)]
             if dataset.attrs.pop("sha256") != _checksum_of_contents(dataset.attrs, group):

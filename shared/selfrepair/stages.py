@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from selfrepair.checkpoints import read_config
 from selfrepair.errors import UserError
-from selfrepair.paths import NOTEBOOKS
+from selfrepair.paths import HELD_OUT_TEXT, NOTEBOOKS
 from selfrepair.profiles import Profile
-from selfrepair.results import ENGINE, code_version, shard_starts, slug, write_atomically
+from selfrepair.results import ENGINE, code_version, is_whole, shard_starts, slug, write_atomically
 
 if TYPE_CHECKING:
     from selfrepair.study import Study
@@ -80,7 +80,7 @@ def compute_shards(study: Study, model: str, ablation: str, first_pairs: Sequenc
     unknown = sorted(set(first_pairs) - set(work.starts))
     if unknown:
         raise UserError(f"no shard of {model} begins with pair {unknown[0]}; they begin with {', '.join(map(str, work.starts))}")
-    if not work.is_done():
+    if not is_whole(work.path):
         work.compute(first_pairs)
     for first in first_pairs:
         _say_done(study.out_dir / "shards" / slug(model) / ablation / f"{first}.done", store=work.path.name, first_pair=first)
@@ -100,6 +100,7 @@ def summarise(study: Study, profile: str) -> str:
         UserError: the run left nothing to show, or is of other models than the released numbers of their names.
     """
     from selfrepair.comparison import report
+    from selfrepair.corpora import hash_documents, read_documents
     from selfrepair.manifest import hash_files, write_manifest
     from selfrepair.summary import write_summary
 
@@ -107,20 +108,34 @@ def summarise(study: Study, profile: str) -> str:
     if not any((out / "figures").glob("*.png")):
         raise UserError(f"{out}: holds no figures; run 'selfrepair notebooks' into it first")
     said = report(study.profile, out)
-    notes = [json.loads(path.read_bytes()) for path in sorted((out / "sweeps").glob("*.manifest.json"))]
-    sweeps = [
-        note for note in notes if note["model"] in {Path(model).name if Path(model).is_dir() else model for model in study.profile.models}
-    ]
+    sweeps = _sweeps_of(study)
     write_manifest(
         out / "manifest.json",
-        sum(note["seconds"] for note in sweeps),
+        sum(note["seconds"] for note in sweeps.values()),
         profile=profile,
         settings=dataclasses.asdict(study.profile),
         seed=study.seed,
-        sweeps={f"{note['model']} {note['ablation']}": {key: note[key] for key in _OF_A_SWEEP} for note in sweeps},
+        held_out_text_sha256=hash_documents(read_documents(HELD_OUT_TEXT)),
+        sweeps=sweeps,
         files=hash_files(out),
     )
     return f"{said}\n{write_summary(out)}"
+
+
+def _sweeps_of(study: Study) -> dict[str, dict[str, object]]:
+    """Of each sweep of a run, by model and ablation: its store, and what its manifest says; of several, the last."""
+    found: dict[str, dict[str, object]] = {}
+    for path in (study.out_dir / "sweeps").glob("*.manifest.json"):
+        note = json.loads(path.read_bytes())
+        if note["source"] not in study.profile.models or note["ablation"] not in study.profile.ablations:
+            continue
+        own = study.profile.of_model(note["source"])
+        made_from = (own.n_prompts, own.prompt_len, own.dtype, study.seed, code_version(*ENGINE))
+        name = f"{note['model']} {note['ablation']}"
+        last = found.get(name, {}).get("finished", "")
+        if tuple(note[key] for key in ("n_prompts", "prompt_len", "dtype", "seed", "code")) == made_from and note["finished"] > last:
+            found[name] = {"store": path.name.replace(".manifest.json", ".zarr"), **{key: note[key] for key in _OF_A_SWEEP}}
+    return dict(sorted(found.items()))
 
 
 #: What a run's manifest repeats of its sweeps' own.

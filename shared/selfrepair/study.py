@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,21 @@ from selfrepair.breakdown import heads_table
 from selfrepair.claims import to_markdown
 from selfrepair.corpora import Prompts, hash_documents, hash_tokenizer, load_tokens, read_documents
 from selfrepair.devices import all_devices, resolve_device, set_precision
+from selfrepair.manifest import manifest_of, write_manifest
 from selfrepair.models import Model, load_model
 from selfrepair.paths import HELD_OUT_TEXT, REPOSITORY
 from selfrepair.profiles import Profile, load_profile
-from selfrepair.results import Shards, code_version, identity, kept, open_store, slug, store_name, write_atomically
+from selfrepair.results import (
+    Shards,
+    code_version,
+    identity,
+    kept,
+    open_store,
+    remove_unfinished,
+    slug,
+    store_name,
+    write_atomically,
+)
 from selfrepair.sweep import CODE, Sweep, sweep
 
 T = TypeVar("T")
@@ -127,12 +139,17 @@ class Study:
             "tokens_sha256": prompts.sha256,
             "code": code_version(f"{what.__module__.rpartition('.')[2]}.py", *CODE),
         }
+        file = self.out_dir / "measured" / f"{store_name(loaded.name, what.__name__, attributes)}.npz"
+
+        def compute() -> dict[str, np.ndarray]:
+            remove_unfinished(manifest_of(file))
+            started = time.monotonic()
+            found = what(loaded, prompts, *arguments)
+            write_manifest(manifest_of(file), time.monotonic() - started, source=loaded.source, measured=what.__name__, **attributes)
+            return {name: np.asarray(value) for name, value in vars(found).items()}
+
         kind = get_type_hints(what)["return"]
-        arrays = kept(
-            self.out_dir / "measured",
-            store_name(loaded.name, what.__name__, attributes),
-            lambda: {name: np.asarray(value) for name, value in vars(what(loaded, prompts, *arguments)).items()},
-        )
+        arrays = kept(file.parent, file.stem, compute)
         return kind(**{name: _as_hinted(arrays[name], hint) for name, hint in get_type_hints(kind).items()})
 
     def heads(self, sweeps: dict[str, xr.Dataset]) -> pd.DataFrame:

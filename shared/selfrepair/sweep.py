@@ -24,7 +24,7 @@ from selfrepair.corpora import Prompts
 from selfrepair.devices import on_device, on_host, unless_out_of_memory
 from selfrepair.direct_effect import FinalNorm, token_directions
 from selfrepair.errors import UserError
-from selfrepair.manifest import write_manifest
+from selfrepair.manifest import manifest_of, write_manifest
 from selfrepair.models import Model
 from selfrepair.replacement import mean_z, pairs_that_fit, partner_batches, replacement_for
 from selfrepair.replay import run_clean
@@ -61,7 +61,7 @@ def sweep(
     work = Sweep(model, prompts, ablation, out, seed)
     with FileLock(work.path.with_suffix(".lock")):  # a run beside this one that wants the same store waits for it
         results.remove_unfinished(manifest_of(work.path))
-        if work.is_done():
+        if results.is_whole(work.path):
             work.shards.remove()  # a run killed just before it would have
             return work.path
         started = time.monotonic()
@@ -86,13 +86,6 @@ class Sweep:
         self.path = Path(out) / f"{name}.zarr"
         self.shards = results.Shards(Path(out) / f"{name}.shards")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-
-    def is_done(self) -> bool:
-        try:
-            results.open_store(self.path)
-        except UserError:
-            return False
-        return True
 
     def compute(self, starts: Iterable[int], progress: bool = False, more_devices: Sequence[torch.device] = ()) -> None:
         """Leaves these shards on the disk."""
@@ -145,11 +138,6 @@ class Sweep:
             },
             attrs={"format": results.FORMAT, **self.attributes},
         )
-
-
-def manifest_of(store: Path) -> Path:
-    """Where a store's manifest lies."""
-    return store.with_suffix(".manifest.json")
 
 
 def on_all(models: Sequence[Model], work: Callable[[Model, Item], Result], items: Iterable[Item]) -> Iterator[Result]:

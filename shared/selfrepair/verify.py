@@ -14,10 +14,10 @@ import torch
 from selfrepair.corpora import Prompts
 from selfrepair.devices import resolve_device, set_precision
 from selfrepair.errors import UserError
-from selfrepair.manifest import hash_files
+from selfrepair.manifest import hash_files, manifest_of
 from selfrepair.models import load_model
-from selfrepair.results import code_version, open_store, shard_starts
-from selfrepair.sweep import CODE, Sweep, manifest_of
+from selfrepair.results import FormatError, Shards, code_version, open_store, shard_starts
+from selfrepair.sweep import CODE, Sweep
 
 #: Of the shards of all sweeps, computed again; at least one.
 SHARE_OF_SHARDS = 0.01
@@ -38,7 +38,7 @@ class Finding:
 
 
 def verify(folder: Path, device: str = "auto", seed: int | None = None) -> Iterator[Finding]:
-    """Checks every file of a run, every sweep's checksums, code and weights, and computes a hundredth of the shards again.
+    """Checks every file and measurement of a run against its checksum and manifest, and computes a hundredth of the shards again.
 
     ``seed`` says which shards; without it they are others every time.
 
@@ -46,16 +46,23 @@ def verify(folder: Path, device: str = "auto", seed: int | None = None) -> Itera
         UserError: nothing in the folder, or a manifest that is none.
     """
     stores = sorted((folder / "sweeps").glob("*.zarr")) or sorted(folder.glob("*.zarr"))
+    others = [*sorted((folder / "hydra").glob("*.zarr")), *sorted((folder / "measured").glob("*.npz"))]
     manifest = folder / "manifest.json"
-    if not stores and not manifest.is_file():
-        raise UserError(f"{folder}: no sweeps and no manifest.json, so nothing to verify; give the results folder of a run")
+    if not (stores or others or manifest.is_file()):
+        raise UserError(f"{folder}: no measurements and no manifest.json, so nothing to verify; give the results folder of a run")
     if manifest.is_file():
-        yield from _verify_files(folder, _read(manifest).get("files", {}))
+        noted = _read(manifest)
+        yield from _verify_files(folder, noted.get("files", {}))
+        there = [store.name for store in stores]
+        for name, made_from in noted.get("sweeps", {}).items():
+            if not (isinstance(made_from, dict) and made_from.get("store") in there):
+                yield Finding(name, False, "the store that the manifest names is missing")
     whole = []
     for store in stores:
         finding = _verify_store(store)
         whole += [store] if finding.agrees else []
         yield finding
+    yield from ((_verify_store if other.suffix == ".zarr" else _verify_arrays)(other) for other in others)
     shards = [(store, start) for store in whole for start in shard_starts(open_store(store).sizes["prompt"])]
     chosen = random.Random(seed).sample(shards, max(1, round(SHARE_OF_SHARDS * len(shards)))) if shards else []
     for store, start in sorted(chosen):
@@ -67,7 +74,8 @@ def _read(manifest: Path) -> dict[str, object]:
         content = json.loads(manifest.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{manifest}: not a manifest ({error}); run again to make one") from error
-    if not isinstance(content, dict) or not isinstance(content.get("files", {}), dict):
+    parts = [content.get("files", {}), content.get("sweeps", {})] if isinstance(content, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts):
         raise UserError(f"{manifest}: not a manifest; run again to make one")
     return content
 
@@ -86,12 +94,24 @@ def _verify_store(store: Path) -> Finding:
     try:
         attributes = open_store(store).attrs
         noted = _read(manifest_of(store))
+    except FormatError as error:
+        return Finding(store.name, None, str(error))
     except UserError as error:
         return Finding(store.name, False, str(error))
     differing = [name for name in attributes if name != "format" and noted.get(name) != attributes[name]]
     if differing:
         return Finding(store.name, False, f"its manifest says otherwise of {', '.join(differing)}")
     return Finding(store.name, True, "every checksum")
+
+
+def _verify_arrays(file: Path) -> Finding:
+    if Shards(file.parent).read(file.stem) is None:
+        return Finding(file.name, False, "damaged; run again to make it")
+    try:
+        _read(manifest_of(file))
+    except UserError as error:
+        return Finding(file.name, False, str(error))
+    return Finding(file.name, True, "its checksum")
 
 
 def _compute_again(store: Path, start: int, device: str) -> Finding:

@@ -1,0 +1,67 @@
+"""The manifest of a run names what this run measured, and nothing that an earlier one left in the same folder."""
+
+import dataclasses
+import json
+
+import pytest
+from PIL import Image
+
+from selfrepair import verify
+from selfrepair.corpora import hash_documents, read_documents
+from selfrepair.manifest import manifest_of
+from selfrepair.paths import HELD_OUT_TEXT
+from selfrepair.results import open_store
+from selfrepair.stages import merge_shards, summarise
+from selfrepair.study import Study
+
+MODEL = "pocket-pythia-small"
+
+
+def study(folder, n_prompts):
+    settings = Study.of(model=MODEL, n_prompts=n_prompts, ablation="zero", device="cpu", out_dir=folder)
+    return dataclasses.replace(settings, profile=settings.profile.changed(prompt_len=12))
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A finished run without notebooks, its store, and the store of an earlier run of other prompts."""
+    earlier, store = (merge_shards(study(tmp_path, n_prompts), MODEL, "zero") for n_prompts in (6, 4))
+    (tmp_path / "figures").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "figures" / "01_one.png")
+    said = summarise(study(tmp_path, 4), "tiny")
+    return tmp_path, earlier, store, said
+
+
+def test_manifest_of_a_run_names_its_sweeps_and_what_they_were_made_from(run):
+    folder, earlier, store, said = run
+    noted = json.loads((folder / "manifest.json").read_text())
+    assert said.endswith(str(folder / "index.html")) and (folder / "index.html").is_file()
+    assert list(noted["sweeps"]) == [f"{MODEL} zero"]
+    made_from = noted["sweeps"][f"{MODEL} zero"]
+    assert made_from["store"] == store.name != earlier.name
+    attributes = open_store(store).attrs
+    assert {name: made_from[name] for name in ("weights_sha256", "tokens_sha256")} == {
+        name: attributes[name] for name in ("weights_sha256", "tokens_sha256")
+    }
+    assert noted["held_out_text_sha256"] == hash_documents(read_documents(HELD_OUT_TEXT))
+    assert noted["settings"]["n_prompts"] == 4 and noted["profile"] == "tiny" and noted["seed"] == 0
+    assert set(noted["files"]) == {"figures/01_one.png"}
+
+
+def test_of_two_equal_sweeps_the_last_counts(run):
+    """As after the weights of a model's folder have changed."""
+    folder, _, store, _ = run
+    other = folder / "sweeps" / f"{MODEL}-zero-000000000000.zarr"
+    note = json.loads(manifest_of(store).read_text())
+    for finished, wanted in (("1999-01-01T00:00:00+00:00", store), ("2999-01-01T00:00:00+00:00", other)):
+        manifest_of(other).write_text(json.dumps(note | {"finished": finished}))
+        summarise(study(folder, 4), "tiny")
+        assert json.loads((folder / "manifest.json").read_text())["sweeps"][f"{MODEL} zero"]["store"] == wanted.name
+
+
+def test_a_lost_store_is_found(run):
+    folder, _, store, _ = run
+    assert all(finding.agrees for finding in verify.verify(folder, "cpu", seed=0))
+    store.rename(folder / "elsewhere.zarr")
+    lost = [finding for finding in verify.verify(folder, "cpu", seed=0) if not finding.agrees]
+    assert [finding.what for finding in lost] == [f"{MODEL} zero"] and "missing" in lost[0].detail
