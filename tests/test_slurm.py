@@ -1,4 +1,4 @@
-"""The workflow over a real SLURM of one node on this machine: several jobs, one of them lost, and the bytes of a local run."""
+"""The pocket profile over a real SLURM of one node on this machine: many jobs, one of them lost, and the bytes of a local run."""
 
 import json
 import os
@@ -8,15 +8,19 @@ import sys
 import time
 from pathlib import Path
 
+import nbformat
 import pytest
+import yaml
 
-from selfrepair.breakdown import heads_table
-from selfrepair.results import open_store
+from selfrepair.verify import verify
 
 ROOT = Path(__file__).resolve().parents[1]
 SLURM = ROOT / "tests" / "slurm"
-PROFILE = {"models": ["pocket-pythia-small"], "ablations": ["mean"], "n_prompts": 96, "prompt_len": 32}
 CANNOT_BE_HAD = 2
+#: A run; some minutes on two idle cores.
+TIMEOUT = 2400
+#: What says when, where and how results were made.
+OF_THE_RUN = ("*.manifest.json", "manifest.json", "index.html", "*.log", "*.lock")
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +37,11 @@ def slurm():
 
 
 def start(folder: Path, *options: str) -> subprocess.Popen:
-    """The sweeps of the tiny profile, a shard a job; ``out`` in ``folder``, where the run has its working directory."""
-    folder.mkdir()
-    (folder / "tiny.yaml").write_text(json.dumps(PROFILE))
-    command = [sys.executable, "-m", "snakemake", "--snakefile", ROOT / "Snakefile", "--logger", "selfrepair", *options]
+    """A run of the pocket profile with its results in ``out`` in ``folder``."""
+    command = [sys.executable, "-m", "snakemake", "--logger", "selfrepair", "--directory", folder, *options]
     return subprocess.Popen(
-        [*command, "--config", "profile=tiny.yaml", "out=out", "shards_per_job=1", "--", "sweeps"],
-        cwd=folder,
+        [*command, "--config", "profile=pocket", "out=out"],
+        cwd=ROOT,
         env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
         stderr=subprocess.PIPE,
         text=True,
@@ -48,23 +50,24 @@ def start(folder: Path, *options: str) -> subprocess.Popen:
 
 def finish(process: subprocess.Popen) -> str:
     """What the user saw."""
-    said = process.communicate(timeout=500)[1]
+    said = process.communicate(timeout=TIMEOUT)[1]
     assert process.returncode == 0, said
     return said
 
 
-def store(folder: Path) -> dict[str, bytes]:
-    """The store's files, and its head table, by name."""
-    (found,) = (folder / "out" / "sweeps").glob("*.zarr")
-    files = {str(file.relative_to(folder)): file.read_bytes() for file in found.rglob("*") if file.is_file()}
-    return files | {"heads": heads_table(open_store(found), 0.1).to_csv(float_format="%.6g").encode()}
+def results(folder: Path) -> dict[str, object]:
+    """Every file by its path; of a notebook, the outputs."""
+    files = (file for file in (folder / "out").rglob("*") if file.is_file())
+    ours = {file.relative_to(folder / "out"): file for file in files}
+    return {
+        str(path): outputs(file) if path.suffix == ".ipynb" else file.read_bytes()
+        for path, file in ours.items()
+        if not any(path.match(pattern) for pattern in OF_THE_RUN)
+    }
 
 
-@pytest.fixture(scope="module")
-def local(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("local") / "run"
-    finish(start(folder, "--workflow-profile", ROOT / "profiles" / "default", "--cores", "2"))
-    return store(folder)
+def outputs(notebook: Path) -> list[object]:
+    return [cell.outputs for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
 
 
 def submitted(folder: Path) -> int:
@@ -76,13 +79,30 @@ def running() -> list[str]:
     return subprocess.run(["squeue", "--noheader", "--states=R", "--format=%i"], stdout=subprocess.PIPE, text=True).stdout.split()
 
 
-def test_cluster_gives_the_bytes_of_a_local_run_though_a_job_is_lost(slurm, local, tmp_path):
-    process = start(tmp_path / "run", "--workflow-profile", SLURM)
+def test_cluster_gives_the_bytes_of_a_local_run_though_a_job_is_lost(slurm, tmp_path):
+    process = start(tmp_path / "cluster", "--workflow-profile", SLURM)
     while not running() and process.poll() is None:
         time.sleep(0.2)
     time.sleep(5)  # amid its work
     subprocess.run(["scancel", running()[0]], check=True)
     said = finish(process)
-    assert said.count("failed: shards") == 1 and "shards: 3 of 3" in said and "sweeps: 1 of 1" in said
-    assert submitted(tmp_path / "run") == 5  # three shards, one of them again, and their merging
-    assert store(tmp_path / "run") == local
+    assert said.count("failed: shards") == 1
+    assert all(stage in said for stage in ("shards: 30 of 30", "sweeps: 15 of 15", "notebooks: 6 of 6", "summary: 1 of 1"))
+    assert submitted(tmp_path / "cluster") == 30 + 1 + 15 + 6
+    finish(start(tmp_path / "local", "--workflow-profile", ROOT / "profiles" / "default", "--cores", "2"))
+    cluster, local = (results(tmp_path / name) for name in ("cluster", "local"))
+    shards = {name for name in cluster if name.startswith("shards/")}
+    assert len(shards) == 30 and sum(name.startswith("heads_") for name in cluster) == 3
+    assert cluster.keys() - shards == local.keys()
+    assert [name for name in local if cluster[name] != local[name]] == []
+    noted = json.loads((tmp_path / "cluster" / "out" / "manifest.json").read_text())
+    assert len(noted["sweeps"]) == 15
+    assert [finding for finding in verify(tmp_path / "cluster" / "out", "cpu") if not finding.agrees] == []
+
+
+def test_the_tests_use_the_options_of_the_real_profile():
+    ours, real = (yaml.safe_load((folder / "config.yaml").read_text()) for folder in (SLURM, ROOT / "profiles" / "slurm"))
+    of_the_cluster = ("jobs", "latency-wait", "default-resources")
+    assert {name: ours.get(name) for name in real if name not in of_the_cluster} == {
+        name: value for name, value in real.items() if name not in of_the_cluster
+    }

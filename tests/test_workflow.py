@@ -155,6 +155,18 @@ def test_what_fails_stops_nothing_else_and_is_tried_again(tmp_path):
     assert [call.split()[0] for call in workflow.calls()] == ["notebooks", "summary"]
 
 
+def test_clock_set_back_runs_nothing_again(tmp_path):
+    """Inputs that seem to be newer than what was made from them."""
+    workflow = Workflow(tmp_path / "w")
+    assert workflow.run()[0] == 0
+    workflow.calls()
+    ahead = time.time() + 365 * 24 * 3600
+    for made in (*workflow.folder.glob("results/tokens/*"), *workflow.folder.glob("results/sweeps/*")):
+        os.utime(made, (ahead, ahead))
+    assert workflow.run() == (0, ["nothing to do: the results are there already"])
+    assert workflow.calls() == []
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_stopped_run_goes_on(tmp_path, number):
     workflow = Workflow(tmp_path / "w")
