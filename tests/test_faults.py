@@ -45,8 +45,10 @@ def run(profile):
 
     def described(out, stage, *more, **fault):
         arguments = [stage, "--profile", str(profile), "--out", str(out), *more]
+        if stage in ("tokens", "shard", "merge"):
+            arguments += ["--device", "cpu", "--model", model]
         if stage in ("shard", "merge"):
-            arguments += ["--device", "cpu", "--model", model, "--ablation", "mean"]
+            arguments += ["--ablation", "mean"]
         return {"arguments": arguments, **fault}
 
     def at_once(*runs):
@@ -147,6 +149,17 @@ def test_killed_at_20_random_moments_loses_no_finished_shard(tmp_path, run, undi
         found.add(len(finished))
         merged_again(run, out, undisturbed, computing=[start for start in STARTS if start not in finished])
     assert kills == 20 and len(found) > 1, (kills, found)
+
+
+def test_killed_while_prompts_are_drawn(tmp_path, run, undisturbed):
+    whole = run(tmp_path / "whole", "tokens")["seconds"]
+    statuses = []
+    for number, share in enumerate((0.3, 0.6, 0.9, 0.99)):
+        out = tmp_path / str(number)
+        statuses.append(run(out, "tokens", kill_after=share * whole)["status"])
+        assert run(out, "tokens")["status"] == 0
+        assert content(out / "tokens") == content(undisturbed / "tokens")
+    assert -signal.SIGKILL in statuses
 
 
 # --- damaged ------------------------------------------------------------------------------------------------------------

@@ -405,6 +405,8 @@ CHOICES = st.sampled_from([*ABLATIONS, "swap", "", "ZERO", "zer", "\n"])
 TYPES = st.sampled_from([*PRECISIONS, "int8", "float", "", "FLOAT32"])
 FRACTIONS = st.sampled_from(["0.1", "1", "1e-12", "5e-324", "0", "-0.1", "1.0000001", "nan", "inf", "1e999", "half"]) | NUMBERS
 
+#: What every stage of a run takes.
+OF_A_RUN = {"--profile": PROFILE_NAMES, "--out": FOLDERS, "--seed": NUMBERS, "--device": DEVICES}
 #: Command → its options, ``None`` for the positional one, and what is put there.
 OPTIONS = {
     "sweep": {
@@ -431,26 +433,11 @@ OPTIONS = {
         "--jobs": NUMBERS,
         "--only": st.sampled_from(["99", "x", "\n", "💥", "\udcff"]),
     },
-    "plan": {"--profile": PROFILE_NAMES, "--out": FOLDERS, "--seed": NUMBERS, "--device": DEVICES},
-    "tokens": {"--profile": PROFILE_NAMES, "--out": FOLDERS, "--seed": NUMBERS, "--device": DEVICES, "--model": MODELS_},
-    "shard": {
-        "--profile": PROFILE_NAMES,
-        "--out": FOLDERS,
-        "--seed": NUMBERS,
-        "--device": DEVICES,
-        "--model": MODELS_,
-        "--ablation": CHOICES,
-        "--first": NUMBERS,
-    },
-    "merge": {
-        "--profile": PROFILE_NAMES,
-        "--out": FOLDERS,
-        "--seed": NUMBERS,
-        "--device": DEVICES,
-        "--model": MODELS_,
-        "--ablation": CHOICES,
-    },
-    "summary": {"--profile": PROFILE_NAMES, "--out": FOLDERS, "--seed": NUMBERS, "--device": DEVICES},
+    "plan": OF_A_RUN,
+    "tokens": OF_A_RUN | {"--model": MODELS_},
+    "shard": OF_A_RUN | {"--model": MODELS_, "--ablation": CHOICES, "--first": NUMBERS},
+    "merge": OF_A_RUN | {"--model": MODELS_, "--ablation": CHOICES},
+    "summary": OF_A_RUN,
 }
 #: What makes each command work as far as its other options allow.
 WORKING = {
