@@ -1,5 +1,6 @@
 """Sweeps on disk: donors, batches, identity, resuming, damage, and bad input from the command line."""
 
+import itertools
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -22,6 +24,7 @@ from selfrepair import sweep as sweep_module
 from selfrepair.cli import main
 from selfrepair.corpora import Prompts
 from selfrepair.errors import UserError
+from selfrepair.manifest import manifest_of
 from selfrepair.models import load_model
 from selfrepair.replacement import ABLATIONS
 from selfrepair.results import open_store
@@ -156,6 +159,16 @@ def test_damaged_and_missing_shards_are_redone(tmp_path, model, monkeypatch):
     for name in VARIABLES:
         assert np.array_equal(whole[name], again[name])
     assert not list(tmp_path.glob("*.shards"))
+
+
+def test_manifest_counts_the_seconds_of_every_run_that_computed_shards(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(results, "SHARD_PAIRS", 4)
+    clock = itertools.count(step=7.0)  # seven seconds go by whenever somebody looks: a shard takes as long
+    monkeypatch.setattr(sweep_module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    work = sweep_module.Sweep(model, PROMPTS, "zero", tmp_path)
+    assert list(work.starts) == [0, 4, 8] and work.compute([4]) == 7
+    store = sweep(model, PROMPTS, "zero", tmp_path, progress=False)
+    assert json.loads(manifest_of(store).read_text())["seconds"] == 21
 
 
 def test_damaged_store_is_noticed_and_redone(tmp_path, model):

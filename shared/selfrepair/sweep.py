@@ -64,9 +64,8 @@ def sweep(
         if results.is_whole(work.path):
             work.shards.remove()  # a run killed just before it would have
             return work.path
-        started = time.monotonic()
-        work.compute(work.starts, progress, more_devices)
-        write_manifest(manifest_of(work.path), time.monotonic() - started, source=model.source, **work.attributes)
+        seconds = work.compute(work.starts, progress, more_devices)
+        write_manifest(manifest_of(work.path), seconds, source=model.source, **work.attributes)
         results.write_store(work.parts(), work.path)
         work.shards.remove()
         return work.path
@@ -87,15 +86,19 @@ class Sweep:
         self.shards = results.Shards(Path(out) / f"{name}.shards")
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
-    def compute(self, starts: Iterable[int], progress: bool = False, more_devices: Sequence[torch.device] = ()) -> None:
-        """Leaves these shards on the disk."""
+    def compute(self, starts: Iterable[int], progress: bool = False, more_devices: Sequence[torch.device] = ()) -> float:
+        """Leaves these shards on the disk; returns how many seconds that took, in whichever run and on whichever device it was done."""
         with tqdm(starts, desc=f"{self.model.name} {self.ablation}", unit="shard", disable=not progress) as bar:
-            for _ in on_all([self.model, *map(self.model.on, more_devices)], self.shard, bar):
-                pass
+            return sum(float(shard["seconds"]) for shard in on_all([self.model, *map(self.model.on, more_devices)], self.shard, bar))
 
     def shard(self, model: Model, start: int) -> dict[str, np.ndarray]:
         """The shard from the disk, or computed on ``model`` and kept there."""
-        return results.kept(self.shards.folder, f"{start:06d}", lambda: self._compute(model, start, self._kept_mean_z))
+
+        def compute() -> dict[str, np.ndarray]:
+            started = time.monotonic()
+            return self._compute(model, start, self._kept_mean_z) | {"seconds": np.array(time.monotonic() - started)}
+
+        return results.kept(self.shards.folder, f"{start:06d}", compute)
 
     def computed_again(self, start: int) -> list[xr.Dataset]:
         """The two parts of the sweep that a shard holds, computed whatever is on the disk."""
