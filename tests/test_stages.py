@@ -9,9 +9,10 @@ from PIL import Image
 from selfrepair import verify
 from selfrepair.corpora import hash_documents, read_documents
 from selfrepair.manifest import manifest_of
+from selfrepair.models import load_model
 from selfrepair.paths import HELD_OUT_TEXT
 from selfrepair.results import open_store
-from selfrepair.stages import merge_shards, summarise
+from selfrepair.stages import merge_shards, plan, summarise
 from selfrepair.study import Study
 
 MODEL = "pocket-pythia-small"
@@ -65,3 +66,18 @@ def test_a_lost_store_is_found(run):
     store.rename(folder / "elsewhere.zarr")
     lost = [finding for finding in verify.verify(folder, "cpu", seed=0) if not finding.agrees]
     assert [finding.what for finding in lost] == [f"{MODEL} zero"] and "missing" in lost[0].detail
+
+
+def test_memory_that_jobs_ask_for(run):
+    """A model's weights twice; notebooks hold what was measured on all models twice over, or one model's in four parts."""
+    folder, _, store, _ = run
+    on_disk = sum(values.nbytes for values in open_store(store).variables.values() if values.ndim == 4) / 1e6
+    profile = study(folder, 4).profile
+    of_one = plan(profile)["models"][MODEL]["mem_mb"]
+    weights = 4 * load_model(MODEL, "cpu").hf.num_parameters() / 1e6
+    assert 2 * weights < of_one - 2500 < 3 * weights  # embeddings count twice, as they do where they are not tied
+    more = {n: plan(profile.changed(n_prompts=n))["notebook_mem_mb"] for n in (4, 4_000_000)}
+    assert more[4_000_000] - more[4] == pytest.approx(4 * on_disk * 1e6, rel=1e-5)
+    both = plan(profile.changed(models=[MODEL, "pocket-gpt2"], n_prompts=4_000_000))
+    of_gpt2 = 6 / 4 * on_disk  # it has as many heads in each of six layers, not four
+    assert both["notebook_mem_mb"] - more[4_000_000] == pytest.approx(1e6 * 4 * (of_gpt2 - on_disk), rel=1e-3)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 #: Megabytes that Python, PyTorch and a batch's activations take beside the weights.
 BESIDE_WEIGHTS_MB = 2500
+#: Of a sweep for each head and token: six variables in float32.
+BYTES_PER_EFFECT = 24
 BYTES = {"float64": 8, "float32": 4, "tf32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -31,12 +33,13 @@ def plan(profile: Profile) -> dict[str, object]:
     Raises:
         UserError: a model that cannot be found or reached.
     """
-
     models: dict[str, object] = {}
+    results: list[float] = []
     for name in profile.models:
         own = profile.of_model(name)
         config = read_config(name)
-        layers, width, vocabulary = (_first_of(config, *names) for names in _SIZES)
+        layers, heads, width, vocabulary = (_first_of(config, *names) for names in _SIZES)
+        results.append(BYTES_PER_EFFECT * layers * heads * own.n_prompts * (own.prompt_len - 1) / 1e6)
         weights = (12 * layers * width**2 + 2 * vocabulary * width) * BYTES[own.dtype] / 1e6
         models[name] = {
             "settings": {"n_prompts": own.n_prompts, "prompt_len": own.prompt_len, "dtype": own.dtype, "dataset": own.dataset},
@@ -44,6 +47,7 @@ def plan(profile: Profile) -> dict[str, object]:
             "mem_mb": round(2 * weights + BESIDE_WEIGHTS_MB),  # on a CPU, weights are kept in a second layout too
             "code": code_version(*ENGINE),
         }
+    in_memory = max(2 * sum(results), 4 * max(results))  # of every model with what is made of it, or of one that is split into parts
     notebooks = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
     return {
         "models": models,
@@ -52,12 +56,17 @@ def plan(profile: Profile) -> dict[str, object]:
         "notebooks": [path.stem for path in notebooks],
         "code": code_version(*sorted(file.name for file in Path(__file__).parent.glob("*.*"))),
         "notebook_code": {path.stem: hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in notebooks},
-        "notebook_mem_mb": max(model["mem_mb"] for model in models.values()) + BESIDE_WEIGHTS_MB,
+        "notebook_mem_mb": round(max(model["mem_mb"] for model in models.values()) + BESIDE_WEIGHTS_MB + in_memory),
     }
 
 
-#: Names under which configurations give the number of layers, d_model and the size of the vocabulary.
-_SIZES = (("num_hidden_layers", "n_layer", "num_layers"), ("hidden_size", "n_embd", "d_model"), ("vocab_size",))
+#: Names under which configurations give the numbers of layers and heads, d_model and the size of the vocabulary.
+_SIZES = (
+    ("num_hidden_layers", "n_layer", "num_layers"),
+    ("num_attention_heads", "n_head", "num_heads"),
+    ("hidden_size", "n_embd", "d_model"),
+    ("vocab_size",),
+)
 
 
 def _first_of(config: dict[str, object], *names: str) -> int:
