@@ -24,8 +24,8 @@ from selfrepair.paths import MODELS
 from selfrepair.plots import hydra as plots
 from selfrepair.plots import style
 from selfrepair.replacement import ABLATIONS
-from selfrepair.results import is_whole
 from selfrepair.statistics import bootstrap_weights
+from selfrepair.verify import verify
 
 SCALARS = ("direct_effect", "total_effect", "compensation", "norm_term")
 
@@ -464,11 +464,13 @@ def test_a_damaged_store_is_measured_again_and_has_a_manifest(facts_run, tmp_pat
     (store,) = (tmp_path / "hydra").glob("*.zarr")
     noted = json.loads(manifest_of(store).read_text())
     assert noted["source"] == "pocket-pythia-small" and noted["prompts_sha256"] == run.prompts.sha256 and noted["seed"] == 0
+    assert [finding.agrees for finding in verify(tmp_path)] == [True]
     (store / "effect" / "zarr.json").unlink()
+    assert [finding.agrees for finding in verify(tmp_path)] == [False]
     np.testing.assert_array_equal(
         layer_effects(load_model("pocket-pythia-small", "cpu"), run.prompts, "resample", store.parent)["token"], run.effects["token"]
     )
-    assert is_whole(store)
+    assert [finding.agrees for finding in verify(tmp_path)] == [True]
 
 
 def test_run_of_known_facts(facts_run):

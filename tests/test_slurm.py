@@ -92,7 +92,7 @@ def test_cluster_gives_the_bytes_of_a_local_run_though_a_job_is_lost(slurm, tmp_
     finish(start(tmp_path / "local", "--workflow-profile", ROOT / "profiles" / "default", "--cores", "2"))
     cluster, local = (results(tmp_path / name) for name in ("cluster", "local"))
     shards = {name for name in cluster if name.startswith("shards/")}
-    assert len(shards) == 30 and sum(name.startswith("heads_") for name in cluster) == 3
+    assert len(shards) == 60 and sum(name.startswith("heads_") for name in cluster) == 3
     assert cluster.keys() - shards == local.keys()
     assert [name for name in local if cluster[name] != local[name]] == []
     noted = json.loads((tmp_path / "cluster" / "out" / "manifest.json").read_text())

@@ -129,9 +129,9 @@ def layer_effects(model: Model, prompts: FactPrompts, ablation: str, folder: Pat
         results.remove_unfinished(manifest_of(path))
         if not results.is_whole(path):
             started = time.monotonic()
-            measured = ablate_layers(model, prompts, ablation, seed)
-            write_manifest(manifest_of(path), time.monotonic() - started, source=model.source, **attributes)
-            results.write_store([measured.assign_attrs(attributes | {"format": results.FORMAT})], path)
+            measured = ablate_layers(model, prompts, ablation, seed).assign_attrs(attributes)
+            write_manifest(manifest_of(path), time.monotonic() - started, source=model.source, **measured.attrs)
+            results.write_store([measured.assign_attrs(format=results.FORMAT)], path)
         return results.open_store(path)
 
 
