@@ -8,6 +8,7 @@ from PIL import Image
 
 from selfrepair import verify
 from selfrepair.corpora import hash_documents, read_documents
+from selfrepair.errors import UserError
 from selfrepair.manifest import manifest_of
 from selfrepair.models import load_model
 from selfrepair.paths import HELD_OUT_TEXT
@@ -58,6 +59,15 @@ def test_of_two_equal_sweeps_the_last_counts(run):
         manifest_of(other).write_text(json.dumps(note | {"finished": finished}))
         summarise(study(folder, 4), "tiny")
         assert json.loads((folder / "manifest.json").read_text())["sweeps"][f"{MODEL} zero"]["store"] == wanted.name
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"sweeps": 3}', b"\xff"])
+def test_a_damaged_manifest_is_one_line(run, content):
+    folder, _, store, _ = run
+    manifest_of(store).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{manifest_of(store).name}: not .* delete it.* and run again$"):
+        summarise(study(folder, 4), "tiny")
+    assert {finding.what for finding in verify.verify(folder, "cpu", seed=0) if not finding.agrees} >= {store.name}
 
 
 def test_a_lost_store_is_found(run):

@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 
 from selfrepair import __version__
+from selfrepair.errors import UserError
 from selfrepair.paths import REPOSITORY
 from selfrepair.results import code_version, write_atomically
 
@@ -42,6 +43,21 @@ def write_manifest(path: Path, seconds: float, **made_from: object) -> None:
         "machine": _machine(),
     }
     write_atomically(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def read_manifest(path: Path) -> dict[str, object]:
+    """What :func:`write_manifest` wrote.
+
+    Raises:
+        UserError: it cannot be read or is no manifest.
+    """
+    try:
+        content = json.loads(path.read_text())
+        if not all(isinstance(part, dict) for part in (content, content.get("files", {}), content.get("sweeps", {}))):
+            raise ValueError("its parts are of other types")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: not a manifest ({error}); delete it, the store beside it if there is one, and run again") from error
+    return content
 
 
 def hash_files(folder: Path) -> dict[str, str]:

@@ -61,6 +61,7 @@ def _run(source: Path, target: Path, parameters: dict[str, object]) -> str | Non
                 progress_bar=False,
                 cwd=os.fspath(source.parent),
                 config=sockets,
+                coalesce_streams=True,  # else it is chance in how many pieces a cell's text is kept
             )
         except PapermillExecutionError as error:
             return f"{source.stem}: cell {error.exec_count} failed with {error.ename}: {(str(error.evalue).splitlines() or [''])[0]} (see {target})"

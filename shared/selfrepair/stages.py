@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from selfrepair.checkpoints import read_config
 from selfrepair.errors import UserError
+from selfrepair.manifest import hash_files, read_manifest, write_manifest
 from selfrepair.paths import HELD_OUT_TEXT, NOTEBOOKS
 from selfrepair.profiles import Profile
 from selfrepair.results import ENGINE, code_version, is_whole, shard_starts, slug, write_atomically
@@ -110,7 +111,6 @@ def summarise(study: Study, profile: str) -> str:
     """
     from selfrepair.comparison import report
     from selfrepair.corpora import hash_documents, read_documents
-    from selfrepair.manifest import hash_files, write_manifest
     from selfrepair.summary import write_summary
 
     out = study.out_dir
@@ -135,20 +135,24 @@ def _sweeps_of(study: Study) -> dict[str, dict[str, object]]:
     """Of each sweep of a run, by model and ablation: its store, and what its manifest says; of several, the last."""
     found: dict[str, dict[str, object]] = {}
     for path in (study.out_dir / "sweeps").glob("*.manifest.json"):
-        note = json.loads(path.read_bytes())
+        note = read_manifest(path)
+        if not {"source", *_OF_A_SWEEP} <= note.keys():
+            raise UserError(f"{path}: not the manifest of a sweep; delete it and the store beside it, and run again")
         if note["source"] not in study.profile.models or note["ablation"] not in study.profile.ablations:
             continue
         own = study.profile.of_model(note["source"])
         made_from = (own.n_prompts, own.prompt_len, own.dtype, study.seed, code_version(*ENGINE))
         name = f"{note['model']} {note['ablation']}"
         last = found.get(name, {}).get("finished", "")
-        if tuple(note[key] for key in ("n_prompts", "prompt_len", "dtype", "seed", "code")) == made_from and note["finished"] > last:
+        if tuple(note[key] for key in _SETTINGS) == made_from and note["finished"] > last:
             found[name] = {"store": path.name.replace(".manifest.json", ".zarr"), **{key: note[key] for key in _OF_A_SWEEP}}
     return dict(sorted(found.items()))
 
 
+#: What a sweep must have been made with to be one of a run.
+_SETTINGS = ("n_prompts", "prompt_len", "dtype", "seed", "code")
 #: What a run's manifest repeats of its sweeps' own.
-_OF_A_SWEEP = ("weights_sha256", "corpus", "tokens_sha256", "dtype", "code", "seconds", "finished")
+_OF_A_SWEEP = ("model", "ablation", *_SETTINGS, "weights_sha256", "corpus", "tokens_sha256", "seconds", "finished")
 
 
 def _say_done(path: Path, **what: object) -> None:

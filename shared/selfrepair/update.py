@@ -48,8 +48,9 @@ def update_committed(study: Study, profile: str) -> None:
 def _executed(path: Path) -> nbformat.NotebookNode:
     print(f"{path.stem}: running in its place", file=sys.stderr)
     notebook = nbformat.read(path, as_version=4)
+    where = {"metadata": {"path": os.fspath(path.parent)}}
     try:
-        NotebookClient(notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": os.fspath(path.parent)}}).execute()
+        NotebookClient(notebook, timeout=None, kernel_name="python3", resources=where, coalesce_streams=True).execute()
     except CellExecutionError as error:
         raise UserError(f"{path.stem}: {error.ename}: {str(error.evalue).splitlines()[0]}; nothing was changed") from error
     for cell in notebook.cells:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import torch
 from selfrepair.corpora import Prompts
 from selfrepair.devices import resolve_device, set_precision
 from selfrepair.errors import UserError
-from selfrepair.manifest import hash_files, manifest_of
+from selfrepair.manifest import hash_files, manifest_of, read_manifest
 from selfrepair.models import load_model
 from selfrepair.results import FormatError, Shards, code_version, open_store, shard_starts
 from selfrepair.sweep import CODE, Sweep
@@ -51,7 +50,7 @@ def verify(folder: Path, device: str = "auto", seed: int | None = None) -> Itera
     if not (stores or others or manifest.is_file()):
         raise UserError(f"{folder}: no measurements and no manifest.json, so nothing to verify; give the results folder of a run")
     if manifest.is_file():
-        noted = _read(manifest)
+        noted = read_manifest(manifest)
         yield from _verify_files(folder, noted.get("files", {}))
         there = [store.name for store in stores]
         for name, made_from in noted.get("sweeps", {}).items():
@@ -69,17 +68,6 @@ def verify(folder: Path, device: str = "auto", seed: int | None = None) -> Itera
         yield _compute_again(store, start, device)
 
 
-def _read(manifest: Path) -> dict[str, object]:
-    try:
-        content = json.loads(manifest.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{manifest}: not a manifest ({error}); run again to make one") from error
-    parts = [content.get("files", {}), content.get("sweeps", {})] if isinstance(content, dict) else [None]
-    if not all(isinstance(part, dict) for part in parts):
-        raise UserError(f"{manifest}: not a manifest; run again to make one")
-    return content
-
-
 def _verify_files(folder: Path, noted: dict[str, str]) -> Iterator[Finding]:
     found = hash_files(folder)
     for name in sorted(noted.keys() | found.keys()):
@@ -93,7 +81,7 @@ def _verify_files(folder: Path, noted: dict[str, str]) -> Iterator[Finding]:
 def _verify_store(store: Path) -> Finding:
     try:
         attributes = open_store(store).attrs
-        noted = _read(manifest_of(store))
+        noted = read_manifest(manifest_of(store))
     except FormatError as error:
         return Finding(store.name, None, str(error))
     except UserError as error:
@@ -108,7 +96,7 @@ def _verify_arrays(file: Path) -> Finding:
     if Shards(file.parent).read(file.stem) is None:
         return Finding(file.name, False, "damaged; run again to make it")
     try:
-        _read(manifest_of(file))
+        read_manifest(manifest_of(file))
     except UserError as error:
         return Finding(file.name, False, str(error))
     return Finding(file.name, True, "its checksum")
@@ -116,7 +104,7 @@ def _verify_arrays(file: Path) -> Finding:
 
 def _compute_again(store: Path, start: int, device: str) -> Finding:
     kept = open_store(store)
-    noted = _read(manifest_of(store))
+    noted = read_manifest(manifest_of(store))
     what = f"{store.name}, shard {start}"
     if kept.attrs["code"] != code_version(*CODE):
         return Finding(what, None, f"made by other code ({kept.attrs['code']}); check out commit {noted.get('commit')} to compute it again")
