@@ -1,5 +1,6 @@
 import functools
 import os
+import subprocess
 
 import pytest
 from jaxtyping import install_import_hook
@@ -10,6 +11,25 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # Every annotated shape and type of the library is checked while the tests run: before it is imported anywhere.
 install_import_hook("selfrepair", "typechecker.typechecker")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """``small_disk(megabytes)``: the folder of a file system of that size."""
+    mounted = []
+
+    def mount(megabytes):
+        folder = tmp_path / "disk"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", folder]
+        if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("a small file system can be mounted by root only")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", folder], check=True)
 
 
 @pytest.fixture(scope="module")

@@ -245,7 +245,7 @@ def test_clock_set_back_makes_nothing_again(tmp_path, run, undisturbed):
 
 
 class SmallDisk:
-    """A file system of a few megabytes with a file that takes up as much of it as is wanted."""
+    """A small file system with a file that takes up as much of it as is wanted."""
 
     def __init__(self, folder: Path):
         self.folder, self.ballast = folder, folder / "ballast"
@@ -259,13 +259,8 @@ class SmallDisk:
 
 
 @pytest.fixture
-def disk(tmp_path):
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True).returncode:
-        pytest.skip("a small file system can be mounted by root only")
-    yield SmallDisk(folder)
-    subprocess.run(["umount", folder], check=True)
+def disk(small_disk):
+    return SmallDisk(small_disk(8))
 
 
 @pytest.mark.parametrize("leave", [0, 32 << 10])

@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -314,26 +313,17 @@ def test_unavailable_device_is_one_line(tmp_path, capsys):
     one_line(capsys, main([*command(config, tmp_path / "out"), "--device", "abacus"]), "device 'abacus'")
 
 
-@pytest.fixture
-def tiny_disk(tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("a small file system can be mounted by root only")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
-
-
-def test_full_disk_is_one_line_and_loses_nothing(tmp_path, tiny_disk, capsys):
+def test_full_disk_is_one_line_and_loses_nothing(tmp_path, small_disk, capsys):
+    disk = small_disk(2)
     config = write_config(tmp_path / "tiny.yaml", phases=phases(210), n_checkpoints=3)
-    filler = tiny_disk / "filler"
+    filler = disk / "filler"
     filler.write_bytes(bytes(1_500_000))
-    status = main(command(config, tiny_disk / "model"))
+    status = main(command(config, disk / "model"))
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert status == 1 and "disk full" in last and "selfrepair: error" in last
-    assert not (tiny_disk / "model").exists()
+    assert not (disk / "model").exists()
     filler.unlink()
     assert main(command(config, tmp_path / "twin")) == 0
-    assert main(command(config, tiny_disk / "model")) == 0
-    twin, model = (load_file(path / "model.safetensors") for path in (tmp_path / "twin", tiny_disk / "model"))
+    assert main(command(config, disk / "model")) == 0
+    twin, model = (load_file(path / "model.safetensors") for path in (tmp_path / "twin", disk / "model"))
     assert all(torch.equal(twin[name], model[name]) for name in twin)

@@ -62,12 +62,15 @@ def text_rows(tokenizer: PreTrainedTokenizerFast, documents: Sequence[str], leng
 
 @torch.no_grad()
 def fact_recall(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[FactPrompt]) -> np.ndarray:
-    """For each prompt, whether the most likely next token is the first token of the answer (bool ``[n_prompts]``)."""
+    """For each prompt, whether the most likely next token is the first token of the answer (bool ``[n_prompts]``).
+
+    Of a prompt longer than the model's context, the model reads the end.
+    """
     answers = first_tokens(tokenizer, prompts)
     by_length: dict[int, list[int]] = defaultdict(list)
     context = model.config.max_position_embeddings
     texts = tokenizer([p.text for p in prompts], add_special_tokens=False)["input_ids"]
-    encoded = [[tokenizer.bos_token_id, *ids][-context:] for ids in texts]  # of a prompt that is too long, the end
+    encoded = [[tokenizer.bos_token_id, *ids][-context:] for ids in texts]
     for i, ids in enumerate(encoded):
         by_length[len(ids)].append(i)
     correct = np.zeros(len(prompts), dtype=bool)
