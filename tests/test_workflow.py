@@ -148,11 +148,21 @@ def test_what_fails_stops_nothing_else_and_is_tried_again(tmp_path):
     assert f"failed: notebooks 01: 01_first: cell 3 failed with ValueError: x (see {log})" in said
     assert said[-1] == "1 failed, 3 of 5 jobs are done; the same command goes on from there; logs: results/logs"
     assert len(said) == 4 and (workflow.folder / log).is_file()
-    assert (workflow.folder / "results" / "claims" / "02.csv").is_file()
+    assert (workflow.folder / "results" / "notebooks" / "02.done").is_file()
     workflow.calls()
     (workflow.folder / "fail").unlink()
     assert workflow.run()[0] == 0
     assert [call.split()[0] for call in workflow.calls()] == ["notebooks", "summary"]
+
+
+def test_claims_of_a_notebook_run_by_hand_are_made_again(tmp_path):
+    workflow = Workflow(tmp_path / "w")
+    by_hand = workflow.folder / "results" / "claims" / "01.csv"
+    by_hand.parent.mkdir(parents=True)
+    by_hand.write_text("of other parameters")
+    assert workflow.run()[0] == 0
+    assert sum(call.startswith("notebooks") for call in workflow.calls()) == 2
+    assert "--only 01" in by_hand.read_text()
 
 
 def test_clock_set_back_runs_nothing_again(tmp_path):
