@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import ActivationCache
 
-from selfrepair.models import Model
+from selfrepair.models.loading import Model
 
 Head = tuple[int, int]
 

@@ -21,14 +21,14 @@ from report import head_of_section, table, write_section
 from shapes import SHAPES, make_model
 from torch import Tensor
 
-from selfrepair.ablation import HeadAblations, ablate_heads
-from selfrepair.corpora import Prompts
-from selfrepair.devices import PRECISIONS, resolve_device, set_precision
+from selfrepair.engine.head_ablation import HeadAblations, ablate_heads
+from selfrepair.text.corpora import Prompts
+from selfrepair.models.devices import PRECISIONS, resolve_device, set_precision
 from selfrepair.errors import UserError
-from selfrepair.models import Model
-from selfrepair.replacement import replacement_for
-from selfrepair.replay import watching
-from selfrepair.sweep import sweep
+from selfrepair.models.loading import Model
+from selfrepair.engine.ablations import replacement_for
+from selfrepair.engine.forward import watching
+from selfrepair.measure.heads import sweep
 
 #: Largest difference allowed between engine and alternatives, in units of the largest logit change.
 TOLERANCES = {"float64": 1e-8, "float32": 1e-4, "tf32": 0.02, "bfloat16": 0.2, "float16": 0.05}

@@ -18,8 +18,8 @@ import torch
 
 from selfrepair import __version__
 from selfrepair.errors import UserError
-from selfrepair.results import code_version
-from selfrepair.sweep import CODE
+from selfrepair.store.datasets import code_version
+from selfrepair.measure.heads import CODE
 
 Result = TypeVar("Result")
 
@@ -112,7 +112,7 @@ def in_fresh_process(function: Callable[..., Result], *arguments: object) -> Res
         UserError: the process was killed.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["selfrepair.sweep"])
+    context.set_forkserver_preload(["selfrepair.measure.heads"])
     try:
         with ProcessPoolExecutor(1, mp_context=context) as pool:
             return pool.submit(function, *arguments).result()

@@ -11,8 +11,8 @@ from machine import timed
 from operations import matrices
 from torch import Tensor, nn
 
-from selfrepair.kernels import use_fast_kernels
-from selfrepair.models import Model
+from selfrepair.engine.fast.linear_maps import use_fast_kernels
+from selfrepair.models.loading import Model
 
 CALLS = 5  # of each shape, in each measurement
 

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from selfrepair.models import Model
+from selfrepair.models.loading import Model
 
 
 def needed_flops(model: Model, n_prompts: int, length: int, layers: Collection[int], low_rank: bool) -> int:

@@ -19,14 +19,14 @@ from jaxtyping import Float
 from report import head_of_section, table, write_section
 from torch import Tensor, nn
 
-from selfrepair import low_rank
-from selfrepair.ablation import ablate_heads
-from selfrepair.breakdown import select_each_top
-from selfrepair.corpora import load_tokens
-from selfrepair.devices import resolve_device, set_precision
+from selfrepair.engine.fast import low_rank
+from selfrepair.engine.head_ablation import ablate_heads
+from selfrepair.analysis.head_table import select_each_top
+from selfrepair.text.corpora import load_tokens
+from selfrepair.models.devices import resolve_device, set_precision
 from selfrepair.errors import UserError
-from selfrepair.models import Model, load_model, name_parts
-from selfrepair.replacement import replacement_for
+from selfrepair.models.loading import Model, load_model, name_parts
+from selfrepair.engine.ablations import replacement_for
 
 FRACTION = 0.02  # of tokens, by direct effect, in a head's means
 QUANTITIES = ("self_repair", "self_repair_layernorm", "self_repair_heads", "self_repair_mlps", "direct_effect", "logit_change")

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from machine import describe_machine, describe_versions
 
-from selfrepair.results import write_atomically
+from selfrepair.store.datasets import write_atomically
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
 TITLE = "# Results\n\nWritten by the scripts beside this file; `README.md` says what the numbers mean.\n"

@@ -21,13 +21,13 @@ from report import head_of_section, table, write_section
 from shapes import SHAPES, Shape, make_model
 from torch import Tensor
 
-from selfrepair.ablation import ablate_heads
-from selfrepair.corpora import Prompts
-from selfrepair.devices import PRECISIONS, resolve_device, set_precision
+from selfrepair.engine.head_ablation import ablate_heads
+from selfrepair.text.corpora import Prompts
+from selfrepair.models.devices import PRECISIONS, resolve_device, set_precision
 from selfrepair.errors import UserError
-from selfrepair.models import Model
-from selfrepair.replacement import replacement_for
-from selfrepair.sweep import sweep
+from selfrepair.models.loading import Model
+from selfrepair.engine.ablations import replacement_for
+from selfrepair.measure.heads import sweep
 
 Memory = tuple[int, int]  # bytes before, and at the peak
 

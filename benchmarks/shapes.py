@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from selfrepair.errors import UserError
-from selfrepair.models import Model, name_parts
+from selfrepair.models.loading import Model, name_parts
 from selfrepair.paths import MODELS
 from selfrepair.training.config import load_config
 

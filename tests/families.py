@@ -28,7 +28,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from selfrepair.models import Model, load_model
+from selfrepair.models.loading import Model, load_model
 from selfrepair.paths import MODELS
 
 VOCAB = 61

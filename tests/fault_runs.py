@@ -20,12 +20,12 @@ from pathlib import Path
 
 import transformers.models.gpt2.modeling_gpt2  # noqa: F401 (what loading a model of that kind imports)
 
-import selfrepair.breakdown
-import selfrepair.comparison
-import selfrepair.notebooks
-import selfrepair.stages
-import selfrepair.study
-import selfrepair.sweep
+import selfrepair.analysis.head_table
+import selfrepair.analysis.comparison
+import selfrepair.run.notebooks
+import selfrepair.run.workflow
+import selfrepair.run.study
+import selfrepair.measure.heads
 from selfrepair.cli import main
 
 
@@ -48,7 +48,7 @@ def turn_the_clock_back() -> None:
 
 def note_computed_shards(file: Path) -> None:
     """Appends the first pair of every shard that is computed to a file, as soon as it is."""
-    real = selfrepair.sweep._ablate_pairs
+    real = selfrepair.measure.heads._ablate_pairs
 
     def noted(model, tokens, pairs, *rest):
         shard = real(model, tokens, pairs, *rest)
@@ -56,7 +56,7 @@ def note_computed_shards(file: Path) -> None:
             lines.write(f"{int(pairs[0])}\n")
         return shard
 
-    selfrepair.sweep._ablate_pairs = noted
+    selfrepair.measure.heads._ablate_pairs = noted
 
 
 def start(run: dict[str, object], folder: Path) -> int:
@@ -79,7 +79,7 @@ def start(run: dict[str, object], folder: Path) -> int:
         if run.get("backwards"):
             turn_the_clock_back()
         if "notebooks" in run:
-            selfrepair.notebooks.NOTEBOOKS = Path(run["notebooks"])
+            selfrepair.run.notebooks.NOTEBOOKS = Path(run["notebooks"])
         status = main(run["arguments"])
         (folder / "seconds").write_text(str(time.process_time() - begun))
     except Exception:

@@ -11,7 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
-from selfrepair import sweep as sweep_module
+from selfrepair.measure import heads as sweep_module
 from selfrepair.cli import main
 
 STEPS = ((os, "replace"), (os, "rename"), (shutil, "rmtree"))

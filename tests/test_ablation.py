@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from selfrepair import ablation
-from selfrepair.ablation import HeadAblations, ablate_heads
-from selfrepair.direct_effect import FinalNorm, token_directions
-from selfrepair.models import load_model
-from selfrepair.replacement import ABLATIONS, mean_z, replacement_for
-from selfrepair.replay import run_clean
-from selfrepair.sweep import check_identity
+from selfrepair.engine import head_ablation as ablation
+from selfrepair.engine.head_ablation import HeadAblations, ablate_heads
+from selfrepair.engine.direct_effect import FinalNorm, token_directions
+from selfrepair.models.loading import load_model
+from selfrepair.engine.ablations import ABLATIONS, mean_z, replacement_for
+from selfrepair.engine.forward import run_clean
+from selfrepair.measure.heads import check_identity
 
 FIELDS = [field.name for field in dataclasses.fields(HeadAblations)]
 

@@ -13,12 +13,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from selfrepair.ablation import ablate_heads
+from selfrepair.engine.head_ablation import ablate_heads
 from selfrepair.errors import UserError
-from selfrepair.low_rank import FirstMaps
+from selfrepair.engine.fast.low_rank import FirstMaps
 from selfrepair.paths import REPOSITORY
-from selfrepair.replacement import replacement_for
-from selfrepair.replay import Replay, run_clean
+from selfrepair.engine.ablations import replacement_for
+from selfrepair.engine.forward import Replay, run_clean
 
 BENCHMARKS = REPOSITORY / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from selfrepair.checkpoints import embedded_models, find_model, model_folder
+from selfrepair.models.checkpoints import embedded_models, find_model, model_folder
 from selfrepair.errors import UserError
 from selfrepair.paths import MODELS
 
-FIND = "import sys\nfrom selfrepair.checkpoints import find_model\nfrom selfrepair.errors import UserError\n"
+FIND = "import sys\nfrom selfrepair.models.checkpoints import find_model\nfrom selfrepair.errors import UserError\n"
 
 
 class Hub(http.server.BaseHTTPRequestHandler):

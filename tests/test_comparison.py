@@ -7,15 +7,15 @@ import pandas as pd
 import pytest
 from families import load_family, random_tokens
 
-from selfrepair import published
-from selfrepair.breakdown import heads_table
-from selfrepair.comparison import COLUMNS, QUANTITIES, compare_with_published, report, to_markdown
-from selfrepair.corpora import Prompts
+from selfrepair.analysis import published
+from selfrepair.analysis.head_table import heads_table
+from selfrepair.analysis.comparison import COLUMNS, QUANTITIES, compare_with_published, report, to_markdown
+from selfrepair.text.corpora import Prompts
 from selfrepair.errors import UserError
-from selfrepair.profiles import Profile
-from selfrepair.published import HUB_IDS, published_heads, published_name
-from selfrepair.results import open_store
-from selfrepair.sweep import sweep
+from selfrepair.run.profiles import Profile
+from selfrepair.analysis.published import HUB_IDS, published_heads, published_name
+from selfrepair.store.datasets import open_store
+from selfrepair.measure.heads import sweep
 
 PROFILE = Profile(models=["gpt2"], ablations=["resample"], n_prompts=40, prompt_len=12, fraction=0.02)
 PARTS = [f"self_repair_{part}" for part in ("layernorm", "heads", "mlps")]

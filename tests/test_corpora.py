@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfrepair.corpora import pack, read_documents
+from selfrepair.text.corpora import pack, read_documents
 from selfrepair.errors import UserError
 
 BOS = 0

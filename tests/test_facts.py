@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selfrepair.errors import UserError
-from selfrepair.facts import AskedFact, choose_prompts, counterfact_facts, draw_donors, facts_for, gazetteer_facts, own_facts
-from selfrepair.gazetteer import Gazetteer
-from selfrepair.models import load_model
+from selfrepair.text.facts import AskedFact, choose_prompts, counterfact_facts, draw_donors, facts_for, gazetteer_facts, own_facts
+from selfrepair.text.gazetteer import Gazetteer
+from selfrepair.models.loading import load_model
 from selfrepair.paths import MODELS
 
 

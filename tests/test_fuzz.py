@@ -32,13 +32,13 @@ from hypothesis.extra import numpy as nps
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-import selfrepair.corpora
-import selfrepair.models
+import selfrepair.text.corpora
+import selfrepair.models.loading
 from selfrepair.choices import ABLATIONS, PRECISIONS
-from selfrepair.corpora import Prompts
+from selfrepair.text.corpora import Prompts
 from selfrepair.paths import MODELS
-from selfrepair.results import FORMAT, open_store, write_store
-from selfrepair.sweep import sweep
+from selfrepair.store.datasets import FORMAT, open_store, write_store
+from selfrepair.measure.heads import sweep
 
 
 def cases_of(n):
@@ -73,12 +73,12 @@ def inputs(cases):
     (folder / "profile.yaml").write_text(yaml.safe_dump(PROFILE | {"models": [str(folder / "reader")]}))
     (folder / "training.yaml").write_text(yaml.safe_dump(TRAINING))
     store = sweep(
-        selfrepair.models.load_model(str(folder / "tiny"), "cpu"), Prompts(TOKENS, "tokens"), "resample", folder / "sweeps", progress=False
+        selfrepair.models.loading.load_model(str(folder / "tiny"), "cpu"), Prompts(TOKENS, "tokens"), "resample", folder / "sweeps", progress=False
     )
     store.with_suffix(".lock").unlink(missing_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         loaded = {}
-        load = selfrepair.models.load_model
+        load = selfrepair.models.loading.load_model
 
         def load_once(name, device="auto", dtype=torch.float32):
             if not name.startswith(str(folder)):
@@ -88,9 +88,9 @@ def inputs(cases):
                 loaded[key] = load(name, device, dtype)
             return loaded[key]
 
-        patch.setattr(selfrepair.models, "load_model", load_once)
-        patch.setattr(selfrepair.corpora, "HELD_OUT_TEXT", folder / "texts")
-        patch.setattr("selfrepair.study.HELD_OUT_TEXT", folder / "texts")
+        patch.setattr(selfrepair.models.loading, "load_model", load_once)
+        patch.setattr(selfrepair.text.corpora, "HELD_OUT_TEXT", folder / "texts")
+        patch.setattr("selfrepair.run.study.HELD_OUT_TEXT", folder / "texts")
         patch.setenv("HOME", str(cases.base))
         patch.setenv("SELFREPAIR_CACHE", str(cases.base / "cache"))
         yield folder

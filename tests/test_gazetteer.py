@@ -6,13 +6,13 @@ from collections import defaultdict
 
 import pytest
 
-from selfrepair.gazetteer import RELATIONS, Gazetteer
+from selfrepair.text.gazetteer import RELATIONS, Gazetteer
 
 WORLD = Gazetteer(0)
 PARAGRAPHS = list(itertools.islice(WORLD.paragraphs(), 3000))
 DIGEST = """
 import hashlib, itertools
-from selfrepair.gazetteer import Gazetteer
+from selfrepair.text.gazetteer import Gazetteer
 g = Gazetteer(7)
 text = "\\n".join(itertools.islice(g.paragraphs(3), 500)) + repr(g.facts) + repr(g.prompts())
 print(hashlib.sha256(text.encode()).hexdigest())

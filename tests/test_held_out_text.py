@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 
-from selfrepair.corpora import read_documents
+from selfrepair.text.corpora import read_documents
 from selfrepair.paths import HELD_OUT_TEXT
 
 FILES = sorted(HELD_OUT_TEXT.glob("*.txt"))

@@ -13,19 +13,19 @@ import xarray as xr
 from families import ALL_FAMILIES, VOCAB
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from selfrepair import hydra
-from selfrepair.claims import load_claims
+from selfrepair.analysis import layers as hydra
+from selfrepair.analysis.claims import load_claims
 from selfrepair.errors import UserError
-from selfrepair.facts import AskedFact, FactPrompts, draw_donors, facts_for
-from selfrepair.hydra import LayerMeans, ablate_layers, hydra_statistics, layer_effects
-from selfrepair.manifest import manifest_of
-from selfrepair.models import load_model
+from selfrepair.text.facts import AskedFact, FactPrompts, draw_donors, facts_for
+from selfrepair.analysis.layers import LayerMeans, ablate_layers, hydra_statistics, layer_effects
+from selfrepair.store.manifest import manifest_of
+from selfrepair.models.loading import load_model
 from selfrepair.paths import MODELS
-from selfrepair.plots import hydra as plots
+from selfrepair.plots import layers as plots
 from selfrepair.plots import style
-from selfrepair.replacement import ABLATIONS
+from selfrepair.engine.ablations import ABLATIONS
 from selfrepair.statistics import bootstrap_weights
-from selfrepair.verify import verify
+from selfrepair.run.verify import verify
 
 SCALARS = ("direct_effect", "total_effect", "compensation", "norm_term")
 

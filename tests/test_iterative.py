@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from reference import _out_matrix, _parts
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from selfrepair import iterative
-from selfrepair.claims import load_claims
-from selfrepair.corpora import Prompts
+from selfrepair.analysis import iterative
+from selfrepair.analysis.claims import load_claims
+from selfrepair.text.corpora import Prompts
 from selfrepair.errors import UserError
-from selfrepair.iterative import SCALES, VECTORS, Alignment, EarlierInput, HeadCosines, SelfFeeding
-from selfrepair.models import load_model
+from selfrepair.analysis.iterative import SCALES, VECTORS, Alignment, EarlierInput, HeadCosines, SelfFeeding
+from selfrepair.models.loading import load_model
 from selfrepair.paths import PUBLISHED
 from selfrepair.plots import iterative as plots
-from selfrepair.replay import Replay
+from selfrepair.engine.forward import Replay
 
 matplotlib.use("agg")
 HEADS = 4

@@ -8,7 +8,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
-from selfrepair.kernels import use_fast_kernels
+from selfrepair.engine.fast.linear_maps import use_fast_kernels
 
 
 class MLP(nn.Module):

@@ -11,12 +11,12 @@ import xarray as xr
 from families import load_family, random_tokens, save_family
 from transformers import AutoModelForCausalLM
 
-from selfrepair.breakdown import PARTS, heads_table, strongest_head
-from selfrepair.corpora import Prompts
-from selfrepair.layernorm import WAYS, Breakdown, ScaleRatios, layernorm_statistics, published_statistics
-from selfrepair.published import published_heads
-from selfrepair.results import open_store
-from selfrepair.sweep import sweep
+from selfrepair.analysis.head_table import PARTS, heads_table, strongest_head
+from selfrepair.text.corpora import Prompts
+from selfrepair.analysis.layernorm import WAYS, Breakdown, ScaleRatios, layernorm_statistics, published_statistics
+from selfrepair.analysis.published import published_heads
+from selfrepair.store.datasets import open_store
+from selfrepair.measure.heads import sweep
 
 NAMES = ("direct_effect", "ablated_direct_effect", "logit_change", "self_repair_heads", "self_repair_mlps", "sigma_ablated")
 LAYERS, HEADS, PROMPTS, POSITIONS = 4, 2, 6, 25

@@ -7,11 +7,11 @@ import reference
 import torch
 from families import FAMILIES, random_tokens
 
-from selfrepair import low_rank
-from selfrepair.ablation import HeadAblations, ablate_heads
-from selfrepair.low_rank import FirstMaps
-from selfrepair.replacement import replacement_for
-from selfrepair.replay import run_clean
+from selfrepair.engine.fast import low_rank
+from selfrepair.engine.head_ablation import HeadAblations, ablate_heads
+from selfrepair.engine.fast.low_rank import FirstMaps
+from selfrepair.engine.ablations import replacement_for
+from selfrepair.engine.forward import run_clean
 
 FIELDS = [field.name for field in dataclasses.fields(HeadAblations)]
 

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-from selfrepair.gazetteer import Gazetteer
-from selfrepair.models import embedded_models, find_model
+from selfrepair.text.gazetteer import Gazetteer
+from selfrepair.models.loading import embedded_models, find_model
 from selfrepair.paths import MODELS
 from selfrepair.training.card import TABLE_MARKS, render_card, render_table
 from selfrepair.training.config import Phase, TrainingConfig, load_config

@@ -14,16 +14,16 @@ from families import ALL_FAMILIES, PARALLEL, load_family, random_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selfrepair import neurons
-from selfrepair.ablation import ablate_heads
-from selfrepair.claims import load_claims
-from selfrepair.corpora import Prompts
+from selfrepair.analysis import neurons
+from selfrepair.engine.head_ablation import ablate_heads
+from selfrepair.analysis.claims import load_claims
+from selfrepair.text.corpora import Prompts
 from selfrepair.errors import UserError
-from selfrepair.neurons import ModelNeurons, NeuronEffects, NeuronRepair, chance_overlap, neuron_effects, overlap_samples, pair_overlaps
+from selfrepair.analysis.neurons import ModelNeurons, NeuronEffects, NeuronRepair, chance_overlap, neuron_effects, overlap_samples, pair_overlaps
 from selfrepair.plots import neurons as figures
-from selfrepair.replacement import ABLATIONS, mean_z, replacement_for
-from selfrepair.results import open_store
-from selfrepair.sweep import sweep
+from selfrepair.engine.ablations import ABLATIONS, mean_z, replacement_for
+from selfrepair.store.datasets import open_store
+from selfrepair.measure.heads import sweep
 
 N_LAYERS, N_HEADS = 3, 4
 

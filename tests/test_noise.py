@@ -17,16 +17,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from selfrepair import noise
-from selfrepair.claims import claims_table, load_claims
-from selfrepair.corpora import Prompts
+from selfrepair.analysis import token_variation as noise
+from selfrepair.analysis.claims import claims_table, load_claims
+from selfrepair.text.corpora import Prompts
 from selfrepair.errors import UserError
-from selfrepair.models import load_model
+from selfrepair.models.loading import load_model
 from selfrepair.paths import MODELS
-from selfrepair.plots import noise as plots
-from selfrepair.published import published_heads
-from selfrepair.results import open_store
-from selfrepair.sweep import sweep
+from selfrepair.plots import token_variation as plots
+from selfrepair.analysis.published import published_heads
+from selfrepair.store.datasets import open_store
+from selfrepair.measure.heads import sweep
 
 FRACTION = 0.25
 

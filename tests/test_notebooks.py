@@ -91,7 +91,7 @@ def test_bad_requests_are_one_line(tmp_path, capsys):
 
 
 def test_failing_cell_is_named_and_the_others_run(tmp_path, monkeypatch, capsys):
-    from selfrepair import notebooks
+    from selfrepair.run import notebooks
 
     in_pieces = "import time\nprint(seed, flush=True)\ntime.sleep(0.5)\nprint(seed)"
     for name, source in (("01_breaks", "1 / 0"), ("02_works", in_pieces)):

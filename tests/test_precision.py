@@ -7,14 +7,14 @@ import pytest
 import torch
 from families import random_tokens
 
-from selfrepair.ablation import ablate_heads
-from selfrepair.corpora import load_tokens
-from selfrepair.devices import PRECISIONS, all_devices, precision, set_precision, unless_out_of_memory
+from selfrepair.engine.head_ablation import ablate_heads
+from selfrepair.text.corpora import load_tokens
+from selfrepair.models.devices import PRECISIONS, all_devices, precision, set_precision, unless_out_of_memory
 from selfrepair.errors import UserError
-from selfrepair.kernels import compile_norms
-from selfrepair.models import load_model
-from selfrepair.replacement import replacement_for
-from selfrepair.replay import Replay, run_clean
+from selfrepair.engine.fast.linear_maps import compile_norms
+from selfrepair.models.loading import load_model
+from selfrepair.engine.ablations import replacement_for
+from selfrepair.engine.forward import Replay, run_clean
 
 
 def self_repair(logit_change, ablated_direct_effect, direct_effect, **_):

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from selfrepair.choices import PRECISIONS
 from selfrepair.errors import UserError
-from selfrepair.models import embedded_models
+from selfrepair.models.loading import embedded_models
 from selfrepair.paths import PROFILES
-from selfrepair.profiles import Profile, load_profile
-from selfrepair.study import Study
+from selfrepair.run.profiles import Profile, load_profile
+from selfrepair.run.study import Study
 
 GOOD = {"models": ["pocket-gpt2"], "ablations": ["zero"], "n_prompts": 4}
 OWN = {"models": ["a", {"name": "b", "n_prompts": 8, "dtype": "bfloat16"}, {"name": "c"}], "ablations": ["zero"], "n_prompts": 4}

@@ -12,7 +12,7 @@ import nbformat
 import pytest
 import yaml
 
-from selfrepair.verify import verify
+from selfrepair.run.verify import verify
 
 ROOT = Path(__file__).resolve().parents[1]
 SLURM = ROOT / "tests" / "slurm"

@@ -6,15 +6,15 @@ import json
 import pytest
 from PIL import Image
 
-from selfrepair import verify
-from selfrepair.corpora import hash_documents, read_documents
+from selfrepair.run import verify
+from selfrepair.text.corpora import hash_documents, read_documents
 from selfrepair.errors import UserError
-from selfrepair.manifest import manifest_of
-from selfrepair.models import load_model
+from selfrepair.store.manifest import manifest_of
+from selfrepair.models.loading import load_model
 from selfrepair.paths import HELD_OUT_TEXT
-from selfrepair.results import open_store
-from selfrepair.stages import merge_shards, plan, summarise
-from selfrepair.study import Study
+from selfrepair.store.datasets import open_store
+from selfrepair.run.workflow import merge_shards, plan, summarise
+from selfrepair.run.study import Study
 
 MODEL = "pocket-pythia-small"
 

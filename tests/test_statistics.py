@@ -5,11 +5,11 @@ import xarray as xr
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfrepair.breakdown import PARTS, heads_table, layer_means
-from selfrepair.claims import Claim, claims_table, judge, load_claims, to_markdown, verdict
+from selfrepair.analysis.head_table import PARTS, heads_table, layer_means
+from selfrepair.analysis.claims import Claim, claims_table, judge, load_claims, to_markdown, verdict
 from selfrepair.errors import UserError
-from selfrepair.head_means import HeadMeans, head_statistics
-from selfrepair.published import published_heads
+from selfrepair.analysis.head_means import HeadMeans, head_statistics
+from selfrepair.analysis.published import published_heads
 from selfrepair.statistics import bootstrap_ratio, bootstrap_weights, clipped_share, select_top
 
 RNG = np.random.default_rng(0)

@@ -6,10 +6,10 @@ import json
 import numpy as np
 import pytest
 
-from selfrepair import iterative
-from selfrepair.manifest import manifest_of
-from selfrepair.study import Study
-from selfrepair.verify import verify
+from selfrepair.analysis import iterative
+from selfrepair.store.manifest import manifest_of
+from selfrepair.run.study import Study
+from selfrepair.run.verify import verify
 
 MODEL = "pocket-pythia-small"
 MEASURES = {

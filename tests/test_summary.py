@@ -16,7 +16,7 @@ from PIL import Image
 
 from selfrepair.errors import UserError
 from selfrepair.paths import NOTEBOOKS
-from selfrepair.summary import HEADINGS, VERDICTS, write_summary
+from selfrepair.run.page import HEADINGS, VERDICTS, write_summary
 
 HOSTILE = """</script><script>alert(1)</script><img src="http://example.org/x" onerror='alert(2)'>&amp; "NA" [1]"""
 FIGURES = ("01_self_repair_by_depth", "01_effect_against_change", "03_frozen_norm", "05_not_in_a_notebook", "99_of_no_notebook", "<&>")
@@ -159,7 +159,7 @@ def test_a_notebooks_text_is_shown_as_text_with_emphasis(results, tmp_path, monk
         nbformat.v4.new_code_cell(f'"{FIGURES[0]}"'),
     ]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "01_x.ipynb")
-    monkeypatch.setattr("selfrepair.summary.NOTEBOOKS", tmp_path)
+    monkeypatch.setattr("selfrepair.run.page.NOTEBOOKS", tmp_path)
     page = Elements(write_summary(results).read_text())
     assert page.faults == []
     assert len(page.all("em")) == 1

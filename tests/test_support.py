@@ -15,14 +15,14 @@ import transformers
 from families import ALL_FAMILIES, PARALLEL, build_family, random_tokens
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from selfrepair.ablation import HeadAblations, ablate_heads
+from selfrepair.engine.head_ablation import HeadAblations, ablate_heads
 from selfrepair.errors import UserError
-from selfrepair.models import load_model
+from selfrepair.models.loading import load_model
 from selfrepair.paths import MODELS, REPOSITORY
-from selfrepair.replacement import replacement_for
-from selfrepair.replay import run_clean
-from selfrepair.support import CONDITIONS, REFUSALS, SUPPORTED, check_supported, check_window, support_table
-from selfrepair.sweep import check_identity
+from selfrepair.engine.ablations import replacement_for
+from selfrepair.engine.forward import run_clean
+from selfrepair.models.architectures import CONDITIONS, REFUSALS, SUPPORTED, check_supported, check_window, support_table
+from selfrepair.measure.heads import check_identity
 
 VOCAB = 320
 TEXT = (MODELS / "README.md").read_text()
@@ -219,7 +219,7 @@ def test_a_damaged_configuration_is_one_line(fields, tmp_path):
 
 PEAK = """
 import sys, torch
-from selfrepair.models import load_model
+from selfrepair.models.loading import load_model
 
 def peak():  # of this process only, which getrusage's is not
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))

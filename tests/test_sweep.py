@@ -18,18 +18,18 @@ import torch
 from families import VOCAB, load_family, random_tokens, save_family
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GPT2LMHeadModel, OPTConfig
 
-from selfrepair import replacement as replacement_module
-from selfrepair import results
-from selfrepair import sweep as sweep_module
+from selfrepair.engine import ablations as replacement_module
+from selfrepair.store import datasets as results
+from selfrepair.measure import heads as sweep_module
 from selfrepair.cli import main
-from selfrepair.corpora import Prompts
+from selfrepair.text.corpora import Prompts
 from selfrepair.errors import UserError
-from selfrepair.manifest import manifest_of
-from selfrepair.models import load_model
-from selfrepair.replacement import ABLATIONS
-from selfrepair.results import open_store
-from selfrepair.support import check_supported
-from selfrepair.sweep import sweep
+from selfrepair.store.manifest import manifest_of
+from selfrepair.models.loading import load_model
+from selfrepair.engine.ablations import ABLATIONS
+from selfrepair.store.datasets import open_store
+from selfrepair.models.architectures import check_supported
+from selfrepair.measure.heads import sweep
 
 N = 22
 PROMPTS = Prompts(random_tokens(N).numpy(), "random")

@@ -3,9 +3,9 @@
 import nbformat
 import pytest
 
-from selfrepair import update
+from selfrepair.run import committed as update
 from selfrepair.errors import UserError
-from selfrepair.study import Study
+from selfrepair.run.study import Study
 
 README = "# Title\n\n## Claims\n\nold\n\nThe rules behind the verdicts\nend\n"
 

@@ -8,15 +8,17 @@ import pytest
 import zarr
 from families import random_tokens, save_family
 
-from selfrepair import __version__, results, verify
-from selfrepair import sweep as sweep_module
+from selfrepair import __version__
+from selfrepair.store import datasets as results
+from selfrepair.run import verify
+from selfrepair.measure import heads as sweep_module
 from selfrepair.cli import main
-from selfrepair.corpora import Prompts
+from selfrepair.text.corpora import Prompts
 from selfrepair.errors import UserError
-from selfrepair.manifest import hash_files, manifest_of, write_manifest
-from selfrepair.models import load_model
-from selfrepair.results import open_store
-from selfrepair.sweep import sweep
+from selfrepair.store.manifest import hash_files, manifest_of, write_manifest
+from selfrepair.models.loading import load_model
+from selfrepair.store.datasets import open_store
+from selfrepair.measure.heads import sweep
 
 PROMPTS = Prompts(random_tokens(8).numpy(), "random")
 

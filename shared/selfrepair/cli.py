@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from selfrepair import __version__
-from selfrepair.checkpoints import find_model, training_metrics
-from selfrepair.choices import ABLATIONS, PRECISIONS
+from selfrepair.models.checkpoints import find_model, training_metrics
+from selfrepair.choices import PRECISIONS
+from selfrepair.engine.ablations import ABLATIONS
 from selfrepair.errors import UserError
-from selfrepair.profiles import load_profile
+from selfrepair.run.profiles import load_profile
 
 if TYPE_CHECKING:
-    from selfrepair.study import Study
+    from selfrepair.run.study import Study
 
 # Imports of torch and transformers wait until a command needs them: --help and bad arguments answer at once.
 
@@ -165,7 +166,7 @@ def _study(options: argparse.Namespace) -> Study:
         find_model(options.model)
     if "ablation" in options and options.ablation not in profile.ablations:
         raise UserError(f"{options.ablation}: not an ablation of {options.profile}; it has {', '.join(profile.ablations)}")
-    from selfrepair.study import Study
+    from selfrepair.run.study import Study
 
     return Study.of(options.profile, seed=options.seed, device=options.device, out_dir=options.out)
 
@@ -173,14 +174,14 @@ def _study(options: argparse.Namespace) -> Study:
 def _plan(options: argparse.Namespace) -> None:
     import json
 
-    from selfrepair.stages import plan
+    from selfrepair.run.workflow import plan
 
     print(json.dumps(plan(load_profile(options.profile)), indent=1))
 
 
 def _tokens(options: argparse.Namespace) -> None:
-    from selfrepair.disk import disk_full_is_said
-    from selfrepair.stages import draw_tokens
+    from selfrepair.store.disk_full import disk_full_is_said
+    from selfrepair.run.workflow import draw_tokens
 
     study = _study(options)
     with disk_full_is_said(study.out_dir):
@@ -188,8 +189,8 @@ def _tokens(options: argparse.Namespace) -> None:
 
 
 def _shard(options: argparse.Namespace) -> None:
-    from selfrepair.disk import disk_full_is_said
-    from selfrepair.stages import compute_shards
+    from selfrepair.store.disk_full import disk_full_is_said
+    from selfrepair.run.workflow import compute_shards
 
     study = _study(options)
     with disk_full_is_said(study.out_dir):
@@ -197,8 +198,8 @@ def _shard(options: argparse.Namespace) -> None:
 
 
 def _merge(options: argparse.Namespace) -> None:
-    from selfrepair.disk import disk_full_is_said
-    from selfrepair.stages import merge_shards
+    from selfrepair.store.disk_full import disk_full_is_said
+    from selfrepair.run.workflow import merge_shards
 
     study = _study(options)
     with disk_full_is_said(study.out_dir):
@@ -206,8 +207,8 @@ def _merge(options: argparse.Namespace) -> None:
 
 
 def _update(options: argparse.Namespace) -> None:
-    from selfrepair.study import Study
-    from selfrepair.update import update_committed
+    from selfrepair.run.study import Study
+    from selfrepair.run.committed import update_committed
 
     study = Study.of("pocket")
     if not (study.out_dir / "index.html").is_file():
@@ -216,8 +217,8 @@ def _update(options: argparse.Namespace) -> None:
 
 
 def _summary(options: argparse.Namespace) -> None:
-    from selfrepair.disk import disk_full_is_said
-    from selfrepair.stages import summarise
+    from selfrepair.store.disk_full import disk_full_is_said
+    from selfrepair.run.workflow import summarise
 
     study = _study(options)
     with disk_full_is_said(study.out_dir):
@@ -229,8 +230,8 @@ def _train(options: argparse.Namespace) -> None:
         raise UserError(f"{options.out}: exists already; choose another --out or give --overwrite")
     from transformers.utils import logging
 
-    from selfrepair.devices import resolve_device
-    from selfrepair.disk import disk_full_is_said
+    from selfrepair.models.devices import resolve_device
+    from selfrepair.store.disk_full import disk_full_is_said
     from selfrepair.paths import cache_dir
     from selfrepair.training.card import finish
     from selfrepair.training.config import load_config
@@ -259,8 +260,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     kept = training_metrics(Path(find_model(options.model)))  # the n-gram models' losses among them
     from transformers.utils import logging
 
-    from selfrepair.devices import resolve_device
-    from selfrepair.models import load_hf
+    from selfrepair.models.devices import resolve_device
+    from selfrepair.models.loading import load_hf
     from selfrepair.training.card import render_table
     from selfrepair.training.evaluate import evaluate
 
@@ -278,12 +279,12 @@ def _sweep(options: argparse.Namespace) -> None:
     find_model(options.model)  # what is wrong with the name is said before seconds of imports
     from transformers.utils import logging
 
-    from selfrepair.corpora import load_tokens
-    from selfrepair.devices import all_devices, set_precision
-    from selfrepair.disk import disk_full_is_said
-    from selfrepair.kernels import compile_norms
-    from selfrepair.models import load_model
-    from selfrepair.sweep import sweep
+    from selfrepair.text.corpora import load_tokens
+    from selfrepair.models.devices import all_devices, set_precision
+    from selfrepair.store.disk_full import disk_full_is_said
+    from selfrepair.engine.fast.linear_maps import compile_norms
+    from selfrepair.models.loading import load_model
+    from selfrepair.measure.heads import sweep
 
     logging.disable_progress_bar()
     device, *more_devices = all_devices(options.device)
@@ -304,9 +305,9 @@ def _sweep(options: argparse.Namespace) -> None:
 
 
 def _heads(options: argparse.Namespace) -> None:
-    from selfrepair.breakdown import heads_table
-    from selfrepair.disk import disk_full_is_said
-    from selfrepair.results import open_store, write_atomically
+    from selfrepair.analysis.head_table import heads_table
+    from selfrepair.store.disk_full import disk_full_is_said
+    from selfrepair.store.datasets import open_store, write_atomically
 
     store = open_store(options.store)
     if "self_repair_heads" not in store:
@@ -322,7 +323,7 @@ def _heads(options: argparse.Namespace) -> None:
 def _verify(options: argparse.Namespace) -> None:
     from transformers.utils import logging
 
-    from selfrepair.verify import verify
+    from selfrepair.run.verify import verify
 
     logging.disable_progress_bar()
     findings = []
@@ -340,10 +341,10 @@ def _notebooks(options: argparse.Namespace) -> None:
         raise UserError(f"jobs must be at least 1, not {options.jobs}")
     for model in load_profile(options.profile).models if options.model is None else [options.model]:
         find_model(model)
-    from selfrepair.comparison import report
-    from selfrepair.disk import disk_full_is_said
-    from selfrepair.notebooks import run_notebooks
-    from selfrepair.study import Study
+    from selfrepair.analysis.comparison import report
+    from selfrepair.store.disk_full import disk_full_is_said
+    from selfrepair.run.notebooks import run_notebooks
+    from selfrepair.run.study import Study
 
     study = Study.of(options.profile, options.model, out_dir=options.out)
     out = study.out_dir

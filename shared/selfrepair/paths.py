@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-SHARED = Path(__file__).resolve().parents[1]
+PACKAGE = Path(__file__).resolve().parent
+SHARED = PACKAGE.parent
 MODELS = SHARED / "models"
 HELD_OUT_TEXT = SHARED / "text"
 PUBLISHED = SHARED / "published"

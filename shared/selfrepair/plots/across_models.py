@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from selfrepair.breakdown import layer_means
+from selfrepair.analysis.head_table import layer_means
 from selfrepair.plots.style import looks
 
 

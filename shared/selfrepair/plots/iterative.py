@@ -16,7 +16,7 @@ from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from selfrepair.iterative import (
+from selfrepair.analysis.iterative import (
     SCALES,
     STRONGEST,
     VECTORS,

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from selfrepair.layernorm import WAYS, ScaleRatios
+from selfrepair.analysis.layernorm import WAYS, ScaleRatios
 from selfrepair.plots.style import looks
 
 PART_LABELS = {"layernorm": "final norm", "heads": "other heads", "mlps": "MLPs"}

@@ -12,8 +12,8 @@ from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from selfrepair.claims import Samples
-from selfrepair.neurons import ERASING, SUPPORTING, THRESHOLDS, ModelNeurons, NeuronRepair
+from selfrepair.analysis.claims import Samples
+from selfrepair.analysis.neurons import ERASING, SUPPORTING, THRESHOLDS, ModelNeurons, NeuronRepair
 from selfrepair.plots.style import MARKERS, looks
 
 COLOURS = plt.get_cmap("coolwarm")

@@ -12,7 +12,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from selfrepair.corpora import read_documents
+from selfrepair.text.corpora import read_documents
 from selfrepair.paths import HELD_OUT_TEXT
 from selfrepair.training.config import TrainingConfig
 from selfrepair.training.data import TrainingData
@@ -148,7 +148,7 @@ A small language model for the self-repair replication suite. {ARCHITECTURE_TEXT
 ## Training
 
 {metrics["training_tokens"]:,} tokens in {metrics["steps"]:,} steps, seed {config.seed}, of public-domain text (listed below) and of
-paragraphs about an invented world (`selfrepair.gazetteer`, seed {config.gazetteer_seed}):
+paragraphs about an invented world (`selfrepair.text.gazetteer`, seed {config.gazetteer_seed}):
 {phases}.
 `training_curve.csv` has the losses. To train it again, gather the sources as text files in a folder and run
 

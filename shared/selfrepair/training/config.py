@@ -10,7 +10,7 @@ from reprlib import repr as shown
 from typing import TypeVar, get_type_hints
 
 from selfrepair.errors import UserError
-from selfrepair.profiles import read_yaml
+from selfrepair.run.profiles import read_yaml
 
 ARCHITECTURES = ("gpt2", "gpt_neox", "llama")
 PRECISIONS = ("float32", "bfloat16")

@@ -16,9 +16,9 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from selfrepair.corpora import pack, read_documents
+from selfrepair.text.corpora import pack, read_documents
 from selfrepair.errors import UserError
-from selfrepair.gazetteer import Gazetteer
+from selfrepair.text.gazetteer import Gazetteer
 from selfrepair.paths import cache_dir
 from selfrepair.training.config import TrainingConfig
 

@@ -12,8 +12,8 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from selfrepair.corpora import pack, read_documents
-from selfrepair.gazetteer import FactPrompt, Gazetteer
+from selfrepair.text.corpora import pack, read_documents
+from selfrepair.text.gazetteer import FactPrompt, Gazetteer
 from selfrepair.paths import HELD_OUT_TEXT
 
 

@@ -1,0 +1,126 @@
+"""What takes the place of an activation that is ablated. A new kind of ablation is a class here and its place in ``KINDS``.
+
+Every measurement replaces activations through this file and knows no kind by name. Nothing heavy is imported, so
+that a wrong name is answered at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from jaxtyping import Float, Int
+
+from selfrepair.errors import UserError
+
+
+class Site(Protocol):
+    """A kind of place in a model whose activations can be replaced (see :mod:`selfrepair.engine.sites`)."""
+
+    def activations(self, model: Any, tokens: Int[Any, "prompt position"]) -> Sequence[Float[Any, "prompt position *what"]]:
+        """Clean activations, by place."""
+        ...
+
+    def nothing(self, model: Any) -> Sequence[Float[Any, "*what"]]:
+        """What is left at each place if the component adds nothing."""
+        ...
+
+
+class Replacement(Protocol):
+    """An ablation made ready for one model and one kind of place."""
+
+    def __call__(
+        self, place: int, clean: Float[Any, "prompt position *what"], donors: Int[Any, " row"] | None = None
+    ) -> Float[Any, "row position *what"]:
+        """What takes the place of ``clean`` activations, a row for each of ``donors`` (indices of prompts).
+
+        Without ``donors`` every prompt is one row; its donor is its partner, half a batch away.
+        """
+        ...
+
+
+class Ablation(Protocol):
+    """A kind of ablation, by its ``name``; ``is_fitted`` if it learns :class:`Constants` from all prompts, which are then kept."""
+
+    name: ClassVar[str]
+    is_fitted: ClassVar[bool]
+
+    def prepare(self, model: Any, batches: Iterable[Int[Any, "_ _"]], site: Site) -> Replacement:
+        """Made ready for ``site`` of ``model``; ``batches`` are the tokens of all prompts."""
+        ...
+
+
+@dataclass(frozen=True)
+class FromDonors:
+    """The activation of another prompt at the same position."""
+
+    def __call__(
+        self, place: int, clean: Float[Any, "prompt position *what"], donors: Int[Any, " row"] | None = None
+    ) -> Float[Any, "row position *what"]:
+        return clean.roll(clean.shape[0] // 2, dims=0) if donors is None else clean[donors]
+
+
+@dataclass(frozen=True)
+class Constants:
+    """The same at every prompt and position; ``values`` are by place."""
+
+    values: Sequence[Float[Any, "*what"]]
+
+    def __call__(
+        self, place: int, clean: Float[Any, "prompt position *what"], donors: Int[Any, " row"] | None = None
+    ) -> Float[Any, "row position *what"]:
+        rows = clean.shape[0] if donors is None else len(donors)
+        return self.values[place].to(clean.dtype).expand(rows, *clean.shape[1:])
+
+
+class Resample:
+    """By the activation of a donor prompt (Rushing & Nanda 2024, §2)."""
+
+    name: ClassVar[str] = "resample"
+    is_fitted: ClassVar[bool] = False
+
+    def prepare(self, model: Any, batches: Iterable[Int[Any, "_ _"]], site: Site) -> FromDonors:
+        return FromDonors()
+
+
+class Mean:
+    """By the mean activation over all prompts and positions, summed in float64 (Rushing & Nanda 2024, appendix)."""
+
+    name: ClassVar[str] = "mean"
+    is_fitted: ClassVar[bool] = True
+
+    def prepare(self, model: Any, batches: Iterable[Int[Any, "_ _"]], site: Site) -> Constants:
+        totals: list[Any] = []
+        n_tokens = 0
+        for tokens in batches:
+            sums = [activation.double().sum((0, 1)) for activation in site.activations(model, tokens)]
+            totals = [total + more for total, more in zip(totals, sums, strict=True)] if totals else sums
+            n_tokens += tokens.numel()
+        return Constants([total / n_tokens for total in totals])
+
+
+class Zero:
+    """By nothing: of a head, its value bias alone is left (Rushing & Nanda 2024, appendix)."""
+
+    name: ClassVar[str] = "zero"
+    is_fitted: ClassVar[bool] = False
+
+    def prepare(self, model: Any, batches: Iterable[Int[Any, "_ _"]], site: Site) -> Constants:
+        return Constants(site.nothing(model))
+
+
+KINDS: dict[str, Ablation] = {kind.name: kind for kind in (Resample(), Mean(), Zero())}
+#: Their names, in the order in which they are offered.
+ABLATIONS = tuple(KINDS)
+
+
+def find_ablation(name: str) -> Ablation:
+    """The kind of ablation of that name.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name not in KINDS:
+        raise UserError(f"unknown ablation '{name}'; known are {', '.join(ABLATIONS)}")
+    return KINDS[name]

@@ -1,0 +1,42 @@
+"""How many prompts and heads go through a model at once, and the batches in which every prompt meets its donor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from selfrepair.models.loading import Model
+
+CLEAN_RUN_BYTES = 1 << 30
+#: Prompts, times heads ablated, in one forward pass on the CPU: more only spills out of the caches.
+CPU_ROWS = 8
+
+
+def partner_batches(n_prompts: int, pairs_at_once: int) -> Iterator[Int[Tensor, " prompt"]]:
+    """Indices of all prompts in batches that hold prompts ``i`` and, in the same order after them, ``i + n_prompts/2``."""
+    half = n_prompts // 2
+    for batch in torch.arange(half).split(pairs_at_once):
+        yield torch.cat([batch, batch + half])
+
+
+def pairs_that_fit(model: Model, prompt_len: int) -> int:
+    """Pairs of prompts whose clean runs take no more than a gibibyte."""
+    one_prompt = 3 * model.n_layers * prompt_len * model.hf.config.hidden_size * model.dtype.itemsize
+    return max(1, CLEAN_RUN_BYTES // (2 * one_prompt))
+
+
+def prompts_that_fit(model: Model, prompt_len: int) -> int:
+    """An even number of them."""
+    return 2 * pairs_that_fit(model, prompt_len)
+
+
+def rows_that_fit(model: Model, prompt_len: int) -> int:
+    """Prompts × heads for one pass: what a CPU's caches, or half of a GPU's free memory, hold."""
+    if model.device.type != "cuda":
+        return CPU_ROWS
+    free, _ = torch.cuda.mem_get_info(model.device)
+    width = 32 * model.hf.config.hidden_size  # of all activations alive in a block, generously
+    return max(1, free // (2 * prompt_len * width * model.dtype.itemsize))

@@ -1,0 +1,46 @@
+"""The places in a model whose activations can be ablated: the heads of every layer, and whole attention layers and MLPs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from selfrepair.engine.batches import prompts_that_fit
+from selfrepair.engine.forward import run_clean
+from selfrepair.models.loading import Model
+
+
+class Heads:
+    """``z`` of all heads of a layer; places are layers. A head that adds nothing leaves its value bias."""
+
+    def activations(
+        self, model: Model, tokens: Int[Tensor, "prompt position"]
+    ) -> list[Float[Tensor, "prompt position head d_head"]]:
+        return run_clean(model, tokens).z
+
+    def nothing(self, model: Model) -> list[Float[Tensor, "head d_head"]]:
+        return model.value_biases
+
+
+class Components:
+    """What an attention layer or an MLP writes, biases included; places are ``2 l`` and ``2 l + 1`` of layer ``l``."""
+
+    def activations(
+        self, model: Model, tokens: Int[Tensor, "prompt position"]
+    ) -> list[Float[Tensor, "prompt position d_model"]]:
+        return run_clean(model, tokens, mlps=True).outputs
+
+    def nothing(self, model: Model) -> list[Float[Tensor, " d_model"]]:
+        d_model = model.hf.config.hidden_size
+        return [torch.zeros(d_model, device=model.device, dtype=model.dtype)] * (2 * model.n_layers)
+
+
+HEADS, COMPONENTS = Heads(), Components()
+
+
+def batches_that_fit(model: Model, tokens: Int[Tensor, "prompt position"]) -> Iterator[Int[Tensor, "batch position"]]:
+    """All prompts, as many at a time as a clean run has memory for."""
+    yield from tokens.split(prompts_that_fit(model, tokens.shape[1]))

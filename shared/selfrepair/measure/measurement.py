@@ -1,0 +1,100 @@
+"""What a measurement is: a name, the settings that determine its numbers, what it reads, its shards, and how one is computed."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, ClassVar
+
+import xarray as xr
+
+from selfrepair.paths import PACKAGE
+
+if TYPE_CHECKING:
+    from selfrepair.models.loading import Model
+
+#: JSON values by name; a model's own settings out of a profile, or those that determine one store.
+Settings = Mapping[str, object]
+#: What a measurement reads, by the names of the measurements that made it.
+Inputs = Mapping[str, xr.Dataset]
+
+#: Megabytes that Python, PyTorch and a batch's activations take beside the weights.
+BESIDE_WEIGHTS_MB = 2500
+
+
+class Measurement(ABC):
+    """One kind of measurement. A module of this folder that holds one as ``MEASUREMENT`` is all that it takes to add it.
+
+    ``name`` is the module's. ``uses`` names the settings that determine its numbers, beside those of what it
+    ``needs``. Shards divide its data along the dimension ``along``: each variable has that dimension, or the
+    dimension ``shard`` (one value for each), or is the same in every shard. A coordinate named as ``along``
+    says in which order the parts of shards are merged.
+    """
+
+    name: ClassVar[str]
+    uses: ClassVar[tuple[str, ...]] = ()
+    along: ClassVar[str] = "prompt"
+    #: Measured for every kind of ablation of a profile, not for its first alone.
+    every_ablation: ClassVar[bool] = False
+    #: Made before everything else, on a machine that has the network.
+    needs_network: ClassVar[bool] = False
+
+    def needs(self, settings: Settings) -> tuple[str, ...]:
+        """Names of the measurements that it reads, of the same model with the same settings."""
+        return ("tokens",)
+
+    def applies_to(self, model_name: str) -> bool:
+        """Whether there is anything to measure of the model."""
+        return True
+
+    def fingerprint(self, settings: Settings) -> dict[str, object]:
+        """What, beside settings, code and the model, determines its numbers: hashes of files that it reads, by name."""
+        return {}
+
+    @abstractmethod
+    def shards(self, settings: Settings) -> Sequence[int]:
+        """Numbers of its shards, in order."""
+
+    @abstractmethod
+    def compute(self, model: Model, settings: Settings, inputs: Inputs, shard: int) -> xr.Dataset:
+        """One shard, computed by itself.
+
+        Raises:
+            UserError: the model or the prompts cannot be measured; says why.
+        """
+
+    def memory_mb(self, weights_mb: float, settings: Settings) -> float:
+        """Main memory that a process takes which computes a shard."""
+        return 2 * weights_mb + BESIDE_WEIGHTS_MB  # on a CPU, weights are kept in a second layout too
+
+
+def find_measurement(name: str) -> Measurement:
+    """The measurement of that name.
+
+    Raises:
+        KeyError: there is none.
+    """
+    if name not in measurement_names():
+        raise KeyError(f"no measurement '{name}'; there are {', '.join(measurement_names())}")
+    return importlib.import_module(f"selfrepair.measure.{name}").MEASUREMENT
+
+
+@cache
+def measurement_names() -> tuple[str, ...]:
+    """All of them, each after those that it may need."""
+    folder = PACKAGE / "measure"
+    modules = [info.name for info in pkgutil.iter_modules([str(folder)])]
+    named = [name for name in modules if "\nMEASUREMENT = " in (folder / f"{name}.py").read_text(encoding="utf-8")]
+    return tuple(sorted(named))
+
+
+def settings_of(name: str, wanted: Settings) -> dict[str, object]:
+    """Those of ``wanted`` that determine a measurement's numbers: its own, and those of all that it needs."""
+    measurement = find_measurement(name)
+    chosen = {key: wanted[key] for key in measurement.uses}
+    for needed in measurement.needs(wanted):
+        chosen |= settings_of(needed, wanted)
+    return chosen

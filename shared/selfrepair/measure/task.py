@@ -1,0 +1,215 @@
+"""One measurement of one model: its shards, and the store that is merged from them."""
+
+from __future__ import annotations
+
+import queue
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+import xarray as xr
+from filelock import FileLock
+from tqdm import tqdm
+
+from selfrepair import __version__
+from selfrepair.errors import UserError
+from selfrepair.measure.measurement import Inputs, Settings, find_measurement, settings_of
+from selfrepair.models.checkpoints import model_identity, short_name
+from selfrepair.store.code_identity import code_version
+from selfrepair.store.files import identity, remove_unfinished, slug
+from selfrepair.store.manifest import manifest_of, write_manifest
+from selfrepair.store.stores import SHARD, is_whole, kept, open_store, write_store
+
+if TYPE_CHECKING:
+    from selfrepair.models.loading import Model
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Task:
+    """One measurement of one model with its settings, in a folder of stores.
+
+    The store's name comes from everything that determines its numbers: asked again, it is not computed
+    again. Work is saved in shards, so that a killed run goes on where it was, and several devices share it.
+    """
+
+    def __init__(self, name: str, model_name: str, wanted: Settings, folder: Path):
+        """``wanted`` are at least the settings that the measurement uses; nothing heavy is loaded.
+
+        Raises:
+            UserError: the model, or a file that the measurement reads, cannot be found.
+        """
+        self.measurement = find_measurement(name)
+        self.model_name, self.folder = model_name, folder
+        self.settings = settings_of(name, wanted)
+        self.needed = {n: Task(n, model_name, wanted, folder) for n in self.measurement.needs(self.settings)}
+        kind = f"-{self.settings['ablation']}" if "ablation" in self.settings else ""
+        self.label = f"{name}{kind}"
+        self.path = folder / f"{slug(short_name(model_name))}-{self.label}-{identity(self.determined_by)}.zarr"
+        self.shard_folder = self.path.with_suffix(".shards")
+
+    @cached_property
+    def determined_by(self) -> dict[str, object]:
+        """Everything that determines the numbers."""
+        return {
+            "measurement": self.measurement.name,
+            "model_files": model_identity(self.model_name),
+            **self.settings,
+            **self.measurement.fingerprint(self.settings),
+            "inputs": {name: task.path.stem for name, task in self.needed.items()},
+            "version": __version__,
+            "code": code_version(f"selfrepair.measure.{self.measurement.name}"),
+        }
+
+    @property
+    def shards(self) -> Sequence[int]:
+        return self.measurement.shards(self.settings)
+
+    def is_done(self) -> bool:
+        """Whether the store is there whole, made from the inputs that are there."""
+        return is_whole(self.path) and open_store(self.path).attrs.get("inputs_sha256") == self._inputs_sha256()
+
+    def _inputs_sha256(self) -> dict[str, str] | None:
+        if not all(task.is_done() for task in self.needed.values()):
+            return None
+        return {name: str(open_store(task.path).attrs["sha256"]) for name, task in self.needed.items()}
+
+    def inputs(self) -> Inputs:
+        """The stores of what it needs.
+
+        Raises:
+            UserError: one is missing or damaged.
+        """
+        return {name: open_store(task.path) for name, task in self.needed.items()}
+
+    def compute(self, models: Sequence[Model], shards: Iterable[int], progress: bool = False) -> None:
+        """Leaves these shards on the disk, and what they need; ``models`` are one model on one device or more.
+
+        Raises:
+            UserError: no such shard, or as the measurement says.
+        """
+        shards = list(shards)
+        if unknown := sorted(set(shards) - set(self.shards)):
+            known = ", ".join(map(str, self.shards))
+            raise UserError(f"{self.label} of {self.model_name} has no shard {unknown[0]}; its shards are {known}")
+        for task in self.needed.values():
+            task.merge(models, progress)
+        inputs = self.inputs()
+        with tqdm(shards, desc=f"{models[0].name} {self.label}", unit="shard", disable=not progress) as bar:
+            for _ in on_all(models, lambda model, shard: self._kept_shard(model, inputs, shard), bar):
+                pass
+
+    def merge(self, models: Sequence[Model], progress: bool = False) -> Path:
+        """The store, from its shards and whatever of them is missing; returns its path.
+
+        Raises:
+            UserError: as the measurement says.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for task in self.needed.values():
+            task.merge(models, progress)
+        with FileLock(self.path.with_suffix(".lock")):  # a run beside this one that wants the same store waits for it
+            remove_unfinished(manifest_of(self.path))
+            if not self.is_done():
+                self.compute(models, self.shards, progress)
+                shards = [self._kept_shard(models[0], self.inputs(), shard) for shard in self.shards]
+                attributes = self._attributes(shards[0])
+                seconds = sum(float(shard.attrs["seconds"]) for shard in shards)
+                write_manifest(manifest_of(self.path), seconds, source=self.model_name, **attributes)
+                write_store(self._parts(shards, attributes), self.path, self.measurement.along)
+            shutil.rmtree(self.shard_folder, ignore_errors=True)  # a run killed just before it would have
+        return self.path
+
+    def computed_again(self, model: Model, shard: int) -> xr.Dataset:
+        """A shard, computed whatever is on the disk."""
+        return self.measurement.compute(model, self.settings, self.inputs(), shard)
+
+    def of_shard(self, merged: xr.Dataset, shard: int) -> xr.Dataset:
+        """The part of the store that a shard made."""
+        along = self.measurement.along
+        chosen = {along: merged["made_in_shard"].values == shard} if along in merged.sizes else {}
+        if SHARD in merged.sizes:
+            chosen[SHARD] = [self.shards.index(shard)]
+        return merged.isel(chosen)
+
+    def _kept_shard(self, model: Model, inputs: Inputs, shard: int) -> xr.Dataset:
+        def compute() -> xr.Dataset:
+            started = time.monotonic()
+            made = self.measurement.compute(model, self.settings, inputs, shard)
+            seconds = time.monotonic() - started
+            return made.assign_attrs(described(model), **made.attrs, seconds=seconds, inputs=_checksums(inputs))
+
+        path = self.shard_folder / f"{shard:06d}.zarr"
+        if path.is_dir() and is_whole(path) and open_store(path).attrs["inputs"] != _checksums(inputs):
+            shutil.rmtree(path)  # of inputs that were made again since
+        return kept(path, compute)
+
+    def _attributes(self, shard: xr.Dataset) -> dict[str, object]:
+        own = {name: value for name, value in shard.attrs.items() if name not in ("seconds", "inputs", "format", "sha256")}
+        return {**own, **self.determined_by, "inputs_sha256": self._inputs_sha256()}
+
+    def _parts(self, shards: Sequence[xr.Dataset], attributes: dict[str, object]) -> Iterator[xr.Dataset]:
+        """The shards' runs of consecutive places, in order; what is one for each shard goes with its first run."""
+        along = self.measurement.along
+        runs: list[tuple[int, int, slice | None]] = []
+        for number, shard in enumerate(shards):
+            if along in shard.coords:
+                index = shard[along].values
+                ends = [*(np.flatnonzero(np.diff(index) != 1) + 1).tolist(), len(index)]
+                starts = [0, *ends[:-1]]
+                runs += [(int(index[a]), number, slice(a, b)) for a, b in zip(starts, ends, strict=True)]
+            else:
+                runs.append((number, number, slice(None) if along in shard.dims else None))
+        first_runs: set[int] = set()
+        for _, number, part in sorted(runs, key=lambda run: run[:2]):
+            shard = shards[number].drop_attrs()
+            if part is not None:
+                made_in = np.full(shard.sizes[along], self.shards[number])
+                shard = shard.assign_coords(made_in_shard=(along, made_in)).isel({along: part})
+            if number in first_runs:
+                shard = shard.drop_dims(SHARD, errors="ignore")
+            first_runs.add(number)
+            yield shard.assign_attrs(attributes)
+
+
+def described(model: Model) -> dict[str, object]:
+    """What a store says of the model that it is of."""
+    return {
+        "model": model.name,
+        "architecture": model.hf.config.model_type,
+        "parallel": model.parallel,
+        "n_layers": model.n_layers,
+        "n_heads": model.n_heads,
+        "weights_sha256": model.weights_sha256,
+        "dtype": model.precision,
+    }
+
+
+def _checksums(inputs: Inputs) -> dict[str, str]:
+    return {name: str(data.attrs["sha256"]) for name, data in inputs.items()}
+
+
+def on_all(models: Sequence[Model], work: Callable[[Model, Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """``work(model, item)`` for every item, in order, each on whichever of the models is free."""
+    if len(models) == 1:
+        yield from (work(models[0], item) for item in items)
+        return
+    free: queue.SimpleQueue[Model] = queue.SimpleQueue()
+    for model in models:
+        free.put(model)
+
+    def on_a_free_one(item: Item) -> Result:
+        model = free.get()
+        try:
+            return work(model, item)
+        finally:
+            free.put(model)
+
+    with ThreadPoolExecutor(len(models)) as pool:
+        yield from pool.map(on_a_free_one, items)

@@ -1,0 +1,58 @@
+"""Refreshing what is committed from a finished run: notebooks with their outputs, figures, the page, the README's claims."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+from selfrepair.errors import UserError
+from selfrepair.paths import FIGURES, NOTEBOOKS, README
+from selfrepair.store.datasets import write_atomically
+from selfrepair.run.workflow import summarise
+from selfrepair.run.study import Study
+
+CLAIMS = ("\n## Claims\n\n", "\nThe rules behind the verdicts")
+
+
+def update_committed(study: Study, profile: str) -> None:
+    """Executes every notebook in its place, and copies figures, claims and page of the run, which they have just drawn.
+
+    Nothing is changed unless every notebook ran through.
+
+    Raises:
+        UserError: a notebook's cell failed, or the README has no section of claims.
+    """
+    executed = {path: _executed(path) for path in sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))}
+    readme = README.read_text(encoding="utf-8")
+    before, begin, rest = readme.partition(CLAIMS[0])
+    _, end, after = rest.partition(CLAIMS[1])
+    if not (begin and end):
+        raise UserError(f"{README}: has no section 'Claims' that ends with '{CLAIMS[1].strip()} …'")
+    for path, notebook in executed.items():
+        write_atomically(path, (nbformat.writes(notebook).rstrip("\n") + "\n").encode())
+    summarise(study, profile)
+    out_dir, target = study.out_dir, FIGURES / profile
+    target.mkdir(parents=True, exist_ok=True)
+    for file in [*sorted((out_dir / "figures").iterdir()), out_dir / "index.html"]:
+        shutil.copyfile(file, target / file.name)
+    claims = (out_dir / "figures" / "claims.md").read_text(encoding="utf-8")
+    write_atomically(README, f"{before}{begin}{claims}{end}{after}".encode())
+
+
+def _executed(path: Path) -> nbformat.NotebookNode:
+    print(f"{path.stem}: running in its place", file=sys.stderr)
+    notebook = nbformat.read(path, as_version=4)
+    where = {"metadata": {"path": os.fspath(path.parent)}}
+    try:
+        NotebookClient(notebook, timeout=None, kernel_name="python3", resources=where, coalesce_streams=True).execute()
+    except CellExecutionError as error:
+        raise UserError(f"{path.stem}: {error.ename}: {str(error.evalue).splitlines()[0]}; nothing was changed") from error
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)  # times of day
+    return notebook

@@ -1,0 +1,251 @@
+"""One self-contained HTML page of a results folder: claims, figures, tables of heads, what made them."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+import nbformat
+import pandas as pd
+from markupsafe import Markup, escape
+from PIL import Image
+
+from selfrepair.errors import UserError
+from selfrepair.paths import NOTEBOOKS
+from selfrepair.store.datasets import write_atomically
+
+TEMPLATE = Path(__file__).with_name("page.html")
+
+#: Verdict → how it is marked, in the order in which verdicts sort.
+VERDICTS = {"reproduced": "yes", "partly": "partly", "not reproduced": "no", "not testable here": "untested"}
+
+#: Columns of a heads table that a reader looks at first → their headings. Others follow under their own names.
+HEADINGS = {
+    "self_repair": "self-repair, logits [95 % interval]",
+    "direct_effect": "direct effect, logits",
+    "logit_change": "logit change, logits",
+    "self_repair_layernorm": "by the final norm, logits",
+    "self_repair_heads": "by other heads, logits",
+    "self_repair_mlps": "by MLPs, logits",
+    "clipped_share_layernorm": "clipped share, final norm",
+    "clipped_share_heads": "clipped share, heads",
+    "clipped_share_mlps": "clipped share, MLPs",
+    "share_of_means_layernorm": "ratio of means, final norm",
+    "share_of_means_heads": "ratio of means, heads",
+    "share_of_means_mlps": "ratio of means, MLPs",
+    "ablated_direct_effect": "direct effect after ablation, logits",
+    "n_tokens": "tokens",
+}
+
+#: An entry of the claims table's cells that list models: name, value with interval, what it says of the claim.
+BY_MODEL = re.compile(r"(.+?) (-?(?:[\d.]+|nan|inf)(?: \[[^]]*\])?)(?: (yes|no|open))?(?:; |$)")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """An image of ``width`` × ``height`` pixels; ``uri`` holds all of it."""
+
+    name: str
+    uri: str
+    width: int
+    height: int
+
+    @property
+    def caption(self) -> str:
+        return re.sub(r"^\d\d_", "", self.name).replace("_", " ").capitalize()
+
+
+@dataclass(frozen=True)
+class Section:
+    """The figures of one notebook, grouped under its headings."""
+
+    number: str
+    title: str
+    question: Markup
+    groups: dict[str, list[Figure]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as they are shown; columns (heading → whether its cells are numbers) can be sorted."""
+
+    caption: str
+    columns: dict[str, bool]
+    rows: list[list[str]]
+
+
+def write_summary(out_dir: Path, target: Path | None = None) -> Path:
+    """Writes the page of a results folder, by default as ``index.html`` in it; what is not there is left out.
+
+    Raises:
+        UserError: nothing to show, or a file that cannot be read.
+    """
+    figures = [_figure(path) for path in sorted((out_dir / "figures").glob("*.png"))]
+    claims = _claims(out_dir / "figures" / "claims.csv")
+    models = _heads(out_dir)
+    if not (figures or claims or models):
+        raise UserError(f"{out_dir}: holds no figures, claims or tables of heads; run 'selfrepair notebooks' into it first")
+    verdicts = Counter(claim["verdict"] for claim in claims)
+    page = {
+        "name": out_dir.resolve().name,
+        "claims": claims,
+        "tally": {verdict: verdicts[verdict] for verdict in [*VERDICTS, *verdicts] if verdicts[verdict]},
+        "sections": _sections(figures),
+        "comparison": _comparison(out_dir / "comparison.csv"),
+        "models": models,
+        "manifest": _manifest(out_dir / "manifest.json"),
+    }
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment.filters.update(csp_hash=_csp_hash, mark=lambda verdict: VERDICTS.get(verdict, "untested"))
+    target = out_dir / "index.html" if target is None else target
+    write_atomically(target, environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(page).encode())
+    return target
+
+
+def _csp_hash(source: str) -> str:
+    """What a Content-Security-Policy allows an inline script or style by."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'"
+
+
+def _figure(path: Path) -> Figure:
+    """The image as lossless WebP: the same pixels in a third of the bytes."""
+    content = io.BytesIO()
+    try:
+        with Image.open(path) as image:
+            image.save(content, "WEBP", lossless=True)
+            width, height = image.size
+    except Exception as error:  # Pillow raises many types for a damaged image
+        raise _damaged(path, error) from error
+    return Figure(path.stem, f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}", width, height)
+
+
+def _sections(figures: list[Figure]) -> list[Section]:
+    """Figures by the notebook that draws them, in the order in which it does; the others last."""
+    left = {figure.name: figure for figure in figures}
+    sections = []
+    for path in sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb")):
+        title = heading = question = ""
+        groups: dict[str, list[Figure]] = {}
+        for cell in nbformat.read(path, as_version=4).cells:
+            if cell.cell_type == "markdown":
+                lines = cell.source.splitlines()
+                title = title or _after("# ", lines)
+                question = question or _after("**Question.** ", lines)
+                heading = _after("## ", lines) or heading
+                continue
+            for name in [name for name in left if f'"{name}"' in cell.source]:
+                groups.setdefault(heading, []).append(left.pop(name))
+        if groups:
+            sections.append(Section(path.name[:2], title, _with_emphasis(question), groups))
+    if left:
+        sections.append(Section("other", "Other figures", Markup(""), {"": list(left.values())}))
+    return sections
+
+
+def _after(beginning: str, lines: list[str]) -> str:
+    """The rest of the first line that begins so."""
+    return next((line.removeprefix(beginning) for line in lines if line.startswith(beginning)), "")
+
+
+def _with_emphasis(markdown: str) -> Markup:
+    return Markup(re.sub(r"\*(.+?)\*", r"<em>\1</em>", str(escape(markdown))))
+
+
+def _claims(path: Path) -> list[dict[str, object]]:
+    """The rows of the claims table, with the cells that list models taken apart."""
+    if not path.is_file():
+        return []
+    rows = _read(path, ("notebook", "source", "claim", "statistic", "holds if", "published", "measured", "verdict"), dtype=str).fillna("")
+    order = list(VERDICTS)
+    return [
+        {
+            **row,
+            "rule": row["holds if"],
+            "published": BY_MODEL.findall(row["published"]),
+            "measured": BY_MODEL.findall(row["measured"]),
+            "rank": order.index(row["verdict"]) if row["verdict"] in order else len(order),
+        }
+        for row in rows.to_dict("records")
+    ]
+
+
+def _heads(out_dir: Path) -> dict[str, list[Table]]:
+    """Model → its tables of heads, one per kind of ablation."""
+    first = ("resample", "mean", "zero")
+    paths = {path.stem.removeprefix("heads_"): path for path in sorted(out_dir.glob("heads_*.csv"))}
+    models: dict[str, list[Table]] = {}
+    for ablation in sorted(paths, key=lambda name: (first.index(name) if name in first else len(first), name)):
+        table = _read(paths[ablation], ("model", "layer", "head"), dtype={"model": str})
+        for model, heads in table.groupby("model", sort=False):
+            models.setdefault(model, []).append(_table(f"{ablation} ablation", _shown(heads)))
+    return models
+
+
+def _shown(heads: pd.DataFrame) -> pd.DataFrame:
+    """A heads table as a reader sees it: named heads, intervals beside their values."""
+    intervals = {name.removesuffix("_low"): (name, f"{name.removesuffix('_low')}_high") for name in heads if name.endswith("_low")}
+    hidden = {"model", "layer", "head", *(end for ends in intervals.values() for end in ends)}
+    shown = {"head": [f"L{layer}H{head}" for layer, head in zip(heads["layer"], heads["head"], strict=True)]}
+    for name in [*(name for name in HEADINGS if name in heads), *(name for name in heads if name not in HEADINGS)]:
+        if name in hidden:
+            continue
+        values = heads[name].map(_text)
+        if name in intervals:
+            low, high = (heads[end].map(_text) for end in intervals[name])
+            values = values + " [" + low + ", " + high + "]"
+        shown[HEADINGS.get(name, name.replace("_", " "))] = list(values)
+    return pd.DataFrame(shown)
+
+
+def _comparison(path: Path) -> Table | None:
+    if not path.is_file():
+        return None
+    comparison = _read(path, ("model", "quantity"), dtype={"model": str})
+    return _table("Heads measured here against the published ones", comparison.rename(columns=lambda name: name.replace("_", " ")))
+
+
+def _table(caption: str, frame: pd.DataFrame) -> Table:
+    texts = {"head", "model", "quantity", "unit"}
+    return Table(
+        caption, {name: name not in texts for name in frame}, [[_text(value) for value in row] for row in frame.itertuples(index=False)]
+    )
+
+
+def _text(value: object) -> str:
+    """A cell's text; numbers to three places, a dash where there is none."""
+    if pd.isna(value):
+        return "–"
+    return f"{round(value, 3) + 0.0:.3f}" if isinstance(value, float) else str(value)
+
+
+def _manifest(path: Path) -> dict[str, object]:
+    if not path.is_file():
+        return {}
+    try:
+        manifest = json.loads(path.read_bytes())
+        if not isinstance(manifest, dict):
+            raise TypeError("no object")
+    except (OSError, ValueError, TypeError) as error:
+        raise _damaged(path, error) from error
+    return manifest
+
+
+def _read(path: Path, needed: tuple[str, ...], dtype: object) -> pd.DataFrame:
+    """A CSV file; only empty cells are missing values, so that a model may be called "NA"."""
+    try:
+        table = pd.read_csv(path, dtype=dtype, keep_default_na=False, na_values=[""])
+        table[list(needed)]
+    except (OSError, ValueError, KeyError) as error:
+        raise _damaged(path, error) from error
+    return table
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path}: cannot be read ({type(error).__name__}); delete it and run 'selfrepair notebooks' again")

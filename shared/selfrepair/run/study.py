@@ -1,0 +1,126 @@
+"""What the notebooks share: a profile with the reader's changes, what was measured of it, and where results go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import xarray as xr
+
+from selfrepair.measure.measurement import find_measurement, measurement_names
+from selfrepair.measure.task import Task
+from selfrepair.models.checkpoints import find_model, short_name
+from selfrepair.paths import REPOSITORY
+from selfrepair.run.profiles import Profile, load_profile
+from selfrepair.store.stores import open_store
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from selfrepair.models.loading import Model
+
+
+@dataclass(frozen=True)
+class Study:
+    """A profile, a seed, a device and the folder that results go to.
+
+    ``head`` and ``facts`` are what notebooks let a reader choose beside the profile's settings; ``None``: by rule.
+    """
+
+    profile: Profile
+    seed: int
+    device: str
+    out_dir: Path
+    head: tuple[int, int] | None = None
+    facts: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        profile: str = "pocket",
+        model: str | None = None,
+        n_prompts: int | None = None,
+        seed: int = 0,
+        device: str = "auto",
+        ablation: str | None = None,
+        fraction: float | None = None,
+        out_dir: str | Path | None = None,
+        head: tuple[int, int] | None = None,
+        facts: str | None = None,
+    ) -> Study:
+        """The profile with whatever is not ``None`` in its place; results go to ``results/<profile>`` by default.
+
+        Raises:
+            UserError: as :func:`load_profile`.
+        """
+        changes: dict[str, object] = {}
+        if model is not None:
+            changes["models"] = [model]
+        if ablation is not None:
+            changes["ablations"] = [ablation]
+        if n_prompts is not None:
+            changes["n_prompts"] = n_prompts
+        if fraction is not None:
+            changes["fraction"] = fraction
+        whole = load_profile(profile).changed(**changes)
+        folder = REPOSITORY / "results" / whole.name if out_dir is None else Path(out_dir)
+        return cls(whole, seed, device, folder, None if head is None else tuple(head), facts)
+
+    def wanted(self, model_name: str, ablation: str) -> dict[str, object]:
+        """Every setting that a measurement of the model may use."""
+        own = self.profile.of_model(model_name)
+        return {
+            "n_prompts": own.n_prompts,
+            "prompt_len": own.prompt_len,
+            "dataset": own.dataset,
+            "text": None,
+            "tokens": None,
+            "seed": self.seed,
+            "dtype": own.dtype,
+            "fraction": own.fraction,
+            "ablation": ablation,
+            "head": None if self.head is None else list(self.head),
+            "facts": self.facts,
+        }
+
+    def task(self, name: str, model_name: str, ablation: str | None = None) -> Task:
+        """One measurement of one model, by default for the profile's first kind of ablation."""
+        wanted = self.wanted(model_name, self.profile.ablations[0] if ablation is None else ablation)
+        return Task(name, model_name, wanted, self.out_dir / "measured")
+
+    def tasks(self, model_name: str) -> Iterator[Task]:
+        """Everything that a run of the profile measures of a model."""
+        for name in measurement_names():
+            measurement = find_measurement(name)
+            if measurement.applies_to(model_name) and name != "constants":
+                for ablation in self.profile.ablations if measurement.every_ablation else self.profile.ablations[:1]:
+                    yield self.task(name, model_name, ablation)
+
+    def measured(self, name: str, ablation: str | None = None) -> dict[str, xr.Dataset]:
+        """What was measured of every model that it applies to, from the disk; measured now where it is not there."""
+        applies = find_measurement(name).applies_to
+        tasks = {model: self.task(name, model, ablation) for model in self.profile.models if applies(model)}
+        for model_name, task in tasks.items():
+            if not task.is_done():
+                task.merge(self.load(model_name))
+        return {short_name(model_name): open_store(task.path) for model_name, task in tasks.items()}
+
+    def load(self, model_name: str) -> list[Model]:
+        """A model of the profile, once for every device that shares the work."""
+        from transformers.utils import logging
+
+        from selfrepair.models.devices import all_devices, set_precision
+        from selfrepair.models.loading import load_model
+
+        logging.disable_progress_bar()
+        devices = all_devices(self.device)
+        dtype = set_precision(self.profile.of_model(model_name).dtype, devices[0])
+        return [load_model(model_name, device, dtype) for device in devices]
+
+    def tokenizer(self, model_name: str) -> PreTrainedTokenizerBase:
+        """The tokenizer of a model of the profile."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(find_model(model_name))

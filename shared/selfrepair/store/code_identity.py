@@ -1,0 +1,127 @@
+"""Which code makes a result: the modules that it imports, directly or through others, and the data files that they name."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from collections.abc import Iterable, Iterator
+from functools import cache
+from pathlib import Path
+
+from selfrepair.paths import PACKAGE
+
+ROOT = PACKAGE.name
+
+
+def code_version(*modules: str, source: str = "") -> str:
+    """Twelve hexadecimal digits that change whenever the code does that ``modules`` and Python ``source`` run.
+
+    ``modules`` are dotted names in this package, ``selfrepair.measure.heads``. What counts is everything in
+    the import closure inside the package, imports within functions too, and the data files beside a module
+    that it names in a string, such as ``claims.yaml``.
+    """
+    digest = hashlib.sha256(source.encode())
+    for file in code_files(*modules, source=source):
+        content = file.read_bytes()
+        digest.update(f"{file.relative_to(PACKAGE).as_posix()} {len(content)} ".encode() + content)
+    return digest.hexdigest()[:12]
+
+
+def code_files(*modules: str, source: str = "") -> list[Path]:
+    """The files that :func:`code_version` hashes, in order of their paths."""
+    pending = [*map(module_file, modules), *_imported(ast.parse(source))]
+    found: set[Path] = set()
+    while pending:
+        file = pending.pop()
+        if file in found:
+            continue
+        found.add(file)
+        found.update(_data_files(file))
+        pending += imported_files(file)
+    return sorted(found)
+
+
+def module_file(module: str) -> Path:
+    """Where the source of a module of this package lies.
+
+    Raises:
+        ModuleNotFoundError: there is no such module.
+    """
+    file = _find(module)
+    if file is None:
+        raise ModuleNotFoundError(f"no module {module}", name=module)
+    return file
+
+
+def imported_files(file: Path) -> list[Path]:
+    """Files of this package that a module of it imports when it runs; imports for type checkers alone do not count."""
+    return _imports_of(file, file.stat().st_mtime_ns)
+
+
+@cache
+def _imports_of(file: Path, _written: int) -> list[Path]:
+    return sorted(set(_imported(_parsed(file))))
+
+
+def _parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+def _imported(tree: ast.AST) -> Iterator[Path]:
+    for node in _run_time_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from _existing(name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield from _existing(_defining_module(node.module or "", name.name) for name in node.names)
+
+
+def _run_time_nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    """Every node but those under ``if TYPE_CHECKING``."""
+    pending = [tree]
+    while pending:
+        node = pending.pop()
+        yield node
+        is_for_checkers = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        pending += node.orelse if is_for_checkers else ast.iter_child_nodes(node)
+
+
+def _existing(modules: Iterable[str]) -> Iterator[Path]:
+    """The files of those modules that are of this package; packages' ``__init__`` only hand names on."""
+    for module in modules:
+        file = _find(module)
+        if file is not None and file.name != "__init__.py":
+            yield file
+
+
+def _find(module: str) -> Path | None:
+    root, *parts = module.split(".")
+    if root != ROOT:
+        return None
+    place = PACKAGE.joinpath(*parts)
+    return next((file for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()), None)
+
+
+def _defining_module(module: str, name: str) -> str:
+    """The module that ``from module import name`` gets its code from: ``module`` may be a package that hands names on."""
+    if _find(f"{module}.{name}") is not None:
+        return f"{module}.{name}"
+    file = _find(module)
+    if file is None or file.name != "__init__.py":
+        return module
+    handed_on = {exported: submodule for submodule, names in _exports(file).items() for exported in names}
+    return f"{module}.{handed_on[name]}" if name in handed_on else module
+
+
+def _exports(package: Path) -> dict[str, list[str]]:
+    """Submodule → names, as a package's ``__init__`` gives them to ``lazy_loader.attach``."""
+    for node in ast.walk(_parsed(package)):
+        if isinstance(node, ast.keyword) and node.arg == "submod_attrs":
+            return ast.literal_eval(node.value)
+    return {}
+
+
+def _data_files(module: Path) -> list[Path]:
+    """The files beside a module that one of its strings names."""
+    strings = {node.value for node in ast.walk(_parsed(module)) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    beside = (file for file in module.parent.iterdir() if file.suffix != ".py" and file.is_file())
+    return [file for file in beside if file.name in strings]

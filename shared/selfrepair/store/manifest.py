@@ -1,0 +1,89 @@
+"""What made a result, written beside it: code, packages, machine, command, times, and hashes of everything."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+from selfrepair import __version__
+from selfrepair.errors import UserError
+from selfrepair.paths import REPOSITORY
+from selfrepair.store.code_identity import code_version
+from selfrepair.store.files import write_atomically
+
+
+def manifest_of(measured: Path) -> Path:
+    """Where the manifest of a store lies."""
+    return measured.with_suffix(".manifest.json")
+
+
+def write_manifest(path: Path, seconds: float, **made_from: object) -> None:
+    """Writes the manifest of a result that took ``seconds`` to make; ``made_from`` is what determines its numbers."""
+    content = {
+        **made_from,
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 1),
+        "version": __version__,
+        "library": code_version("selfrepair.cli"),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "packages": _packages(),
+        "machine": _machine(),
+    }
+    write_atomically(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def read_manifest(path: Path) -> dict[str, object]:
+    """What :func:`write_manifest` wrote.
+
+    Raises:
+        UserError: it cannot be read or is no manifest.
+    """
+    try:
+        content = json.loads(path.read_text())
+        if not all(isinstance(part, dict) for part in (content, content.get("files", {}), content.get("sweeps", {}))):
+            raise ValueError("its parts are of other types")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: not a manifest ({error}); delete it, the store beside it if there is one, and run again") from error
+    return content
+
+
+def _packages() -> dict[str, str]:
+    """Installed versions of what this package asks for."""
+    names = {re.match(r"[\w.-]+", line)[0] for line in metadata.requires("selfrepair") or [] if "extra ==" not in line}
+    return {name: metadata.version(name) for name in sorted(names)}
+
+
+def _commit() -> str | None:
+    """The commit checked out, with ``+`` if files differ from it; ``None`` outside a Git checkout."""
+    try:
+        git = ["git", "-C", str(REPOSITORY)]
+        head, changes = (
+            subprocess.run([*git, *command], capture_output=True, text=True, check=True).stdout.strip()
+            for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+" if changes else "")
+
+
+def _machine() -> dict[str, object]:
+    import torch
+
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.*)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.is_file() else None
+    return {
+        "system": platform.system(),
+        "processor": found[1] if found else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "accelerators": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+    }
