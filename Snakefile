@@ -1,18 +1,21 @@
-"""The suite as a Snakemake workflow: tokens -> shards -> sweeps -> notebooks -> summary.
+"""The suite as a Snakemake workflow: measurements -> notebooks -> summary.
 
-    ./run_all.sh                                    # this machine
-    snakemake --cores 2 --config profile=pocket     # the same; profiles/default/ holds the options
-    snakemake --workflow-profile profiles/slurm     # a SLURM cluster: profiles/slurm/ says what it asks for
-    snakemake --cores 2 sweeps                      # the measurements without the notebooks
+    ./run_all.sh                                                            # this machine
+    snakemake --workflow-profile workflow/default --cores 2 --config profile=pocket   # the same
+    snakemake --workflow-profile workflow/slurm     # a SLURM cluster: workflow/slurm/ says what it asks for
+    snakemake --workflow-profile workflow/default --cores 2 measured        # the measurements without the notebooks
 
---config takes profile (a name or a .yaml file), out (the results folder), shards_per_job and gpus.
+--config takes profile (a name or a .yaml file), out (the results folder), units_per_job and gpus.
 
 Each job is one `selfrepair` command. The commands keep what they compute under checksums and locks of their own;
-what Snakemake sees of the sweeps are small `.done` files, so that a failed or killed job never loses a shard.
+what Snakemake sees are small `.done` files, so that a failed or killed job never loses a shard. Where there are at
+least as many models as cores, everything that is measured of a model is one job, because loading the libraries
+takes seconds; else, and on a cluster, each stage of a model is divided into jobs of some shards.
 """
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,149 +25,182 @@ from filelock import FileLock, Timeout
 ROOT = Path(workflow.basedir)
 PROFILE = str(config.get("profile", "pocket"))
 OUT = Path(str(config.get("out", ROOT / "results" / Path(PROFILE).stem)))
-SHARDS_PER_JOB = int(config.get("shards_per_job", 8))  # 256 prompts: a job's start, some seconds, is little beside that
+DONE = OUT / "done"
 GPUS = int(config.get("gpus", 0))  # that a job asks for; on one machine 1 with --resources gpu=1, as a job uses all that it sees
+KEPT_PLAN = DONE / "plan.json"
 
-planned = subprocess.run(["selfrepair", "plan", "--profile", PROFILE], stdout=subprocess.PIPE)
-if planned.returncode:
-    sys.exit(planned.returncode)  # the command has said why
-PLAN = json.loads(planned.stdout)
+
+def make_plan():
+    """The plan, with how many shards a job computes; 0: a model is one job."""
+    planned = subprocess.run(["selfrepair", "plan", "--profile", PROFILE, "--out", OUT], stdout=subprocess.PIPE)
+    if planned.returncode:
+        if OUT.is_dir() and {file.name for file in OUT.iterdir()} <= {".run.lock"}:
+            shutil.rmtree(OUT)  # made for nothing
+        sys.exit(planned.returncode)  # the command has said why
+    plan = json.loads(planned.stdout)
+    cores = workflow.resource_settings.cores
+    is_one_machine = workflow.resource_settings.nodes is None and cores is not None
+    default = 0 if is_one_machine and len(plan["models"]) >= cores else 8
+    return plan | {"units_per_job": int(config.get("units_per_job", default))}
+
+
+if workflow.is_main_process:
+    if not workflow.dryrun:
+        running = FileLock(OUT / ".run.lock")  # until this process ends, however it does; jobs neither take nor inherit it
+        OUT.mkdir(parents=True, exist_ok=True)
+        try:
+            running.acquire(timeout=0)
+        except Timeout:
+            print(f"another run is at work on {OUT}: waiting until it ends", file=sys.stderr)
+            running.acquire()
+    PLAN = make_plan()
+    if not workflow.dryrun:
+        DONE.mkdir(exist_ok=True)
+        KEPT_PLAN.write_text(json.dumps(PLAN, indent=1), encoding="utf-8")
+else:  # a job on a cluster, which reads this file again
+    PLAN = json.loads(KEPT_PLAN.read_text(encoding="utf-8"))
+
 MODELS = {name.strip("/").replace("/", "--"): name for name in PLAN["models"]}
 NOTEBOOKS = {stem[:2]: stem for stem in PLAN["notebooks"]}
-
-if workflow.is_main_process and not workflow.dryrun:
-    running = FileLock(OUT / ".run.lock")  # until this process ends, however it does; jobs neither take nor inherit it
-    OUT.mkdir(parents=True, exist_ok=True)
-    try:
-        running.acquire(timeout=0)
-    except Timeout:
-        print(f"another run is at work on {OUT}: waiting until it ends", file=sys.stderr)
-        running.acquire()
+UNITS_PER_JOB = PLAN["units_per_job"]
 
 
 def of_model(wildcards):
     return PLAN["models"][MODELS[wildcards.model]]
 
 
-def jobs_of(model):
-    """The first pairs of each job's shards. A sweep that one job can do needs no shard jobs: merging computes what is missing."""
-    first = PLAN["models"][model]["first_pairs"]
-    return [first[i : i + SHARDS_PER_JOB] for i in range(0, len(first), SHARDS_PER_JOB)]
+def jobs_of(model, stage):
+    """The shards of each job. A stage that one job can do needs no shard jobs: merging computes what is missing."""
+    units = of_model(model)["stages"][int(stage)]
+    return [units[i : i + UNITS_PER_JOB] for i in range(0, len(units), UNITS_PER_JOB)]
 
 
-def parts_of_sweep(wildcards):
-    jobs = jobs_of(MODELS[wildcards.model])
+def before(wildcards):
+    """The mark of the stage before."""
+    return DONE / "measured" / f"{wildcards.model}-{int(wildcards.stage) - 1}.done"
+
+
+def parts_of_stage(wildcards):
+    if wildcards.stage == "all":
+        return []
+    jobs = jobs_of(wildcards, wildcards.stage)
     if len(jobs) == 1:
-        return OUT / "tokens" / f"{wildcards.model}.npz"
-    return [OUT / "shards" / wildcards.model / wildcards.ablation / f"{job[-1]}.done" for job in jobs]
+        return before(wildcards)
+    return [DONE / "shards" / wildcards.model / f"{wildcards.stage}-{job}.done" for job in range(len(jobs))]
 
 
-def shards_of_job(wildcards):
-    (job,) = [job for job in jobs_of(MODELS[wildcards.model]) if job[-1] == int(wildcards.last)]
-    return job
+LAST_STAGE = {model: "all" if UNITS_PER_JOB == 0 else len(PLAN["models"][name]["stages"]) - 1 for model, name in MODELS.items()}
+MEASURED = [DONE / "measured" / f"{model}-{stage}.done" for model, stage in LAST_STAGE.items()]
+RUN_NOTEBOOKS = expand(DONE / "notebooks" / "{number}.done", number=NOTEBOOKS)
 
 
 wildcard_constraints:
     model="|".join(map(re.escape, MODELS)),
-    ablation="|".join(PLAN["ablations"]),
-    last="[0-9]+",
+    stage="all|[0-9]+",
+    job="[0-9]+",
     number="|".join(NOTEBOOKS),
 
 
 localrules:
     all,
-    sweeps,
-    tokens,
+    measured,
+    network,
     summary,
 
 
+# What is run again is said by keys in the plan, not by times. A model's key is a parameter of its jobs; they keep what is
+# still good. Marks of notebooks and page with another key are removed by the plan, so that they are missing here, where
+# everything is asked for by name: that a model was measured again is in itself no reason to run a notebook.
 rule all:
     input:
-        OUT / "index.html",
+        DONE / "page.done",
+        RUN_NOTEBOOKS,
+        MEASURED,
 
 
-rule sweeps:
+rule measured:
     input:
-        expand(OUT / "sweeps" / "{model}-{ablation}.done", model=MODELS, ablation=PLAN["ablations"]),
+        MEASURED,
 
 
-# The plan is a parameter wherever it matters, because an edited module or profile would not run anything again by itself.
 # Here, on the machine that Snakemake runs on, is what needs the network: a cluster's nodes often have none.
-rule tokens:
+rule network:
     output:
-        OUT / "tokens" / "{model}.npz",
+        DONE / "measured" / "{model}-0.done",
     log:
-        OUT / "logs" / "tokens" / "{model}.log",
+        OUT / "logs" / "measured" / "{model}-0.log",
     params:
         model=lambda wildcards: MODELS[wildcards.model],
-        plan=lambda wildcards: json.dumps(of_model(wildcards)),
+        key=lambda wildcards: of_model(wildcards)["key"],
     shell:
-        "selfrepair tokens --profile {PROFILE:q} --out {OUT:q} --model {params.model:q} > {log:q} 2>&1"
+        "selfrepair measure --profile {PROFILE:q} --out {OUT:q} --model {params.model:q} --stage 0 > {log:q} 2>&1"
 
 
 rule shards:
     input:
-        OUT / "tokens" / "{model}.npz",
+        before,
     output:
-        OUT / "shards" / "{model}" / "{ablation}" / "{last}.done",
+        DONE / "shards" / "{model}" / "{stage}-{job}.done",
     log:
-        OUT / "logs" / "shards" / "{model}-{ablation}-{last}.log",
+        OUT / "logs" / "shards" / "{model}-{stage}-{job}.log",
     params:
         model=lambda wildcards: MODELS[wildcards.model],
-        first=shards_of_job,
-        plan=lambda wildcards: json.dumps(of_model(wildcards)),
+        units=lambda wildcards: jobs_of(wildcards, wildcards.stage)[int(wildcards.job)],
+        key=lambda wildcards: of_model(wildcards)["key"],
     resources:
         mem_mb=lambda wildcards: of_model(wildcards)["mem_mb"],
         gpu=GPUS,
     shell:
-        "selfrepair shard --profile {PROFILE:q} --out {OUT:q} --model {params.model:q} --ablation {wildcards.ablation}"
-        " --first {params.first} > {log:q} 2>&1"
+        "selfrepair measure --profile {PROFILE:q} --out {OUT:q} --model {params.model:q} --units {params.units:q}"
+        " --job {wildcards.stage}-{wildcards.job} > {log:q} 2>&1"
 
 
-rule merge:
+rule measure:
     input:
-        parts_of_sweep,
+        parts_of_stage,
     output:
-        OUT / "sweeps" / "{model}-{ablation}.done",
+        DONE / "measured" / "{model}-{stage}.done",
     log:
-        OUT / "logs" / "sweeps" / "{model}-{ablation}.log",
+        OUT / "logs" / "measured" / "{model}-{stage}.log",
     params:
         model=lambda wildcards: MODELS[wildcards.model],
-        plan=lambda wildcards: json.dumps(of_model(wildcards)),
+        key=lambda wildcards: of_model(wildcards)["key"],
     resources:
         mem_mb=lambda wildcards: of_model(wildcards)["mem_mb"],
         gpu=GPUS,
     shell:
-        "selfrepair merge --profile {PROFILE:q} --out {OUT:q} --model {params.model:q} --ablation {wildcards.ablation} > {log:q} 2>&1"
+        "selfrepair measure --profile {PROFILE:q} --out {OUT:q} --model {params.model:q} --stage {wildcards.stage} > {log:q} 2>&1"
+
+
+ruleorder: network > measure
 
 
 # The executed notebook is no output, because Snakemake deletes those of a failed job: the failed cell is to be seen in it.
 # Nor are its claims, which a notebook that a reader runs by hand writes too.
 rule notebooks:
     input:
-        rules.sweeps.input,
-        lambda wildcards: ROOT / "notebooks" / f"{NOTEBOOKS[wildcards.number]}.ipynb",
+        ancient(MEASURED),
     output:
-        touch(OUT / "notebooks" / "{number}.done"),
+        DONE / "notebooks" / "{number}.done",
     log:
         OUT / "logs" / "notebooks" / "{number}.log",
     params:
-        plan=json.dumps(PLAN),
+        key=lambda wildcards: PLAN["notebooks"][NOTEBOOKS[wildcards.number]],
     resources:
         mem_mb=PLAN["notebook_mem_mb"],
         gpu=GPUS,
     shell:
-        "selfrepair notebooks --only {wildcards.number} --profile {PROFILE:q} --out {OUT:q} > {log:q} 2>&1"
+        "selfrepair notebook --number {wildcards.number} --profile {PROFILE:q} --out {OUT:q} --key {params.key} > {log:q} 2>&1"
 
 
 rule summary:
     input:
-        expand(OUT / "notebooks" / "{number}.done", number=NOTEBOOKS),
+        RUN_NOTEBOOKS,
     output:
-        OUT / "index.html",
+        DONE / "page.done",
     log:
         OUT / "logs" / "summary" / "summary.log",
     params:
-        plan=json.dumps(PLAN),
+        key=PLAN["page"],
     shell:
-        "selfrepair summary --profile {PROFILE:q} --out {OUT:q} > {log:q} 2>&1"
+        "selfrepair summary --profile {PROFILE:q} --out {OUT:q} --key {params.key} > {log:q} 2>&1"

@@ -9,7 +9,7 @@ show_help() {
     cat <<'HELP'
 Usage: ./run_all.sh [--profile NAME] [--jobs N] [--slurm[=FOLDER]]
        ./run_all.sh --update [--jobs N]
-       ./run_all.sh --test [--jobs N]
+       ./run_all.sh --test[=fast] [--jobs N]
        ./run_all.sh --lab
 
 Sets up a Python environment if there is none yet, then runs the suite: measurements, notebooks, figures, claims and
@@ -17,11 +17,12 @@ the page results/NAME/index.html. Interrupted, the same command goes on from whe
 
   --profile NAME  what to measure: a file profiles/NAME.yaml (default: pocket, which needs no network)
   --jobs N        how many jobs run side by side (default: the number of cores);
-                  with --test: how many threads the tests may use (default: PyTorch's choice)
-  --slurm         hand the jobs to a SLURM cluster; what it asks for is in profiles/slurm/config.yaml, or in
+                  with --test: how many tests, each on one core (default: the number of cores, at most 4)
+  --slurm         hand the jobs to a SLURM cluster; what it asks for is in workflow/slurm/config.yaml, or in
                   the config.yaml of FOLDER
   --update        run the pocket profile, then refresh the committed notebooks, figures and README from it
-  --test          run the unit tests, then check the notebooks' saved outputs
+  --test          run the tests (tests/README.md says which there are) and the pocket profile, then check the
+                  notebooks' saved outputs; --test=fast: the quick tests alone, in two minutes
   --lab           open the notebooks in JupyterLab
   --help          show this text
 
@@ -67,6 +68,7 @@ known_profiles() {
 PROFILE=pocket
 JOBS=
 SLURM=
+TESTS=
 MODE=run
 while (($# > 0)); do
     option=$1
@@ -77,11 +79,12 @@ while (($# > 0)); do
             value=$1
             shift
             ;;
-        --profile=* | --jobs=* | --slurm=*)
+        --profile=* | --jobs=* | --slurm=* | --test=*)
             value=${option#*=}
             option=${option%%=*}
             ;;
-        --slurm) value=$ROOT/profiles/slurm ;;
+        --slurm) value=$ROOT/workflow/slurm ;;
+        --test) value=all ;;
     esac
     case "$option" in
         --profile)
@@ -99,6 +102,10 @@ while (($# > 0)); do
         --test | --lab | --update)
             [[ "$MODE" == run || "$MODE" == "${option#--}" ]] || fail_usage "--test, --lab and --update exclude each other"
             MODE=${option#--}
+            if [[ "$MODE" == test ]]; then
+                [[ "$value" == all || "$value" == fast ]] || fail_usage "--test takes fast or nothing, not" "$value"
+                TESTS=$value
+            fi
             ;;
         --help | -h)
             show_help
@@ -229,7 +236,7 @@ export PATH="$ENVIRONMENT/bin:$PATH"
 export JUPYTER_PREFER_ENV_PATH=1 # the notebooks' kernel "python3" is this environment's, not the user's
 
 run_workflow() {
-    local where=(--cores "${JOBS:-$(count_cores)}")
+    local where=(--workflow-profile "$ROOT/workflow/default" --cores "${JOBS:-$(count_cores)}")
     if [[ -n "$SLURM" ]]; then where=(--workflow-profile "$SLURM" ${JOBS:+--jobs "$JOBS"}); fi
     "$PYTHON" -m snakemake --logger selfrepair "${where[@]}" --config profile="$PROFILE" out="results/$PROFILE"
 }
@@ -249,11 +256,16 @@ case "$MODE" in
         ;;
     test)
         export HF_HUB_OFFLINE=1
-        if [[ -n "$JOBS" ]]; then export OMP_NUM_THREADS="$JOBS"; fi
+        workers="$(count_cores)"
+        if ((workers > 4)); then workers=4; fi # each takes memory, and seconds to start
+        side_by_side=(-n "${JOBS:-$workers}" --dist loadscope)
+        if [[ "$TESTS" == fast ]]; then OMP_NUM_THREADS=1 exec "$PYTHON" -m pytest "${side_by_side[@]}" -m fast tests; fi
         status=0
-        "$PYTHON" -m pytest tests || status=$?
+        OMP_NUM_THREADS=1 "$PYTHON" -m pytest "${side_by_side[@]}" -m "not slurm" tests || status=$?
+        "$PYTHON" -m pytest -m slurm tests || status=$? # with the machine for itself
         if compgen -G 'notebooks/*.ipynb' >/dev/null; then
-            "$PYTHON" -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=1200 notebooks/ || status=$?
+            run_workflow || status=$? # side by side; the notebooks then read what it measured
+            "$PYTHON" -m pytest "${side_by_side[@]}" --nbval-lax --nbval-current-env --nbval-cell-timeout=1200 notebooks/ || status=$?
         fi
         exit "$status"
         ;;

@@ -21,14 +21,23 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str):
         super().__init__(description=description)
         self.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 … (auto)")
-        self.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="of torch (%(default)s)")
-        self.add_argument("--results", type=Path, default=RESULTS, help="file whose section is written (RESULTS.md beside the scripts)")
+        self.add_argument(
+            "--threads", type=positive, default=torch.get_num_threads(), help="of torch (%(default)s)"
+        )
+        self.add_argument(
+            "--results",
+            type=Path,
+            default=RESULTS,
+            help="file whose section is written (RESULTS.md beside the scripts)",
+        )
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
-def run(parser: Parser, arguments: Sequence[str] | None, benchmark: Callable[[argparse.Namespace], None]) -> int:
+def run(
+    parser: Parser, arguments: Sequence[str] | None, benchmark: Callable[[argparse.Namespace], None]
+) -> int:
     """Parses, runs, and returns the exit status."""
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)

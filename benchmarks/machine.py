@@ -18,8 +18,7 @@ import torch
 
 from selfrepair import __version__
 from selfrepair.errors import UserError
-from selfrepair.store.datasets import code_version
-from selfrepair.measure.heads import CODE
+from selfrepair.store.code_identity import code_version
 
 Result = TypeVar("Result")
 
@@ -31,7 +30,11 @@ def describe_machine(device: torch.device) -> str:
     processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.split(":", 1)[1].strip()
+            for line in cpuinfo.read_text().splitlines()
+            if line.startswith("model name")
+        ]
         processor = names[0] if names else processor
     accelerator = ""
     if device.type == "cuda":
@@ -42,11 +45,14 @@ def describe_machine(device: torch.device) -> str:
 
 
 def describe_versions() -> str:
-    """Of everything that speed or numbers depend on; the code's is that of the stores of a sweep."""
+    """Of everything that speed or numbers depend on; the code's is that of the stores of heads."""
+    code = code_version("selfrepair.measure.heads", "selfrepair.engine.fast.switch")
     cuda = "" if torch.version.cuda is None else f" (CUDA {torch.version.cuda})"
     return (
-        f"selfrepair {__version__} (code {code_version(*CODE)}), torch {torch.__version__}{cuda} with {torch.get_num_threads()} threads, "
-        f"transformers {version('transformers')}, transformer_lens {version('transformer_lens')}, Python {platform.python_version()}"
+        f"selfrepair {__version__} (code {code}), torch {torch.__version__}{cuda} with "
+        f"{torch.get_num_threads()} threads, "
+        f"transformers {version('transformers')}, transformer_lens {version('transformer_lens')}, Python "
+        f"{platform.python_version()}"
     )
 
 
@@ -65,7 +71,7 @@ def _wait(device: torch.device) -> None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes; on a CPU those that programs can have without swapping, or all there are where that is not told."""
+    """Bytes; on a CPU those that can be had without swapping, or all there are where that is not told."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")
@@ -75,7 +81,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def memory_of(device: torch.device, work: Callable[[], object]) -> tuple[int, int]:
-    """Bytes in use before ``work()`` and at its peak: allocated on a GPU, else resident memory of this process.
+    """Bytes in use before ``work()`` and at its peak: allocated on a GPU, else this process's resident ones.
 
     Resident memory keeps what was freed but not given back: run it by :func:`in_fresh_process`.
     """
@@ -117,4 +123,7 @@ def in_fresh_process(function: Callable[..., Result], *arguments: object) -> Res
         with ProcessPoolExecutor(1, mp_context=context) as pool:
             return pool.submit(function, *arguments).result()
     except BrokenProcessPool as error:
-        raise UserError("a process that measures memory was killed, most likely for want of memory; choose a smaller shape") from error
+        raise UserError(
+            "a process that measures memory was killed, most likely for want of memory; choose a smaller "
+            "shape"
+        ) from error

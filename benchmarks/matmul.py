@@ -11,34 +11,40 @@ from machine import timed
 from operations import matrices
 from torch import Tensor, nn
 
-from selfrepair.engine.fast.linear_maps import use_fast_kernels
+from selfrepair.engine.fast.linear_maps import faster_modules
 from selfrepair.models.loading import Model
 
 CALLS = 5  # of each shape, in each measurement
 
 
 class Matmul:
-    """Matrix products of one block's shapes with ``n_rows`` rows: PyTorch's own, and as the library computes linear maps."""
+    """Products of one block's shapes with ``n_rows`` rows: PyTorch's own, and the fast path's linear maps."""
 
     def __init__(self, model: Model, n_rows: int):
         self.device, self.n_rows = model.device, n_rows
         weights = matrices(model.blocks[0])
-        inputs = {w.shape[0]: torch.randn(n_rows, w.shape[0], dtype=w.dtype, device=w.device) for w in weights}
+        inputs = {
+            w.shape[0]: torch.randn(n_rows, w.shape[0], dtype=w.dtype, device=w.device) for w in weights
+        }
         layers = [nn.Linear(*w.shape, bias=False, dtype=w.dtype, device=w.device) for w in weights]
-        use_fast_kernels(nn.ModuleList(layers))
+        self._layers = nn.ModuleList(layers)
         self.flops = CALLS * sum(2 * n_rows * w.numel() for w in weights)
         self.ways: dict[str, list[Callable[[], Tensor]]] = {
             "torch.matmul": [partial(torch.matmul, inputs[w.shape[0]], w) for w in weights],
-            "the library's linear maps": [partial(layer, inputs[layer.in_features]) for layer in layers],
+            "the fast path's linear maps": [partial(layer, inputs[layer.in_features]) for layer in layers],
         }
         self._speeds: dict[str, list[float]] = {way: [] for way in self.ways}
 
     @torch.no_grad()
     def measure(self) -> None:
         """One more measurement of every way; operations over time, all shapes together."""
-        for way, products in self.ways.items():
-            seconds = sum(timed(self.device, lambda product=product: [product() for _ in range(CALLS)])[0] for product in products)
-            self._speeds[way].append(self.flops / seconds)
+        with faster_modules(self._layers):
+            for way, products in self.ways.items():
+                seconds = sum(
+                    timed(self.device, lambda product=product: [product() for _ in range(CALLS)])[0]
+                    for product in products
+                )
+                self._speeds[way].append(self.flops / seconds)
 
     def flops_per_second(self) -> dict[str, float]:
         """By way, the median of the measurements but the first, which warms up."""

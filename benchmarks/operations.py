@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from selfrepair.models.loading import Model
+from selfrepair.models.parts import weight_out_in
 
 
 def needed_flops(model: Model, n_prompts: int, length: int, layers: Collection[int], low_rank: bool) -> int:
@@ -41,16 +42,15 @@ def needed_flops(model: Model, n_prompts: int, length: int, layers: Collection[i
 def first_outputs(model: Model) -> int:
     """Outputs, together, of the maps that are the first to read an ablation.
 
-    In a sequential model these are the MLP's in the head's own block, in a parallel one the attention's and the MLP's in the next.
+    In a sequential model these are the MLP's in the head's own block, in a parallel one the attention's and
+    the MLP's in the next.
     """
     norms = model.first_maps[0] if model.parallel else model.first_maps[0][1:]
-    return sum(_matrix(linear).shape[1] for _, linears in norms for linear in linears)
+    return sum(weight_out_in(linear).shape[0] for normed in norms for linear in normed.maps)
 
 
 def matrices(module: nn.Module) -> list[Float[Tensor, "d_in d_out"]]:
     """The weight matrices inside ``module``, as right factors, in the layout in which it uses them."""
-    return [_matrix(part) for part in module.modules() if isinstance(part, Conv1D | nn.Linear)]
-
-
-def _matrix(module: Conv1D | nn.Linear) -> Float[Tensor, "d_in d_out"]:
-    return module.weight.detach() if isinstance(module, Conv1D) else module.weight.detach().T
+    return [
+        weight_out_in(part).detach().T for part in module.modules() if isinstance(part, Conv1D | nn.Linear)
+    ]

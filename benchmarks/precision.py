@@ -1,4 +1,4 @@
-"""Error of every precision against float64, on self-repair and its parts, of trained models on held-out prose.
+"""Error of every precision against float64: self-repair and its parts, of trained models on held-out prose.
 
 See ``README.md`` beside this file.
 """
@@ -19,17 +19,25 @@ from jaxtyping import Float
 from report import head_of_section, table, write_section
 from torch import Tensor, nn
 
-from selfrepair.engine.fast import low_rank
-from selfrepair.engine.head_ablation import ablate_heads
 from selfrepair.analysis.head_table import select_each_top
-from selfrepair.text.corpora import load_tokens
-from selfrepair.models.devices import resolve_device, set_precision
+from selfrepair.engine.ablations import find_ablation
+from selfrepair.engine.fast import fast_path, low_rank
+from selfrepair.engine.head_ablation import ablate_heads
+from selfrepair.engine.sites import HEADS
 from selfrepair.errors import UserError
+from selfrepair.models.devices import resolve_device, set_precision
 from selfrepair.models.loading import Model, load_model, name_parts
-from selfrepair.engine.ablations import replacement_for
+from selfrepair.text.corpora import load_tokens
 
 FRACTION = 0.02  # of tokens, by direct effect, in a head's means
-QUANTITIES = ("self_repair", "self_repair_layernorm", "self_repair_heads", "self_repair_mlps", "direct_effect", "logit_change")
+QUANTITIES = (
+    "self_repair",
+    "self_repair_layernorm",
+    "self_repair_heads",
+    "self_repair_mlps",
+    "direct_effect",
+    "logit_change",
+)
 EXACT = 1e-9  # logits; what float64 must keep
 LOW_RANK = "float32, low-rank first maps"
 ROUNDED = "float64, weights rounded to bfloat16"
@@ -39,11 +47,16 @@ Values = dict[str, Float[np.ndarray, "layer head prompt position"]]
 
 
 def measure(model: Model, tokens: Tensor) -> Values:
-    """The quantities, in logits, under resample ablation of every head."""
-    found = ablate_heads(model, tokens, replacement_for("resample", model, None))
+    """The quantities, in logits, under resample ablation of every head, by the fast path."""
+    with fast_path(model, on=True) as fast:
+        found = ablate_heads(fast, tokens, find_ablation("resample").prepare(fast, [], HEADS))
     values = {name: value.double().cpu().numpy() for name, value in vars(found).items()}
-    values["self_repair"] = values["logit_change"] - (values["ablated_direct_effect"] - values["direct_effect"])
-    values["self_repair_layernorm"] = values["self_repair"] - values["self_repair_heads"] - values["self_repair_mlps"]
+    values["self_repair"] = values["logit_change"] - (
+        values["ablated_direct_effect"] - values["direct_effect"]
+    )
+    values["self_repair_layernorm"] = (
+        values["self_repair"] - values["self_repair_heads"] - values["self_repair_mlps"]
+    )
     return {name: values[name] for name in QUANTITIES}
 
 
@@ -61,7 +74,9 @@ def measure_in(precision: str, name: str, tokens: Tensor, device: torch.device) 
     if precision == ROUNDED:
         return measure(rounded_to_bfloat16(load_exact(name, device)), tokens)
     dtype = set_precision(precision, device)
-    return measure(load_exact(name, device) if dtype == torch.float64 else load_model(name, device, dtype), tokens)
+    return measure(
+        load_exact(name, device) if dtype == torch.float64 else load_model(name, device, dtype), tokens
+    )
 
 
 def load_exact(name: str, device: torch.device) -> Model:
@@ -88,21 +103,27 @@ def rounded_to_bfloat16(model: Model) -> Model:
 
 
 def check_against_full_passes(model: Model, tokens: Tensor, exact: Values) -> float:
-    """Largest difference, in logits, of one head's change in the first, a middle and the last layer from full forward passes.
+    """Largest difference (logits) from full forward passes, of three heads: low, in the middle and high.
 
     Raises:
         UserError: it is more than rounding.
     """
     heads = [(layer, layer % model.n_heads) for layer in (0, model.n_layers // 2, model.n_layers - 1)]
-    differences = [plain_logit_change(model, tokens, head).cpu().numpy() - exact["logit_change"][head] for head in heads]
+    differences = [
+        plain_logit_change(model, tokens, head).cpu().numpy() - exact["logit_change"][head] for head in heads
+    ]
     largest = float(np.abs(differences).max())
     if not largest < EXACT:
-        raise UserError(f"{model.name}: the engine in float64 differs by {largest:.1e} logits from a full forward pass")
+        raise UserError(
+            f"{model.name}: the engine in float64 differs by {largest:.1e} logits from a full forward pass"
+        )
     return largest
 
 
-def relative_error(found: Float[np.ndarray, "head prompt position"], exact: Float[np.ndarray, "head prompt position"]) -> str:
-    """Root mean square and largest error, over the root mean square of the exact values; a dash where those are all 0."""
+def relative_error(
+    found: Float[np.ndarray, "head prompt position"], exact: Float[np.ndarray, "head prompt position"]
+) -> str:
+    """Root mean square and largest error, over the exact root mean square; a dash where that is 0."""
     size = np.sqrt(np.mean(exact**2))
     if size == 0:
         return "–"
@@ -113,15 +134,23 @@ def relative_error(found: Float[np.ndarray, "head prompt position"], exact: Floa
 def top_means(values: Values, exact: Values) -> dict[str, Float[np.ndarray, " head"]]:
     """Mean of every head's top tokens, which the exact direct effects choose."""
     chosen = select_each_top(exact["direct_effect"], FRACTION)
-    return {name: (np.where(chosen, value, 0).sum((2, 3)) / chosen.sum((2, 3))).ravel() for name, value in values.items()}
+    return {
+        name: (np.where(chosen, value, 0).sum((2, 3)) / chosen.sum((2, 3))).ravel()
+        for name, value in values.items()
+    }
 
 
 def tables(exact: Values, found: dict[str, Values | None]) -> tuple[str, str]:
-    """Relative errors by layer, and errors of the heads' top means in logits; ``None`` is what the device does not have."""
+    """Relative errors by layer, and errors of top means in logits; ``None``: the device does not have it."""
     missing = ("not available on this device", *[""] * (len(QUANTITIES) - 1))
     by_layer: list[tuple[str, ...]] = []
     exact_means = top_means(exact, exact)
-    means = [("float64: size of the means", *(f"{np.sqrt(np.mean(value**2)):.3f}" for value in exact_means.values()))]
+    means = [
+        (
+            "float64: size of the means",
+            *(f"{np.sqrt(np.mean(value**2)):.3f}" for value in exact_means.values()),
+        )
+    ]
     for precision, values in found.items():
         if values is None:
             by_layer.append((precision, *missing))
@@ -131,8 +160,16 @@ def tables(exact: Values, found: dict[str, Values | None]) -> tuple[str, str]:
             errors = (relative_error(values[name][layer], exact[name][layer]) for name in QUANTITIES)
             by_layer.append((f"{precision}: layer {layer}", *errors))
         errors = [value - exact_means[name] for name, value in top_means(values, exact).items()]
-        means.append((precision, *(f"{np.sqrt(np.mean(error**2)):.0e} / {np.abs(error).max():.0e}" for error in errors)))
-    header = ("root mean square / largest error", *(name.replace("self_repair_", "… ") for name in QUANTITIES))
+        means.append(
+            (
+                precision,
+                *(f"{np.sqrt(np.mean(error**2)):.0e} / {np.abs(error).max():.0e}" for error in errors),
+            )
+        )
+    header = (
+        "root mean square / largest error",
+        *(name.replace("self_repair_", "… ") for name in QUANTITIES),
+    )
     return table(header, by_layer), table(header, means)
 
 
@@ -159,11 +196,14 @@ def benchmark(options: argparse.Namespace) -> None:
         by_layer, means = tables(exact, found)
         text = [
             head,
-            f"{name}, {prompts.source}, {options.prompts} prompts × {options.prompt_len} tokens, resample ablation of every head. In float64 the "
-            f"engine's logit changes of three heads equal those of full forward passes to {largest:.0e} logits.",
+            f"{name}, {prompts.source}, {options.prompts} prompts × {options.prompt_len} tokens, resample "
+            "ablation of every head. In float64 the "
+            f"engine's logit changes of three heads equal those of full forward passes to {largest:.0e} "
+            "logits.",
             f"Mean over a head's top {FRACTION:.0%} of tokens, error over all heads in logits:",
             means,
-            "Error over all heads and tokens of a layer, relative to the root mean square of the quantity there:",
+            "Error over all heads and tokens of a layer, relative to the root mean square of the quantity "
+            "there:",
             by_layer,
         ]
         write_section(options.results, f"Precision: {name}, {device.type}", "\n\n".join(text))
@@ -173,9 +213,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument(
-        "--models", nargs="+", default=["pocket-gpt2", "pocket-pythia", "pocket-llama"], help="embedded models (%(default)s)"
+        "--models",
+        nargs="+",
+        default=["pocket-gpt2", "pocket-pythia", "pocket-llama"],
+        help="embedded models (%(default)s)",
     )
-    parser.add_argument("--prompts", type=even, default=32, help="an even number of prompts of the held-out prose (32)")
+    parser.add_argument(
+        "--prompts", type=even, default=32, help="an even number of prompts of the held-out prose (32)"
+    )
     parser.add_argument("--prompt-len", type=positive, default=128, help="tokens per prompt (128)")
     return run(parser, arguments, benchmark)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from machine import describe_machine, describe_versions
 
-from selfrepair.store.datasets import write_atomically
+from selfrepair.store.files import write_atomically
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
 TITLE = "# Results\n\nWritten by the scripts beside this file; `README.md` says what the numbers mean.\n"
@@ -31,7 +31,7 @@ def head_of_section(device: torch.device) -> str:
 
 
 def write_section(path: Path, name: str, text: str) -> None:
-    """Prints section ``name`` and puts it into ``path``, in place of the section of that name if there is one."""
+    """Prints section ``name`` and puts it into ``path``, in place of the one of that name if there is one."""
     print(f"## {name}\n\n{text}")
     begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
     section = f"{begin}\n## {name}\n\n{text}\n{end}\n"

@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import statistics
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -19,29 +18,32 @@ from machine import in_fresh_process, memory_of, timed
 from operations import needed_flops
 from report import head_of_section, table, write_section
 from shapes import SHAPES, Shape, make_model
+from sweeps import heads_task
 from torch import Tensor
 
+from selfrepair.choices import PRECISIONS
+from selfrepair.engine.ablations import find_ablation
+from selfrepair.engine.fast import fast_path
 from selfrepair.engine.head_ablation import ablate_heads
-from selfrepair.text.corpora import Prompts
-from selfrepair.models.devices import PRECISIONS, resolve_device, set_precision
+from selfrepair.engine.sites import HEADS
 from selfrepair.errors import UserError
+from selfrepair.models.devices import resolve_device, set_precision
 from selfrepair.models.loading import Model
-from selfrepair.engine.ablations import replacement_for
-from selfrepair.measure.heads import sweep
 
 Memory = tuple[int, int]  # bytes before, and at the peak
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Ablating every head of ``layers`` on some prompts."""
+    """Ablating every head of ``layers`` on some prompts, by the fast path."""
 
     model: Model
     tokens: Tensor
     layers: range
 
     def run(self) -> None:
-        ablate_heads(self.model, self.tokens, replacement_for("resample", self.model, None), self.layers)
+        with fast_path(self.model, on=True) as model:
+            ablate_heads(model, self.tokens, find_ablation("resample").prepare(model, [], HEADS), self.layers)
 
     def flops(self) -> int:
         return needed_flops(self.model, *self.tokens.shape, self.layers, low_rank=False)
@@ -50,23 +52,39 @@ class Case:
 def load(options: argparse.Namespace, **changes: int) -> Model:
     """The shape asked for with some of its numbers changed."""
     device = resolve_device(options.device)
-    return make_model(options.shape, dataclasses.replace(SHAPES[options.shape], **changes), device, set_precision(options.dtype, device))
+    return make_model(
+        options.shape,
+        dataclasses.replace(SHAPES[options.shape], **changes),
+        device,
+        set_precision(options.dtype, device),
+    )
 
 
 def random_tokens(n_prompts: int, options: argparse.Namespace) -> Tensor:
     vocab_size = SHAPES[options.shape].vocab_size
-    return torch.randint(vocab_size, (n_prompts, options.prompt_len), generator=torch.Generator().manual_seed(0))
+    return torch.randint(
+        vocab_size, (n_prompts, options.prompt_len), generator=torch.Generator().manual_seed(0)
+    )
 
 
 def cases(options: argparse.Namespace) -> dict[str, dict[int, Case]]:
     """By what grows; all layers of the shape on the first number of prompts, but for what grows."""
-    model, tokens = load(options), random_tokens(options.prompts[0], options).to(resolve_device(options.device))
+    model, tokens = (
+        load(options),
+        random_tokens(options.prompts[0], options).to(resolve_device(options.device)),
+    )
     return {
-        "prompts": {n: Case(model, random_tokens(n, options).to(model.device), range(model.n_layers)) for n in options.prompts},
-        "heads in every layer": {n: Case(load(options, n_heads=n), tokens, range(model.n_layers)) for n in options.heads},
+        "prompts": {
+            n: Case(model, random_tokens(n, options).to(model.device), range(model.n_layers))
+            for n in options.prompts
+        },
+        "heads in every layer": {
+            n: Case(load(options, n_heads=n), tokens, range(model.n_layers)) for n in options.heads
+        },
         "layers": {n: Case(load(options, n_layers=n), tokens, range(n)) for n in options.layers},
         "layers above": {
-            model.n_layers - 1 - layer: Case(model, tokens, range(layer, layer + 1)) for layer in reversed(range(model.n_layers))
+            model.n_layers - 1 - layer: Case(model, tokens, range(layer, layer + 1))
+            for layer in reversed(range(model.n_layers))
         },
     }
 
@@ -111,29 +129,30 @@ def straight_line(cases: Mapping[int, Case], seconds: Mapping[int, float]) -> st
     slope, at_none = np.polyfit(n, per_head, 1)
     deviation = np.abs(at_none + slope * n - per_head).max()
     return (
-        f"Fitted: {at_none:.3g} ms per head, a share of the clean pass included, and {slope:.3g} ms more for each layer above; "
+        f"Fitted: {at_none:.3g} ms per head, a share of the clean pass included, and {slope:.3g} ms more for "
+        "each layer above; "
         f"no time is further than {deviation:.2g} ms from that."
     )
 
 
 def measure_sweep(n_prompts: int, options: argparse.Namespace) -> tuple[float, dict[str, Memory]]:
-    """Seconds of a whole sweep, its store included, and memory by where it is; to be run in a fresh process."""
+    """Seconds of a whole sweep, its store included, and memory by place; to be run in a fresh process."""
     torch.set_num_threads(options.threads)
     model = load(options)
     memory: dict[str, Memory] = {}
     seconds: list[float] = []
-    with tempfile.TemporaryDirectory() as folder:
 
-        def run_sweep(n: int) -> None:
-            sweep(model, Prompts(random_tokens(n, options).numpy(), f"{n} random prompts"), "resample", folder, progress=False)
+    def run_sweep(n: int) -> None:
+        with heads_task(model, random_tokens(n, options)) as task:
+            task.merge([model])
 
-        def on_device() -> None:
-            memory[model.device.type] = memory_of(
-                model.device, lambda: seconds.append(timed(model.device, lambda: run_sweep(n_prompts))[0])
-            )
+    def on_device() -> None:
+        memory[model.device.type] = memory_of(
+            model.device, lambda: seconds.append(timed(model.device, lambda: run_sweep(n_prompts))[0])
+        )
 
-        run_sweep(2)  # what only the first sweep of a process needs is in place then
-        memory["cpu"] = memory_of(torch.device("cpu"), on_device)
+    run_sweep(2)  # what only the first sweep of a process needs is in place then
+    memory["cpu"] = memory_of(torch.device("cpu"), on_device)
     return seconds[0], memory
 
 
@@ -148,7 +167,16 @@ def memory_tables(options: argparse.Namespace) -> list[str]:
         for n, (seconds, memory) in found.items():
             before, peak = memory[place]
             beyond = "" if n == first else f"{(peak - first_peak) / (n - first) / 1e3:.0f}"
-            rows.append((f"{n}", f"{seconds:.1f}", f"{before / 1e6:.0f}", f"{peak / 1e6:.0f}", f"{peak / first_peak:.3f}", beyond))
+            rows.append(
+                (
+                    f"{n}",
+                    f"{seconds:.1f}",
+                    f"{before / 1e6:.0f}",
+                    f"{peak / 1e6:.0f}",
+                    f"{peak / first_peak:.3f}",
+                    beyond,
+                )
+            )
         header = (
             "prompts of a sweep",
             "seconds",
@@ -169,12 +197,21 @@ def check(options: argparse.Namespace) -> None:
     for name in ("prompts", "heads", "layers", "sweep_prompts"):
         values = getattr(options, name)
         if len(values) < 2 or sorted(set(values)) != values:
-            raise UserError(f"--{name.replace('_', '-')} {' '.join(map(str, values))}: two numbers or more are needed, in rising order")
+            raise UserError(
+                f"--{name.replace('_', '-')} {' '.join(map(str, values))}: two numbers or more are needed, "
+                "in rising order"
+            )
     for n_heads in options.heads:
         if shape.d_model % (2 * n_heads):
-            raise UserError(f"--heads {n_heads}: {options.shape}'s d_model of {shape.d_model} cannot be shared out among them")
+            raise UserError(
+                f"--heads {n_heads}: {options.shape}'s d_model of {shape.d_model} cannot be shared out among "
+                "them"
+            )
     if not 2 <= options.prompt_len <= shape.context_length:
-        raise UserError(f"--prompt-len {options.prompt_len}: between 2 and {options.shape}'s context of {shape.context_length}")
+        raise UserError(
+            f"--prompt-len {options.prompt_len}: between 2 and {options.shape}'s context of "
+            f"{shape.context_length}"
+        )
 
 
 def benchmark(options: argparse.Namespace) -> None:
@@ -187,8 +224,10 @@ def benchmark(options: argparse.Namespace) -> None:
     device, shape = resolve_device(options.device), SHAPES[options.shape]
     text = [
         head_of_section(device),
-        f"{options.shape}: {shape.n_layers} layers, {shape.n_heads} heads, d_model {shape.d_model}, random weights, {options.dtype}; "
-        f"{options.prompts[0]} prompts × {options.prompt_len} tokens unless said otherwise; resample ablation of every head; "
+        f"{options.shape}: {shape.n_layers} layers, {shape.n_heads} heads, d_model {shape.d_model}, random "
+        f"weights, {options.dtype}; "
+        f"{options.prompts[0]} prompts × {options.prompt_len} tokens unless said otherwise; resample "
+        "ablation of every head; "
         f"times of one call of the engine, median of {options.repetitions}, and of one sweep.",
         *memory_tables(options),
     ]
@@ -196,19 +235,43 @@ def benchmark(options: argparse.Namespace) -> None:
         seconds = median_seconds(growing, options.repetitions)
         text.append(growth_table(what, growing, seconds))
         text.append(power_law(seconds) if min(seconds) else straight_line(growing, seconds))
-    write_section(options.results, f"Scaling: {options.shape}, {options.dtype}, {device.type}", "\n\n".join(text))
+    write_section(
+        options.results, f"Scaling: {options.shape}, {options.dtype}, {device.type}", "\n\n".join(text)
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="pocket-pythia-small")
-    parser.add_argument("--dtype", choices=PRECISIONS, default="float32", help="of the weights, or tf32 (%(default)s)")
+    parser.add_argument(
+        "--dtype", choices=PRECISIONS, default="float32", help="of the weights, or tf32 (%(default)s)"
+    )
     parser.add_argument("--prompt-len", type=positive, default=128, help="tokens per prompt (128)")
-    parser.add_argument("--prompts", type=even, nargs="+", default=[8, 16, 32, 64], help="of one call of the engine (8 16 32 64)")
-    parser.add_argument("--heads", type=positive, nargs="+", default=[2, 4, 8, 16], help="in every layer, d_model as it is (2 4 8 16)")
-    parser.add_argument("--layers", type=positive, nargs="+", default=[2, 4, 8, 16], help="of the model (2 4 8 16)")
-    parser.add_argument("--sweep-prompts", type=even, nargs="+", default=[128, 256, 512, 1024], help="of whole sweeps (128 256 512 1024)")
+    parser.add_argument(
+        "--prompts",
+        type=even,
+        nargs="+",
+        default=[8, 16, 32, 64],
+        help="of one call of the engine (8 16 32 64)",
+    )
+    parser.add_argument(
+        "--heads",
+        type=positive,
+        nargs="+",
+        default=[2, 4, 8, 16],
+        help="in every layer, d_model as it is (2 4 8 16)",
+    )
+    parser.add_argument(
+        "--layers", type=positive, nargs="+", default=[2, 4, 8, 16], help="of the model (2 4 8 16)"
+    )
+    parser.add_argument(
+        "--sweep-prompts",
+        type=even,
+        nargs="+",
+        default=[128, 256, 512, 1024],
+        help="of whole sweeps (128 256 512 1024)",
+    )
     parser.add_argument("--repetitions", type=positive, default=5, help="of every call (5)")
     return run(parser, arguments, benchmark)
 

@@ -65,7 +65,9 @@ def _pocket_shapes() -> dict[str, Shape]:
     found = {}
     for path in sorted((MODELS / "configs").glob("*.yaml")):
         values = vars(load_config(path))
-        found[path.stem] = Shape(**{name: values["sequence_length" if name == "context_length" else name] for name in names})
+        found[path.stem] = Shape(
+            **{name: values["sequence_length" if name == "context_length" else name] for name in names}
+        )
     return found
 
 
@@ -116,7 +118,9 @@ def make_model(name: str, shape: Shape, device: torch.device, dtype: torch.dtype
             else:
                 parameter.normal_(std=min(parameter.shape) ** -0.5)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel({"<bos>": 0}, unk_token="<bos>")), bos_token="<bos>", eos_token="<bos>"
+        tokenizer_object=Tokenizer(WordLevel({"<bos>": 0}, unk_token="<bos>")),
+        bos_token="<bos>",
+        eos_token="<bos>",
     )
     with tempfile.TemporaryDirectory() as folder:  # a bridge takes its tokenizer from a folder
         hf.config.save_pretrained(folder)

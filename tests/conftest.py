@@ -1,3 +1,4 @@
+import contextlib
 import functools
 import os
 import subprocess
@@ -11,6 +12,30 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # Every annotated shape and type of the library is checked while the tests run: before it is imported anywhere.
 install_import_hook("selfrepair", "typechecker.typechecker")
+
+
+#: Marks of tests that are not in the quick loop; each says what its test protects.
+KINDS = ("slow", "slurm", "gpu")
+
+
+def pytest_collection_modifyitems(items):
+    """Every test gets exactly one mark: ``fast`` unless it has another."""
+    for item in items:
+        marks = [mark for kind in KINDS for mark in item.iter_markers(kind)]
+        if len({mark.name for mark in marks}) > 1:
+            raise pytest.UsageError(f"{item.nodeid} has several marks of {', '.join(KINDS)}")
+        if any(len(mark.args) != 1 for mark in marks):
+            raise pytest.UsageError(f"{item.nodeid}: its mark must say what it protects: slow('...')")
+        if not marks:
+            item.add_marker("fast")
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs an NVIDIA GPU")
 
 
 @pytest.fixture
@@ -32,9 +57,8 @@ def small_disk(tmp_path):
         subprocess.run(["umount", folder], check=True)
 
 
-@pytest.fixture(scope="module")
-def family(tmp_path_factory):
-    """(model, the same in Hugging Face float64) by family and dtype, loaded once."""
+@pytest.fixture(scope="session")
+def loaded_families(tmp_path_factory):
     import reference
     import torch
     from families import load_family
@@ -45,6 +69,39 @@ def family(tmp_path_factory):
         folder = tmp_path_factory.mktemp(name)
         model = load_family(name, folder, dtype)
         hf = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float64)  # not eager attention, which computes in float32
-        return model, reference.in_float64(hf.eval())
+        hf = reference.in_float64(hf.eval())
+        return model, hf, state_of(model.hf), state_of(hf)
 
     return load
+
+
+@pytest.fixture(scope="module")
+def family(loaded_families):
+    """(model, the same in Hugging Face float64) by family and dtype, loaded once; no test may leave them changed."""
+    used = {}
+
+    def load(*which):
+        used[which] = loaded_families(*which)
+        return used[which][:2]
+
+    yield load
+    for which, (model, hf, *states) in used.items():
+        assert [state_of(model.hf), state_of(hf)] == states, f"{which}: left changed for other tests"
+
+
+def state_of(hf):
+    """Hash of weights and buffers, and the hooks and swapped ``forward``\ s of every module."""
+    import torch
+
+    weights = {name: (tensor.data_ptr(), hash(tensor.contiguous().view(torch.uint8).numpy().tobytes())) for name, tensor in hf.state_dict().items()}
+    modules = {name: (len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in vars(m)) for name, m in hf.named_modules()}
+    return weights, modules
+
+
+@pytest.fixture(params=(False, True), ids=("plain", "fast"))
+def path(request):
+    """``path(model)``: the model by the engine's plain path, then in another test by its fast one."""
+    from selfrepair.engine.fast import fast_path
+
+    with contextlib.ExitStack() as until_the_end:
+        yield lambda model: until_the_end.enter_context(fast_path(model, on=request.param))

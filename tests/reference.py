@@ -26,14 +26,24 @@ def _parts(hf):
     if kind == "phi":
         return base.layers, [b.self_attn.dense for b in base.layers], base.final_layernorm
     if kind == "opt":
-        return base.decoder.layers, [b.self_attn.out_proj for b in base.decoder.layers], base.decoder.final_layer_norm
+        return (
+            base.decoder.layers,
+            [b.self_attn.out_proj for b in base.decoder.layers],
+            base.decoder.final_layer_norm,
+        )
     raise ValueError(kind)
 
 
 def mlp_projections(hf):
     """The MLPs' output projections, by layer."""
     llama = "mlp.down_proj"
-    names = {"gpt2": "mlp.c_proj", "gpt_neo": "mlp.c_proj", "gpt_neox": "mlp.dense_4h_to_h", "opt": "fc2", "phi": "mlp.fc2"}
+    names = {
+        "gpt2": "mlp.c_proj",
+        "gpt_neo": "mlp.c_proj",
+        "gpt_neox": "mlp.dense_4h_to_h",
+        "opt": "fc2",
+        "phi": "mlp.fc2",
+    }
     names |= {"llama": llama, "mistral": llama, "qwen2": llama, "qwen3": llama}
     return [block.get_submodule(names[hf.config.model_type]) for block in _parts(hf)[0]]
 
@@ -62,7 +72,7 @@ def _out_matrix(projection) -> Tensor:
 
 @torch.no_grad()
 def forward(hf, tokens, patch=None):
-    """Full forward pass. ``patch = (layer, head, z_new)`` replaces one head's z. Returns what the definitions need."""
+    """Full forward pass, what the definitions need of it; ``patch = (layer, head, z_new)`` replaces a z."""
     blocks, projections, norm = _parts(hf)
     heads = hf.config.num_attention_heads
     seen = {"z": {}, "attention": {}, "residual": {}}
@@ -88,7 +98,9 @@ def forward(hf, tokens, patch=None):
             projection.register_forward_hook(after),
             block.register_forward_pre_hook(enter, with_kwargs=True),
         ]
-    handles.append(norm.register_forward_pre_hook(lambda _, args: seen["residual"].__setitem__(len(blocks), args[0])))
+    handles.append(
+        norm.register_forward_pre_hook(lambda _, args: seen["residual"].__setitem__(len(blocks), args[0]))
+    )
     try:
         seen["logits"] = hf(input_ids=tokens, use_cache=False).logits
     finally:
@@ -110,7 +122,7 @@ def sigma(hf, residual):
 
 
 def read_frozen(hf, written, sigma_clean, tokens):
-    """Direct effect of ``written`` [b, k, d]: through the norm's own formula with σ frozen, onto the centred unembedding."""
+    """Direct effect of ``written`` [b, k, d]: the norm's formula, σ frozen, onto the centred unembedding."""
     norm = _parts(hf)[2]
     if type(norm).__name__ == "LayerNorm":
         written = written - written.mean(-1, keepdim=True)
@@ -121,7 +133,11 @@ def read_frozen(hf, written, sigma_clean, tokens):
 
 @torch.no_grad()
 def ablate(hf, tokens, layer, head, kind):
-    """Every quantity of the definitions for one head, from two full forward passes."""
+    """Every quantity of the definitions for one head, from two full forward passes.
+
+    ``kind`` is the name of an ablation, or a function from ``z [prompt, position, d_head]`` to what takes
+    its place.
+    """
     clean = forward(hf, tokens)
     heads = hf.config.num_attention_heads
     width = clean["z"][layer].shape[-1] // heads
@@ -135,6 +151,8 @@ def ablate(hf, tokens, layer, head, kind):
         new = z.mean((0, 1)).expand_as(z)
     elif kind == "zero":
         new = bias.expand_as(z)
+    elif callable(kind):
+        new = kind(z).expand_as(z)
     ablated = forward(hf, tokens, (layer, head, new))
     projections = _parts(hf)[1]
     last = len(projections)
@@ -177,11 +195,14 @@ def ablate(hf, tokens, layer, head, kind):
 
 
 def in_float64(hf):
-    """transformers' RMSNorm and GPT-Neo's attention compute in float32 whatever the dtype; the reference must not."""
+    """RMSNorm and GPT-Neo's attention compute in float32 whatever the dtype; the reference must not."""
     for module in hf.modules():
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = functools.partial(
-                lambda x, norm: norm.weight * x * (x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt(), norm=module
+                lambda x, norm: (
+                    norm.weight * x * (x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
+                ),
+                norm=module,
             )
         elif type(module).__name__ == "GPTNeoSelfAttention":
             module._attn = functools.partial(_gpt_neo_attention, module)

@@ -1,4 +1,4 @@
-"""The benchmarks run, write their own section only, and count what they say they count. No test asserts a time."""
+"""Benchmarks run, write their own section only, and count what they say. No test asserts a time."""
 
 import importlib
 import json
@@ -13,17 +13,19 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from selfrepair.engine.head_ablation import ablate_heads
-from selfrepair.errors import UserError
-from selfrepair.engine.fast.low_rank import FirstMaps
-from selfrepair.paths import REPOSITORY
-from selfrepair.engine.ablations import replacement_for
+from selfrepair.engine.ablations import find_ablation
+from selfrepair.engine.fast import FirstMaps, fast_path
 from selfrepair.engine.forward import Replay, run_clean
+from selfrepair.engine.head_ablation import ablate_heads
+from selfrepair.engine.sites import HEADS
+from selfrepair.errors import UserError
+from selfrepair.paths import REPOSITORY
 
 BENCHMARKS = REPOSITORY / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 engine, machine, operations, precision, report, scaling, shapes = (
-    importlib.import_module(name) for name in ("engine", "machine", "operations", "precision", "report", "scaling", "shapes")
+    importlib.import_module(name)
+    for name in ("engine", "machine", "operations", "precision", "report", "scaling", "shapes")
 )
 CPU = torch.device("cpu")
 OTHER = "<!-- begin Other -->\n## Other\n\nkept \\1\n<!-- end Other -->\n"
@@ -32,7 +34,17 @@ OTHER = "<!-- begin Other -->\n## Other\n\nkept \\1\n<!-- end Other -->\n"
 def run_script(script, results, *arguments):
     """The section that the script wrote into ``results``, which held another one."""
     results.write_text(report.TITLE + "\n" + OTHER)
-    command = [sys.executable, str(BENCHMARKS / script), "--results", str(results), "--threads", "1", "--device", "cpu", *arguments]
+    command = [
+        sys.executable,
+        str(BENCHMARKS / script),
+        "--results",
+        str(results),
+        "--threads",
+        "1",
+        "--device",
+        "cpu",
+        *arguments,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     text = results.read_text()
@@ -45,24 +57,54 @@ def run_script(script, results, *arguments):
 def rows_of(section, header):
     """Rows of cells of the table whose header begins with ``header``."""
     lines = section[section.index(f"| {header}") :].split("\n\n")[0].splitlines()
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:] if line.startswith("|")]
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:] if line.startswith("|")
+    ]
 
 
 def test_engine(tmp_path):
-    arguments = ("--shape", "tiny-pythia", "--prompts", "2", "--prompt-len", "8", "--heads-timed", "2", "--repetitions", "1")
+    arguments = (
+        "--shape",
+        "tiny-pythia",
+        "--prompts",
+        "2",
+        "--prompt-len",
+        "8",
+        "--heads-timed",
+        "2",
+        "--repetitions",
+        "1",
+    )
     section = run_script("engine.py", tmp_path / "R.md", *arguments, "--sweep-prompts", "2")
     assert "## Engine: tiny-pythia, float32, cpu" in section
     assert "Sweep of all heads on 2 prompts × 8 = 16 tokens" in section
-    assert len(rows_of(section, "way")) == 3
+    ways = rows_of(section, "way")
+    assert [row[0] for row in ways[:2]] == ["engine, fast path", "engine, plain path"] and len(ways) == 4
     ways = [row[0] for row in rows_of(section, "speed")]
     assert len(ways) == 2 and "64 rows" in ways[0]  # 4 heads × 2 prompts × 8 positions at once
     assert int(rows_of(section, "memory")[0][1]) > 100
-    assert len(rows_of(section, "difference from engine")) == 4
+    assert len(rows_of(section, "difference from the fast path")) == 4 + 3
 
 
 def test_scaling(tmp_path):
-    arguments = ("--shape", "tiny-gpt2", "--prompt-len", "8", "--prompts", "2", "4", "--heads", "2", "4", "--layers", "2", "3")
-    section = run_script("scaling.py", tmp_path / "R.md", *arguments, "--sweep-prompts", "2", "4", "--repetitions", "1")
+    arguments = (
+        "--shape",
+        "tiny-gpt2",
+        "--prompt-len",
+        "8",
+        "--prompts",
+        "2",
+        "4",
+        "--heads",
+        "2",
+        "4",
+        "--layers",
+        "2",
+        "3",
+    )
+    section = run_script(
+        "scaling.py", tmp_path / "R.md", *arguments, "--sweep-prompts", "2", "4", "--repetitions", "1"
+    )
     assert "## Scaling: tiny-gpt2, float32, cpu" in section
     memory = rows_of(section, "prompts of a sweep")
     assert [row[0] for row in memory] == ["2", "4"] and memory[0][4] == "1.000"
@@ -77,11 +119,29 @@ def test_precision(tmp_path):
     arguments = ("--models", "pocket-pythia-small", "--prompts", "2", "--prompt-len", "16")
     section = run_script("precision.py", tmp_path / "R.md", *arguments)
     assert "## Precision: pocket-pythia-small, cpu" in section
-    means, by_layer = (rows_of(part, "root mean square") for part in section.split("Error over all heads and tokens"))
-    found = {row[0]: [float(cell.split(" / ")[0]) for cell in row[1:] if cell] for row in means if "not available" not in row[1]}
-    assert list(found) == ["float64: size of the means", "float32", precision.LOW_RANK, "bfloat16", "float16", precision.ROUNDED]
+    means, by_layer = (
+        rows_of(part, "root mean square") for part in section.split("Error over all heads and tokens")
+    )
+    found = {
+        row[0]: [float(cell.split(" / ")[0]) for cell in row[1:] if cell]
+        for row in means
+        if "not available" not in row[1]
+    }
+    assert list(found) == [
+        "float64: size of the means",
+        "float32",
+        precision.LOW_RANK,
+        "bfloat16",
+        "float16",
+        precision.ROUNDED,
+    ]
     assert [row[0] for row in means if "not available on this device" in row[1]] == ["tf32"]
-    for name, low, high in (("float32", 1e-8, 1e-5), ("float16", 1e-5, 1e-2), ("bfloat16", 1e-4, 1e-1), (precision.ROUNDED, 1e-4, 1e-1)):
+    for name, low, high in (
+        ("float32", 1e-8, 1e-5),
+        ("float16", 1e-5, 1e-2),
+        ("bfloat16", 1e-4, 1e-1),
+        (precision.ROUNDED, 1e-4, 1e-1),
+    ):
         assert low < found[name][0] < high, name
     assert [row[0] for row in by_layer[:4]] == [f"float32: layer {layer}" for layer in range(4)]
     assert by_layer[3][3] == by_layer[3][4] == "–"  # nothing is above the last layer of a parallel model
@@ -137,15 +197,23 @@ def test_needed_operations_are_those_of_running_every_part_by_itself(name):
         maps = [torch.zeros(shape, dtype=torch.float64) for shape in FIRST_MAPS[name]]
         dense = counted(lambda maps=maps: [residual.flatten(0, 1) @ weight for weight in maps])
         low = counted(lambda maps=maps: [z @ (model.W_O(0)[0] @ weight) for weight in maps])
-        assert operations.needed_flops(model, 4, 16, layers, low_rank=True) == full - ablations * (dense - low)
+        assert operations.needed_flops(model, 4, 16, layers, low_rank=True) == full - ablations * (
+            dense - low
+        )
         least = FirstMaps.pay(model, layers[0])
-        done = counted(lambda layers=layers: ablate_heads(model, tokens, replacement_for("resample", model, None), layers))
+        here = find_ablation("resample").prepare(model, [], HEADS)
+        with fast_path(model, on=True) as fast:
+            done = counted(
+                lambda fast=fast, layers=layers, here=here: ablate_heads(fast, tokens, here, layers)
+            )
         assert operations.needed_flops(model, 4, 16, layers, low_rank=least) <= done
 
 
 def test_low_rank_is_not_counted_where_it_is_more_work():
     model = shapes.make_model("tiny-gpt2", shapes.SHAPES["tiny-gpt2"], CPU, torch.float64)
-    assert operations.needed_flops(model, 2, 5, range(2), True) == operations.needed_flops(model, 2, 5, range(2), False)
+    assert operations.needed_flops(model, 2, 5, range(2), True) == operations.needed_flops(
+        model, 2, 5, range(2), False
+    )
 
 
 @pytest.mark.parametrize(
@@ -168,7 +236,13 @@ def test_pocket_shapes_are_the_models_that_ship():
     for path in (REPOSITORY / "shared" / "models").glob("pocket-*/config.json"):
         saved = json.loads(path.read_text())
         config = shapes.SHAPES[path.parent.name].config()
-        for key in ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size", "max_position_embeddings"):
+        for key in (
+            "num_hidden_layers",
+            "num_attention_heads",
+            "hidden_size",
+            "vocab_size",
+            "max_position_embeddings",
+        ):
             names = (key, config.attribute_map.get(key))
             assert getattr(config, key) == next(saved[name] for name in names if name in saved), (path, key)
 
@@ -182,7 +256,8 @@ def test_a_model_is_made_in_its_dtype_with_every_weight_random():
 
 def test_weights_that_do_not_fit_are_refused(monkeypatch):
     monkeypatch.setattr(shapes, "free_memory", lambda device: 200_000)
-    said = r"^tiny-gpt2: weights in float32 take 0\.000499 GB, 0\.0002 GB are free on cpu; use --dtype bfloat16 or a device"
+    said = r"^tiny-gpt2: weights in float32 take 0\.000499 GB, 0\.0002 GB are free on cpu; "
+    said += "use --dtype bfloat16 or a device"
     with pytest.raises(UserError, match=said):
         shapes.make_model("tiny-gpt2", shapes.SHAPES["tiny-gpt2"], CPU, torch.float32)
     monkeypatch.setattr(shapes, "free_memory", lambda device: 600_000)
@@ -215,11 +290,12 @@ def test_bad_arguments_are_told_in_one_line(script, arguments, said, tmp_path, c
 
 def test_nothing_is_written_where_the_alternatives_disagree(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(engine, "in_fresh_process", lambda function, *arguments: function(*arguments))
-    plain = engine.run_engine
+    real = engine.run_engine
 
-    def other(*arguments):
-        found = plain(*arguments)
-        found.self_repair_mlps.mul_(1.001)
+    def other(model, *arguments):
+        found = real(model, *arguments)
+        if model.fast:
+            found.self_repair_mlps.mul_(1.001)
         return found
 
     monkeypatch.setattr(engine, "run_engine", other)
@@ -245,7 +321,9 @@ def test_layers_swept_and_heads_timed():
     options = engine.argparse.Namespace(shape="llama-7b", layer_step=8)
     layers = engine.swept_layers(options)
     assert list(layers) == [3, 11, 19, 27]
-    assert engine.sample_heads(layers, 32, 3) == [(3, 1), (11, 6), (27, 11)] or engine.sample_heads(layers, 32, 3) == [
+    assert engine.sample_heads(layers, 32, 3) == [(3, 1), (11, 6), (27, 11)] or engine.sample_heads(
+        layers, 32, 3
+    ) == [
         (3, 1),
         (19, 6),
         (27, 11),
@@ -261,7 +339,9 @@ def test_memory_is_the_growth_of_the_peak():
 def test_fits():
     assert scaling.power_law({2: 3.0, 4: 12.0, 8: 48.0}) == "Fitted: time ∝ n^2.00."
     case = engine.argparse.Namespace(model=engine.argparse.Namespace(n_heads=2))
-    assert scaling.straight_line({0: case}, {0: 2.0, 1: 5.0, 2: 8.0}).startswith("Fitted: 1e+03 ms per head, a share")
+    assert scaling.straight_line({0: case}, {0: 2.0, 1: 5.0, 2: 8.0}).startswith(
+        "Fitted: 1e+03 ms per head, a share"
+    )
     assert "1.5e+03 ms more" in scaling.straight_line({0: case}, {0: 2.0, 1: 5.0, 2: 8.0})
 
 
@@ -285,7 +365,11 @@ def test_weights_rounded_to_bfloat16():
     assert rounded.dtype == torch.float64
     assert all(torch.equal(weight, weight.bfloat16().double()) for weight in rounded.hf.parameters())
     x = torch.randn(3, 192, dtype=torch.float64)
-    wanted = rounded.final_norm.weight * x / (x.square().mean(-1, keepdim=True) + rounded.final_norm.variance_epsilon).sqrt()
+    wanted = (
+        rounded.final_norm.weight
+        * x
+        / (x.square().mean(-1, keepdim=True) + rounded.final_norm.variance_epsilon).sqrt()
+    )
     torch.testing.assert_close(rounded.final_norm(x), wanted, rtol=0, atol=1e-12)
 
 

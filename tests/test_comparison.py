@@ -1,42 +1,47 @@
-"""Our heads tables against published ones: fake ones made from a local model's own table, and tiny ones made by hand."""
+"""Our heads tables against published ones: fakes made from a local model's table, and tiny ones by hand."""
 
 import math
 
 import numpy as np
 import pandas as pd
 import pytest
+import xarray as xr
 from families import load_family, random_tokens
 
 from selfrepair.analysis import published
-from selfrepair.analysis.head_table import heads_table
 from selfrepair.analysis.comparison import COLUMNS, QUANTITIES, compare_with_published, report, to_markdown
-from selfrepair.text.corpora import Prompts
-from selfrepair.errors import UserError
-from selfrepair.run.profiles import Profile
+from selfrepair.analysis.head_table import heads_table
 from selfrepair.analysis.published import HUB_IDS, published_heads, published_name
-from selfrepair.store.datasets import open_store
-from selfrepair.measure.heads import sweep
+from selfrepair.errors import UserError
+from selfrepair.measure.heads import MEASUREMENT
+from selfrepair.measure.task import described
+from selfrepair.measure.tokens import of_prompts
+from selfrepair.text.corpora import Prompts
 
-PROFILE = Profile(models=["gpt2"], ablations=["resample"], n_prompts=40, prompt_len=12, fraction=0.02)
+RUN = {"ablations": ["resample"], "fraction": 0.02, "amount": "40 prompts", "dataset": None}
 PARTS = [f"self_repair_{part}" for part in ("layernorm", "heads", "mlps")]
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    """A sweep of a small model that lies in a folder called ``gpt2``."""
-    folder = tmp_path_factory.mktemp("gpt2")
-    model = load_family("gpt2", folder)
-    return open_store(sweep(model, Prompts(random_tokens(40).numpy(), "random"), "resample", folder / "out", progress=False))
+def sweep(tmp_path_factory):
+    """The ablated heads of a small model that lies in a folder called ``gpt2``."""
+    model = load_family("gpt2", tmp_path_factory.mktemp("gpt2"))
+    inputs = {"tokens": of_prompts(Prompts(random_tokens(40).numpy(), "random"))}
+    shards = MEASUREMENT.shards({"n_prompts": 40})
+    parts = [MEASUREMENT.compute(model, {"ablation": "resample"}, inputs, shard) for shard in shards]
+    return xr.concat(parts, "prompt").sortby("prompt").assign_attrs(described(model))
 
 
 @pytest.fixture(scope="module")
-def ours(store):
-    return heads_table(store, 0.02)
+def ours(sweep):
+    return heads_table(sweep, 0.02)
 
 
 def fake(ours, noise=0.0, shift=0.0, seed=0):
-    """A published table: ``ours`` with noise of a known size, shifted down, its heads in another order and no ``self_repair``."""
-    table = ours[["model", "layer", "head", *(name for name in QUANTITIES if name != "self_repair")]].assign(model="gpt2-small")
+    """A published table: ``ours`` with noise, shifted down, heads in another order and no ``self_repair``."""
+    table = ours[["model", "layer", "head", *(name for name in QUANTITIES if name != "self_repair")]].assign(
+        model="gpt2-small"
+    )
     rng = np.random.Generator(np.random.PCG64(seed))
     for name in table.columns[3:]:
         table[name] = table[name] + noise * rng.standard_normal(len(table)) - shift
@@ -48,32 +53,54 @@ def with_self_repair(table):
 
 
 def by_hand(ours, theirs, quantity):
-    """Correlation, mean difference, mean absolute difference and heads inside, with loops over heads and sums alone."""
+    """Correlation, mean and mean absolute difference, heads inside, with loops over heads and sums alone."""
     pairs = []
     for row in ours.itertuples():
         (other,) = [r for r in theirs.itertuples() if (r.layer, r.head) == (row.layer, row.head)]
-        pairs.append((getattr(row, quantity), getattr(other, quantity), row.self_repair_low, row.self_repair_high))
+        pairs.append(
+            (getattr(row, quantity), getattr(other, quantity), row.self_repair_low, row.self_repair_high)
+        )
     x, y, low, high = np.array(pairs, dtype=np.float64).T
     n = len(pairs)
     covariance = (x * y).sum() / n - x.sum() / n * y.sum() / n
     variances = [(v * v).sum() / n - (v.sum() / n) ** 2 for v in (x, y)]
-    inside = sum(a <= v <= b for a, v, b in zip(low, y, high, strict=True)) / n if quantity == "self_repair" else math.nan
-    return covariance / math.sqrt(variances[0] * variances[1]), (x.sum() - y.sum()) / n, sum(abs(x - y)) / n, inside
+    inside = (
+        sum(a <= v <= b for a, v, b in zip(low, y, high, strict=True)) / n
+        if quantity == "self_repair"
+        else math.nan
+    )
+    return (
+        covariance / math.sqrt(variances[0] * variances[1]),
+        (x.sum() - y.sum()) / n,
+        sum(abs(x - y)) / n,
+        inside,
+    )
 
 
 @pytest.mark.parametrize(("noise", "shift"), [(0.05, 0.3), (2.0, -1.0)])
 def test_agreement_is_what_loops_over_heads_give(ours, noise, shift):
     theirs = with_self_repair(fake(ours, noise, shift))
     found = compare_with_published(ours, theirs)
-    assert found["quantity"].tolist() == list(QUANTITIES) and set(found["model"]) == {"gpt2"} and set(found["n_heads"]) == {12}
+    assert (
+        found["quantity"].tolist() == list(QUANTITIES)
+        and set(found["model"]) == {"gpt2"}
+        and set(found["n_heads"]) == {12}
+    )
     for row in found.itertuples():
         wanted = by_hand(ours, theirs, row.quantity)
-        got = (row.correlation, row.mean_difference, row.mean_absolute_difference, row.published_in_our_interval)
-        np.testing.assert_allclose(got, wanted, rtol=1e-9, atol=1e-12)
-        assert row.mean_ours == pytest.approx(ours[row.quantity].mean()) and row.mean_published == pytest.approx(
-            theirs[row.quantity].mean()
+        got = (
+            row.correlation,
+            row.mean_difference,
+            row.mean_absolute_difference,
+            row.published_in_our_interval,
         )
-    shifts = {row.quantity: (3 if row.quantity == "self_repair" else 1) * shift for row in found.itertuples()}  # three parts, each shifted
+        np.testing.assert_allclose(got, wanted, rtol=1e-9, atol=1e-12)
+        assert row.mean_ours == pytest.approx(
+            ours[row.quantity].mean()
+        ) and row.mean_published == pytest.approx(theirs[row.quantity].mean())
+    shifts = {
+        row.quantity: (3 if row.quantity == "self_repair" else 1) * shift for row in found.itertuples()
+    }  # three parts, each shifted
     spread = found["quantity"].eq("self_repair").map({True: 3**0.5, False: 1}) * noise / 12**0.5
     assert ((found["mean_difference"] - found["quantity"].map(shifts)).abs() < 4 * spread).all()
 
@@ -83,17 +110,35 @@ def test_without_noise_the_tables_agree_wholly(ours):
     np.testing.assert_allclose(found["correlation"], 1, atol=1e-12)
     differences = found.set_index("quantity")[["mean_difference", "mean_absolute_difference"]]
     assert (differences.drop(index="self_repair") == 0).all(axis=None)
-    np.testing.assert_allclose(differences.loc["self_repair"], 0, atol=1e-7)  # stored in float32; published as a sum of parts
+    np.testing.assert_allclose(
+        differences.loc["self_repair"], 0, atol=1e-7
+    )  # stored in float32; published as a sum of parts
     assert found.set_index("quantity")["published_in_our_interval"].dropna().to_dict() == {"self_repair": 1.0}
-    opposite = compare_with_published(ours, with_self_repair(fake(ours)).assign(direct_effect=lambda t: -t["direct_effect"]))
+    opposite = compare_with_published(
+        ours, with_self_repair(fake(ours)).assign(direct_effect=lambda t: -t["direct_effect"])
+    )
     assert opposite.set_index("quantity")["correlation"]["direct_effect"] == pytest.approx(-1)
 
 
 def test_two_heads_by_hand():
-    table = pd.DataFrame({"model": "gpt2", "layer": 0, "head": [0, 1], "direct_effect": [1.0, 2.0], "logit_change": [3.0, 3.0]})
-    released = pd.DataFrame({"model": "gpt2-small", "layer": 0, "head": [1, 0], "direct_effect": [5.0, 0.5], "logit_change": [4.0, 1.0]})
+    table = pd.DataFrame(
+        {"model": "gpt2", "layer": 0, "head": [0, 1], "direct_effect": [1.0, 2.0], "logit_change": [3.0, 3.0]}
+    )
+    released = pd.DataFrame(
+        {
+            "model": "gpt2-small",
+            "layer": 0,
+            "head": [1, 0],
+            "direct_effect": [5.0, 0.5],
+            "logit_change": [4.0, 1.0],
+        }
+    )
     found = compare_with_published(table, released).set_index("quantity")
-    assert list(found.index) == ["direct_effect", "logit_change"] and list(COLUMNS) == ["model", "quantity", *found.columns[1:]]
+    assert list(found.index) == ["direct_effect", "logit_change"] and list(COLUMNS) == [
+        "model",
+        "quantity",
+        *found.columns[1:],
+    ]
     assert found.loc["direct_effect"].tolist()[1:] == [
         "logits",
         2,
@@ -104,8 +149,13 @@ def test_two_heads_by_hand():
         1.75,
         pytest.approx(math.nan, nan_ok=True),
     ]
-    assert math.isnan(found.loc["logit_change", "correlation"]) and found.loc["logit_change", "mean_difference"] == 0.5
-    assert "| gpt2  | 2     | r 1.000, -1.250 (2.750) | r undefined, +0.500 (2.500) |" in to_markdown(found.reset_index())
+    assert (
+        math.isnan(found.loc["logit_change", "correlation"])
+        and found.loc["logit_change", "mean_difference"] == 0.5
+    )
+    assert "| gpt2  | 2     | r 1.000, -1.250 (2.750) | r undefined, +0.500 (2.500) |" in to_markdown(
+        found.reset_index()
+    )
 
 
 @pytest.mark.filterwarnings("error")
@@ -133,7 +183,14 @@ def test_constant_columns_have_no_correlation_and_no_warning(ours, side, constan
         ("pythia-410m", "pythia-410m"),
         *(
             (other, other)
-            for other in ("gpt2-large", "EleutherAI/pythia-160m-deduped", "pythia-160m-v0", "else/gpt2", "pocket-gpt2", "GPT2")
+            for other in (
+                "gpt2-large",
+                "EleutherAI/pythia-160m-deduped",
+                "pythia-160m-v0",
+                "else/gpt2",
+                "pocket-gpt2",
+                "GPT2",
+            )
         ),
     ],
 )
@@ -148,7 +205,10 @@ def test_names_are_those_of_the_released_tables():
 def test_only_models_with_published_numbers_are_compared(ours):
     theirs = with_self_repair(fake(ours))
     both = pd.concat([ours.assign(model="gpt2-large"), ours, ours.assign(model="openai-community/gpt2")])
-    assert compare_with_published(both, theirs)["model"].unique().tolist() == ["gpt2", "openai-community/gpt2"]
+    assert compare_with_published(both, theirs)["model"].unique().tolist() == [
+        "gpt2",
+        "openai-community/gpt2",
+    ]
     nothing = compare_with_published(ours.assign(model="pocket-gpt2"), theirs)
     assert nothing.empty and list(nothing.columns) == list(COLUMNS)
 
@@ -156,7 +216,10 @@ def test_only_models_with_published_numbers_are_compared(ours):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda t: t[t["head"] < 3], "gpt2: 9 heads in 3 layers were measured, but the released gpt2-small has 12 heads in 3 layers"),
+        (
+            lambda t: t[t["head"] < 3],
+            "gpt2: 9 heads in 3 layers were measured, but the released gpt2-small has 12 heads in 3 layers",
+        ),
         (lambda t: t[t["layer"] < 2], "8 heads in 2 layers"),
         (lambda t: t.assign(layer=t["head"], head=t["layer"]), "12 heads in 4 layers"),
         (lambda t: pd.concat([t, t]), "24 heads in 3 layers"),
@@ -169,16 +232,22 @@ def test_another_model_of_the_same_name_is_refused(ours, change, said):
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, store):
-    """A results folder as notebook 01 leaves it, with fake released tables over the top 2 % and over all tokens."""
+def run(tmp_path, monkeypatch, sweep):
+    """A results folder as notebook 01 leaves it, with fake released tables of both kinds of tokens."""
 
     def make(fraction=0.02, **released):
         monkeypatch.setattr(published, "PUBLISHED", tmp_path)
-        everything = heads_table(store, 1).drop(columns=[f"clipped_share_{part}" for part in ("layernorm", "heads", "mlps")])
-        fake(heads_table(store, 0.02), **released).to_csv(tmp_path / "published_head_breakdown_top2pct.csv", index=False)
+        everything = heads_table(sweep, 1).drop(
+            columns=[f"clipped_share_{part}" for part in ("layernorm", "heads", "mlps")]
+        )
+        fake(heads_table(sweep, 0.02), **released).to_csv(
+            tmp_path / "published_head_breakdown_top2pct.csv", index=False
+        )
         columns = ["model", "layer", "head", "logit_change", "direct_effect", "ablated_direct_effect", *PARTS]
-        everything.assign(model="gpt2-small")[columns].to_csv(tmp_path / "published_head_breakdown_all_tokens.csv", index=False)
-        heads_table(store, fraction).to_csv(tmp_path / "heads_resample.csv", index=False, float_format="%.6g")
+        everything.assign(model="gpt2-small")[columns].to_csv(
+            tmp_path / "published_head_breakdown_all_tokens.csv", index=False
+        )
+        heads_table(sweep, fraction).to_csv(tmp_path / "heads_resample.csv", index=False, float_format="%.6g")
         return tmp_path
 
     return make
@@ -186,7 +255,7 @@ def run(tmp_path, monkeypatch, store):
 
 def test_report_of_a_run(run, ours):
     folder = run(noise=0.1, shift=0.25)
-    said = report(PROFILE, folder)
+    said = report(folder, **RUN)
     theirs = with_self_repair(fake(ours, 0.1, 0.25))
     kept = pd.read_csv(folder / "comparison.csv").set_index("quantity")
     for quantity in QUANTITIES:
@@ -196,13 +265,17 @@ def test_report_of_a_run(run, ours):
     correlation, difference, _, inside = by_hand(ours, theirs, "self_repair")
     mean = theirs["self_repair"].mean()
     assert f"| r {correlation:.3f}, {difference:+.3f} ({mean:.3f}), {inside:.0%} inside |" in said
-    assert "40 prompts of the held-out prose" in said and "the top 2 % of tokens" in said and str(folder / "comparison.csv") in said
+    assert (
+        "40 prompts of the held-out prose" in said
+        and "the top 2 % of tokens" in said
+        and str(folder / "comparison.csv") in said
+    )
     assert "No released numbers" not in said and max(map(len, said.splitlines())) < 180
 
 
 def test_report_takes_the_released_table_of_the_same_tokens(run):
     folder = run(1.0, shift=5.0)
-    said = report(PROFILE.changed(fraction=1.0, dataset="pile"), folder)
+    said = report(folder, **RUN | {"fraction": 1.0, "dataset": "pile"})
     compared = pd.read_csv(folder / "comparison.csv")
     np.testing.assert_allclose(compared["correlation"], 1, atol=1e-6)
     assert compared["mean_absolute_difference"].max() < 1e-4 and "all tokens" in said and "of pile" in said
@@ -212,11 +285,13 @@ def test_report_takes_the_released_table_of_the_same_tokens(run):
 def test_report_names_models_without_released_numbers(run):
     folder = run()
     table = pd.read_csv(folder / "heads_resample.csv")
-    pd.concat([table, table.assign(model="gpt2-large"), table.assign(model="123")]).to_csv(folder / "heads_resample.csv", index=False)
-    assert "No released numbers: 123, gpt2-large." in report(PROFILE, folder).splitlines()
+    pd.concat([table, table.assign(model="gpt2-large"), table.assign(model="123")]).to_csv(
+        folder / "heads_resample.csv", index=False
+    )
+    assert "No released numbers: 123, gpt2-large." in report(folder, **RUN).splitlines()
     assert set(pd.read_csv(folder / "comparison.csv")["model"]) == {"gpt2"}
     table.assign(model="123").to_csv(folder / "heads_resample.csv", index=False)
-    assert report(PROFILE, folder).endswith("this run is of 123.")
+    assert report(folder, **RUN).endswith("this run is of 123.")
 
 
 @pytest.mark.parametrize(
@@ -229,16 +304,19 @@ def test_report_names_models_without_released_numbers(run):
 )
 def test_report_says_in_one_line_why_nothing_is_compared(run, changes, said):
     folder = run()
-    report(PROFILE, folder)
+    report(folder, **RUN)
     assert (folder / "comparison.csv").exists()
     table = pd.read_csv(folder / "heads_resample.csv").assign(model="pocket-gpt2")
     table.to_csv(folder / "heads_resample.csv", index=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pd.DataFrame, "to_csv", lambda *_, **__: pytest.fail("wrote a comparison"))
-        found = report(PROFILE.changed(**changes), folder)
-    assert pd.Series([found]).str.match(f"No comparison with the released numbers: .*{said}").all() and "\n" not in found
+        found = report(folder, **RUN | changes)
+    assert (
+        pd.Series([found]).str.match(f"No comparison with the released numbers: .*{said}").all()
+        and "\n" not in found
+    )
     assert not (folder / "comparison.csv").exists()
 
 
 def test_a_run_without_the_table_of_heads_is_said(tmp_path):
-    assert "notebook 01" in report(PROFILE, tmp_path)
+    assert "notebook 01" in report(tmp_path, **RUN)

@@ -1,12 +1,14 @@
 import gzip
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfrepair.text.corpora import pack, read_documents
 from selfrepair.errors import UserError
+from selfrepair.text.corpora import pack, read_documents
 
 BOS = 0
 documents_of_tokens = st.lists(st.lists(st.integers(1, 50), max_size=40), max_size=12)
@@ -65,3 +67,11 @@ def test_folder_without_text_is_named(tmp_path):
 
 def test_pack_keeps_integer_type():
     assert pack([[1, 2, 3]], BOS, 2).dtype == np.int64
+
+
+@pytest.mark.parametrize("module", ("corpora", "facts"))
+def test_text_is_read_without_torch(module):
+    """So that a plan, which reads the held-out prose, takes no seconds to begin."""
+    heavy = "{'torch', 'transformers'} & set(sys.modules)"
+    code = f"import sys; import selfrepair.text.{module}; sys.exit(bool({heavy}))"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

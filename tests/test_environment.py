@@ -180,8 +180,14 @@ def clone(tmp_path) -> Clone:
     return Clone(tmp_path)
 
 
-TESTS = "-m pytest tests"
-NOTEBOOK_TESTS = "-m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=1200 notebooks/"
+WORKERS = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+SIDE_BY_SIDE = f"-n {WORKERS} --dist loadscope"
+TESTS = [f"-m pytest {SIDE_BY_SIDE} -m not slurm tests", "-m pytest -m slurm tests"]
+NBVAL = "--nbval-lax --nbval-current-env --nbval-cell-timeout=1200"
+
+
+def workflow(where: str) -> str:
+    return f"-m snakemake --logger selfrepair {where} --config profile=pocket out=results/pocket"
 
 
 @needs_bash

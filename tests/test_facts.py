@@ -10,11 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from selfrepair.errors import UserError
-from selfrepair.text.facts import AskedFact, choose_prompts, counterfact_facts, draw_donors, facts_for, gazetteer_facts, own_facts
-from selfrepair.text.gazetteer import Gazetteer
+from selfrepair.errors import NotMeasurable, UserError
 from selfrepair.models.loading import load_model
 from selfrepair.paths import MODELS
+from selfrepair.text.facts import (
+    AskedFact,
+    choose_prompts,
+    counterfact_facts,
+    draw_donors,
+    facts_for,
+    facts_identity,
+    gazetteer_facts,
+    own_facts,
+)
+from selfrepair.text.gazetteer import Gazetteer
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +41,11 @@ def test_own_list_is_well_formed():
     assert len(facts) >= 60
     assert len({fact.text for fact in facts}) == len(facts)
     for fact in facts:
-        assert fact.text == fact.text.strip() and not fact.text.endswith((".", ":", "?")) and fact.text[0].isupper()
+        assert (
+            fact.text == fact.text.strip()
+            and not fact.text.endswith((".", ":", "?"))
+            and fact.text[0].isupper()
+        )
         assert fact.answer[0] == " " and fact.answer[1:].isalpha()
         assert fact.answer.strip().lower() not in fact.text.lower().split()
     assert min(Counter(fact.relation for fact in facts).values()) >= 5
@@ -42,7 +55,10 @@ def test_what_a_model_is_asked(tmp_path):
     planted = facts_for("pocket-pythia-small")
     world = {(fact.relation, fact.subject): fact.object for fact in Gazetteer(0).facts}
     assert planted == gazetteer_facts(0) and len(planted) == 18 * len(world)
-    assert Counter(fact.phrasing for fact in planted) == {"trained": 16 * len(world), "held out": 2 * len(world)}
+    assert Counter(fact.phrasing for fact in planted) == {
+        "trained": 16 * len(world),
+        "held out": 2 * len(world),
+    }
     assert gazetteer_facts(1) != planted
     assert facts_for("gpt2") == own_facts()
     file = counterfact_file(tmp_path, [record()])
@@ -57,7 +73,10 @@ def record(**changes):
         "target_true": {"str": "French", "id": "Q150"},
         "target_new": {"str": "English"},
     }
-    return {"case_id": 0, "requested_rewrite": {key: value for key, value in (rewrite | changes).items() if value is not None}}
+    return {
+        "case_id": 0,
+        "requested_rewrite": {key: value for key, value in (rewrite | changes).items() if value is not None},
+    }
 
 
 def counterfact_file(folder, content):
@@ -95,7 +114,22 @@ def test_bad_counterfact_files_are_one_line(tmp_path, content, said):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("source", "said"), [("nowhere.json", "no such file"), ("no/such-data-set", "the Hugging Face hub gave nothing")])
+def test_what_determines_the_facts(tmp_path):
+    assert facts_identity("pocket-pythia-small") == {"gazetteer_seed": 0}
+    assert facts_identity("gpt2") == {"gazetteer_seed": None}
+    assert facts_identity("gpt2", "someone/counterfact") == {}
+    one, other = (
+        facts_identity("gpt2", counterfact_file(tmp_path, [record(subject=who)])) for who in ("A", "B")
+    )
+    assert one.keys() == other.keys() == {"facts_sha256"} and one != other
+    with pytest.raises(UserError, match="no such file"):
+        facts_identity("gpt2", str(tmp_path / "nowhere.json"))
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [("nowhere.json", "no such file"), ("no/such-data-set", "the Hugging Face hub gave nothing")],
+)
 def test_missing_facts_are_one_line(source, said):
     with pytest.raises(UserError, match=said) as error:
         counterfact_facts(source)
@@ -105,7 +139,10 @@ def test_missing_facts_are_one_line(source, said):
 def test_kept_prompts_are_answered(planted):
     """Every kept prompt, alone through plain transformers, is answered with the first token of its answer."""
     folder = MODELS / "pocket-pythia-small"
-    hf, tokenizer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+    hf, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        AutoTokenizer.from_pretrained(folder),
+    )
     for fact, tokens, answer in zip(planted.facts, planted.tokens, planted.answers, strict=True):
         assert tokens == [tokenizer.bos_token_id, *tokenizer.encode(fact.text, add_special_tokens=False)]
         assert answer == tokenizer.encode(fact.answer, add_special_tokens=False)[0]
@@ -113,7 +150,11 @@ def test_kept_prompts_are_answered(planted):
             assert hf(torch.tensor([tokens])).logits[0, -1].argmax() == answer
     world = {(fact.subject, fact.relation): fact.object for fact in Gazetteer(0).facts}
     for fact in planted.facts:
-        (true,) = {value for (subject, relation), value in world.items() if relation == fact.relation and subject in fact.text}
+        (true,) = {
+            value
+            for (subject, relation), value in world.items()
+            if relation == fact.relation and subject in fact.text
+        }
         assert fact.answer == f" {true}"
 
 
@@ -126,14 +167,17 @@ def test_counts_groups_and_strata(model, planted):
     asked = choose_prompts(model, facts_for("pocket-pythia-small"), 120, seed=1, only_answered=False)
     assert asked.n_answered == asked.n_asked == 360
     strata = Counter((fact.relation, fact.phrasing) for fact in asked.facts)
-    assert len(strata) == 12 and max(strata.values()) - min(strata.values()) <= 6  # 10 of each but for those of rare lengths
-    assert asked.of_phrasing("held out").sum() == sum(n for (_, phrasing), n in strata.items() if phrasing == "held out")
+    assert (
+        len(strata) == 12 and max(strata.values()) - min(strata.values()) <= 6
+    )  # 10 of each but for those of rare lengths
+    assert {phrasing for _, phrasing in strata} == {"held out", "trained"}
 
 
 def test_drawn_from_the_seed(model, planted):
     facts = facts_for("pocket-pythia-small")
     again, other = (choose_prompts(model, facts, 40, seed=seed) for seed in (1, 2))
-    assert again.sha256 == planted.sha256 != other.sha256
+    assert (again.tokens, again.answers.tolist()) == (planted.tokens, planted.answers.tolist())
+    assert other.tokens != planted.tokens
 
 
 def test_few_prompts_are_kept_together(model):
@@ -150,7 +194,7 @@ def test_large_groups_are_cut(model):
 
 def test_too_few_facts_are_one_line(model):
     wrong = [AskedFact("The river of Paris is the", " xylophone", "river", "test")] * 5
-    with pytest.raises(UserError, match="answers 0 of 5 facts") as error:
+    with pytest.raises(NotMeasurable, match="answers 0 of 5 facts") as error:
         choose_prompts(model, wrong, 5)
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="at least 2"):
@@ -158,11 +202,15 @@ def test_too_few_facts_are_one_line(model):
 
 
 def test_longer_than_the_context_is_left_out(model):
-    facts = [AskedFact("word " * 200 + "and", " the", "long", "test")] * 3 + [AskedFact("It is", " a", "short", "test")] * 2
+    facts = [AskedFact("word " * 200 + "and", " the", "long", "test")] * 3 + [
+        AskedFact("It is", " a", "short", "test")
+    ] * 2
     assert [len(ids) for ids in choose_prompts(model, facts, 5, only_answered=False).tokens] == [3, 3]
 
 
-@given(answers=st.lists(st.integers(0, 3), min_size=2, max_size=12), n=st.integers(1, 5), seed=st.integers(0, 99))
+@given(
+    answers=st.lists(st.integers(0, 3), min_size=2, max_size=12), n=st.integers(1, 5), seed=st.integers(0, 99)
+)
 def test_donors(answers, n, seed):
     pairs = draw_donors(np.array(answers), n, seed)
     for prompt, answer in enumerate(answers):

@@ -11,21 +11,42 @@ import xarray as xr
 from families import load_family, random_tokens, save_family
 from transformers import AutoModelForCausalLM
 
+from selfrepair.analysis.claims import load_claims
 from selfrepair.analysis.head_table import PARTS, heads_table, strongest_head
-from selfrepair.text.corpora import Prompts
-from selfrepair.analysis.layernorm import WAYS, Breakdown, ScaleRatios, layernorm_statistics, published_statistics
+from selfrepair.analysis.layernorm import (
+    WAYS,
+    Breakdown,
+    ScaleRatios,
+    by_model,
+    counting_table,
+    layernorm_statistics,
+    published_statistics,
+    scale_ratios,
+    scale_table,
+)
 from selfrepair.analysis.published import published_heads
-from selfrepair.store.datasets import open_store
-from selfrepair.measure.heads import sweep
+from selfrepair.measure.heads import MEASUREMENT
+from selfrepair.measure.tokens import of_prompts
+from selfrepair.text.corpora import Prompts
 
-NAMES = ("direct_effect", "ablated_direct_effect", "logit_change", "self_repair_heads", "self_repair_mlps", "sigma_ablated")
+NAMES = (
+    "direct_effect",
+    "ablated_direct_effect",
+    "logit_change",
+    "self_repair_heads",
+    "self_repair_mlps",
+    "sigma_ablated",
+)
 LAYERS, HEADS, PROMPTS, POSITIONS = 4, 2, 6, 25
 FRACTION = 0.1
 
 
 def fake_sweep(seed=0, architecture="gpt2", ablation="resample"):
     rng = np.random.default_rng(seed)
-    data = {name: (("layer", "head", "prompt", "position"), rng.normal(size=(LAYERS, HEADS, PROMPTS, POSITIONS))) for name in NAMES}
+    data = {
+        name: (("layer", "head", "prompt", "position"), rng.normal(size=(LAYERS, HEADS, PROMPTS, POSITIONS)))
+        for name in NAMES
+    }
     data["sigma_ablated"][1][:] = 1 + 0.1 * data["sigma_ablated"][1]
     data["sigma_clean"] = (("prompt", "position"), 1 + 0.1 * rng.normal(size=(PROMPTS, POSITIONS)))
     return xr.Dataset(data, attrs={"model": "fake", "architecture": architecture, "ablation": ablation})
@@ -68,18 +89,28 @@ def test_ways_of_counting_by_hand():
                 rows = tokens_of(dataset, layer, head)
                 found[layer, head] = counted(rows, part)
                 for way in WAYS:
-                    assert breakdown.shares[way][part][layer, head, 0] == pytest.approx(found[layer, head][way])
+                    assert breakdown.shares[way][part][layer, head].value == pytest.approx(
+                        found[layer, head][way]
+                    )
             both = [row for head in range(HEADS) for row in tokens_of(dataset, layer, head)]
-            assert by_layer[layer, part, "ratio of means"] == pytest.approx(counted(both, part)["ratio of means"])
-            assert by_layer[layer, part, "logits"] == pytest.approx(statistics.fmean(row[part] for row in both))
+            assert by_layer[layer, part, "ratio of means"] == pytest.approx(
+                counted(both, part)["ratio of means"]
+            )
+            assert by_layer[layer, part, "logits"] == pytest.approx(
+                statistics.fmean(row[part] for row in both)
+            )
             for way in WAYS[:-1]:
-                assert by_layer[layer, part, way] == pytest.approx(statistics.fmean(found[layer, head][way] for head in range(HEADS)))
+                assert by_layer[layer, part, way] == pytest.approx(
+                    statistics.fmean(found[layer, head][way] for head in range(HEADS))
+                )
         over_tokens, over_heads = breakdown.over_tokens(part), breakdown.over_heads(part)
         ratios = [way["ratio of means"] for way in found.values()]
-        assert over_heads["unclipped mean"][0] == pytest.approx(statistics.fmean(ratios))
-        assert over_heads["median"][0] == pytest.approx(statistics.median(ratios))
+        assert over_heads["unclipped mean"].value == pytest.approx(statistics.fmean(ratios))
+        assert over_heads["median"].value == pytest.approx(statistics.median(ratios))
         for way in WAYS[:-1]:
-            assert over_tokens[way][0] == pytest.approx(statistics.fmean(one[way] for one in found.values()))
+            assert over_tokens[way].value == pytest.approx(
+                statistics.fmean(one[way] for one in found.values())
+            )
 
 
 def test_samples_are_of_drawn_prompts():
@@ -88,18 +119,18 @@ def test_samples_are_of_drawn_prompts():
 
     dataset = fake_sweep(seed=1)
     breakdown = Breakdown.of_sweep(dataset, FRACTION, n_bootstrap=5, seed=3)
-    for sample, weights in enumerate(bootstrap_weights(PROMPTS, 5, 3), start=1):
+    for sample, weights in enumerate(bootstrap_weights(PROMPTS, 5, 3)):
         drawn = [prompt for prompt, count in enumerate(weights) for _ in range(int(count))]
         rows = tokens_of(dataset, 2, 1, drawn)
         for way, value in counted(rows, "heads").items():
-            assert breakdown.shares[way]["heads"][2, 1, sample] == pytest.approx(value)
+            assert breakdown.shares[way]["heads"][2, 1].samples[sample] == pytest.approx(value)
 
 
 def test_all_tokens_with_a_direct_effect_of_zero_are_counted_without_a_ratio():
     dataset = fake_sweep()
     dataset["direct_effect"][0, 0, 0, :5] = 0
     breakdown = Breakdown.of_sweep(dataset, 1.0, n_bootstrap=5)
-    assert all(np.isfinite(breakdown.shares[way][part]).all() for way in WAYS for part in PARTS)
+    assert all(np.isfinite(breakdown.shares[way][part].drawn).all() for way in WAYS for part in PARTS)
 
 
 def test_released_tables_are_counted_alike():
@@ -108,16 +139,19 @@ def test_released_tables_are_counted_alike():
     table = heads_table(dataset, FRACTION)
     of_sweep, of_table = Breakdown.of_sweep(dataset, FRACTION, 5), Breakdown.of_table(table)
     for part in PARTS:
-        for way, samples in of_table.over_heads(part).items():
-            assert samples[0] == pytest.approx(of_sweep.over_heads(part)[way][0])
+        for way, estimate in of_table.over_heads(part).items():
+            assert estimate.value == pytest.approx(of_sweep.over_heads(part)[way].value)
+            assert not estimate.samples.size
 
 
 def test_published_shares():
     shares = {
-        model: published_statistics(rows)["clipped LayerNorm share, mean over heads"][0]
+        model: published_statistics(rows)["layernorm-clipped-share"].value
         for model, rows in published_heads().groupby("model")
     }
-    assert shares == pytest.approx({"pythia-160m": 0.34, "gpt2-small": 0.32, "pythia-410m": 0.25, "gpt2-medium": 0.30}, abs=0.01)
+    assert shares == pytest.approx(
+        {"pythia-160m": 0.34, "gpt2-small": 0.32, "pythia-410m": 0.25, "gpt2-medium": 0.30}, abs=0.01
+    )
 
 
 def test_scale_ratios_by_hand():
@@ -125,26 +159,95 @@ def test_scale_ratios_by_hand():
     ratios = ScaleRatios.of_sweep(dataset, 3, 1, FRACTION)
     rows = tokens_of(dataset, 3, 1)
     found = ratios.share_above_one()
-    assert found["top tokens"] == pytest.approx(statistics.fmean(row["sigma_clean"] / row["sigma_ablated"] > 1 for row in rows))
-    assert found["low"] <= found["top tokens"] <= found["high"] and ratios.top.sum() == len(rows)
+    above = statistics.fmean(row["sigma_clean"] / row["sigma_ablated"] > 1 for row in rows)
+    low, high = found.interval()
+    assert (
+        found.value == pytest.approx(above) and low <= found.value <= high and ratios.top.sum() == len(rows)
+    )
     table = heads_table(dataset, FRACTION)
     layer, head = strongest_head(table, -1)
     assert layer == 3 and table.query("layer == 3").set_index("head")["direct_effect"].idxmax() == head
 
 
+def test_one_head_of_two_models_under_every_ablation():
+    llama, gpt2 = fake_sweep(3, "llama"), fake_sweep(4)
+    sweeps = {
+        kind: {
+            "a": gpt2.assign_attrs(model="a", ablation=kind),
+            "b": gpt2.assign_attrs(model="b", ablation=kind),
+            "c": llama.assign_attrs(model="c", ablation=kind),
+        }
+        for kind in ("mean", "zero")
+    }
+    of_models = by_model(sweeps)
+    assert list(of_models) == ["a", "b", "c"] and list(of_models["c"]) == ["mean", "zero"]
+    assert of_models["c"]["zero"] is sweeps["zero"]["c"]
+    ratios = scale_ratios(of_models, FRACTION)
+    assert [[(one.model, one.ablation) for one in row] for row in ratios] == [
+        [("a", "mean"), ("a", "zero")],
+        [("c", "mean"), ("c", "zero")],
+    ]
+    for row, dataset in zip(ratios, (gpt2, llama), strict=True):
+        means = [
+            statistics.fmean(token["direct_effect"] for token in tokens_of(dataset, 3, head))
+            for head in range(HEADS)
+        ]
+        assert {(one.layer, one.head) for one in row} == {(3, means.index(max(means)))}
+    assert [len(row) for row in scale_ratios({"c": of_models["c"]}, FRACTION)] == [2]
+    given = scale_ratios(of_models, FRACTION, (1, 0))
+    assert {(one.layer, one.head) for row in given for one in row} == {(1, 0)}
+    table = scale_table(ratios)
+    assert list(table.columns) == ["model", "head", "ablation", "top tokens", "low", "high", "all tokens"]
+    for row, one in zip(
+        table.itertuples(index=False), [one for of_head in ratios for one in of_head], strict=True
+    ):
+        assert (row.model, row.head, row.ablation) == (one.model, f"L3H{one.head}", one.ablation)
+        assert row[3] == pytest.approx((one.all_tokens[one.top] > 1).mean())
+        assert row[4:6] == pytest.approx(tuple(one.share_above_one().interval()))
+        assert row[6] == (one.all_tokens > 1).mean()
+
+
+def test_counting_table_has_a_row_for_each_model_and_way():
+    measured = Breakdown.of_sweep(fake_sweep(), FRACTION, 30).over_heads("layernorm")
+    released = Breakdown.of_table(published_heads().query("model == 'gpt2-small'")).over_heads("layernorm")
+    table = counting_table({"fake": measured, "published": released})
+    assert table["way"].tolist() == 2 * list(WAYS) and table["model"].tolist() == 4 * ["fake"] + 4 * [
+        "published"
+    ]
+    for row in table.iloc[:4].itertuples():
+        samples = measured[row.way].samples
+        assert row.estimate == measured[row.way].value
+        assert (row.low, row.high) == pytest.approx(tuple(np.quantile(samples, [0.025, 0.975])))
+    assert table.loc[4:, ["low", "high"]].isna().all(axis=None) and np.isfinite(table["estimate"]).all()
+
+
 def test_claims_by_hand():
-    kinds = {kind: fake_sweep(seed, "gpt_neox", kind) for seed, kind in enumerate(("resample", "mean", "zero"))}
-    found = {name: samples[0] for name, samples in layernorm_statistics(kinds, FRACTION, 10).items()}
+    kinds = {
+        kind: fake_sweep(seed, "gpt_neox", kind) for seed, kind in enumerate(("resample", "mean", "zero"))
+    }
+    found = layernorm_statistics(kinds, FRACTION, 10)
     every = [(layer, head) for layer in range(LAYERS) for head in range(HEADS)]
-    shares = [statistics.fmean(counted(tokens_of(one, *head), "layernorm")["clipped"] for head in every) for one in kinds.values()]
+    shares = [
+        statistics.fmean(counted(tokens_of(one, *head), "layernorm")["clipped"] for head in every)
+        for one in kinds.values()
+    ]
     first = kinds["resample"]
     above = [
-        statistics.fmean(row["sigma_clean"] > row["sigma_ablated"] for row in tokens_of(first, LAYERS - 1, head)) for head in range(HEADS)
+        statistics.fmean(
+            row["sigma_clean"] > row["sigma_ablated"] for row in tokens_of(first, LAYERS - 1, head)
+        )
+        for head in range(HEADS)
     ]
     later = [row for layer in (2, 3) for head in range(HEADS) for row in tokens_of(first, layer, head)]
-    assert list(found.values()) == pytest.approx(
-        [shares[0], statistics.fmean(above), max(shares) - min(shares), counted(later, "mlps")["ratio of means"]]
+    assert {name: estimate.value for name, estimate in found.items()} == pytest.approx(
+        {
+            "layernorm-clipped-share": shares[0],
+            "sigma-falls-last-layer": statistics.fmean(above),
+            "layernorm-share-over-ablations": max(shares) - min(shares),
+            "mlp-repair-pythia": counted(later, "mlps")["ratio of means"],
+        }
     )
+    assert set(found) == {claim.statistic for claim in load_claims() if claim.notebook == "03"}
     assert len(layernorm_statistics({"zero": fake_sweep()}, FRACTION, 10)) == 2
 
 
@@ -153,11 +256,18 @@ def test_what_remains_with_the_norm_frozen(family, tmp_path):
     """Against a full forward pass with σ_clean forced on the final norm of the ablated run, in float64."""
     tokens = random_tokens()
     model = load_family(family, tmp_path)
-    dataset = open_store(sweep(model, Prompts(tokens.numpy(), "random"), "resample", tmp_path / "out", progress=False))
+    prompts = {"tokens": of_prompts(Prompts(tokens.numpy(), "random"))}
+    dataset = MEASUREMENT.compute(model, {"ablation": "resample"}, prompts, 0).assign_attrs(model=model.name)
     hf = AutoModelForCausalLM.from_pretrained(save_family(family, tmp_path / "again"), dtype=torch.float64)
     clean = reference.forward(hf, tokens)
     n_layers, n_heads = dataset.sizes["layer"], dataset.sizes["head"]
-    norm = hf.base_model.ln_f if family == "gpt2" else hf.base_model.final_layer_norm if family == "neox-parallel" else hf.base_model.norm
+    norm = (
+        hf.base_model.ln_f
+        if family == "gpt2"
+        else hf.base_model.final_layer_norm
+        if family == "neox-parallel"
+        else hf.base_model.norm
+    )
     sigma = reference.sigma(hf, clean["residual"][n_layers])[..., None]
 
     def frozen(_, args):
@@ -174,8 +284,10 @@ def test_what_remains_with_the_norm_frozen(family, tmp_path):
             handle = norm.register_forward_hook(lambda _, args, __: frozen(_, args))
             ablated = reference.forward(hf, tokens, (layer, head, z))["logits"]
             handle.remove()
-            change = reference.centred_correct_logit(ablated, tokens) - reference.centred_correct_logit(clean["logits"], tokens)
+            change = reference.centred_correct_logit(ablated, tokens) - reference.centred_correct_logit(
+                clean["logits"], tokens
+            )
             total += (change - (wanted["ablated_direct_effect"] - wanted["direct_effect"])).sum().item()
             effect += wanted["direct_effect"].sum().item()
     table = Breakdown.of_sweep(dataset, 1.0, 5).with_norm_frozen().set_index("final norm")
-    assert table.loc["frozen", "self-repair over direct effect"] == pytest.approx(total / effect, rel=1e-4)
+    assert table.loc["frozen", "estimate"] == pytest.approx(total / effect, rel=1e-4)

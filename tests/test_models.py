@@ -8,9 +8,9 @@ from safetensors.torch import load_file
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-from selfrepair.text.gazetteer import Gazetteer
-from selfrepair.models.loading import embedded_models, find_model
+from selfrepair.models.checkpoints import embedded_models, find_model
 from selfrepair.paths import MODELS
+from selfrepair.text.gazetteer import Gazetteer
 from selfrepair.training.card import TABLE_MARKS, render_card, render_table
 from selfrepair.training.config import Phase, TrainingConfig, load_config
 from selfrepair.training.evaluate import fact_recall, first_tokens, induction_losses, token_loss
@@ -21,7 +21,13 @@ METRICS = {name: json.loads((MODELS / name / "metrics.json").read_text()) for na
 
 
 def test_family_is_complete():
-    assert set(embedded_models()) >= {"pocket-gpt2", "pocket-pythia", "pocket-llama", "pocket-pythia-small", "pocket-gpt2-dropout"}
+    assert set(embedded_models()) >= {
+        "pocket-gpt2",
+        "pocket-pythia",
+        "pocket-llama",
+        "pocket-pythia-small",
+        "pocket-gpt2-dropout",
+    }
     assert len(CHECKPOINTS) + 1 == 8 and CHECKPOINTS[0].name == "step-000000"
     for path in sorted((MODELS / "configs").glob("*.yaml")):
         assert load_config(path).name == path.stem
@@ -46,7 +52,11 @@ def test_card_and_table_are_what_was_measured(name):
     config = TrainingConfig(**fields)
     assert config == load_config(MODELS / "configs" / f"{name}.yaml")
     card = (MODELS / name / "README.md").read_text()
-    sources = [line.removeprefix("- ") for line in card.partition("## Sources")[2].splitlines() if line.startswith("- ")]
+    sources = [
+        line.removeprefix("- ")
+        for line in card.partition("## Sources")[2].splitlines()
+        if line.startswith("- ")
+    ]
     assert len(sources) == 82 and "Jane Austen" in card
     assert card == render_card(config, metrics, sources)
     begin, end = TABLE_MARKS

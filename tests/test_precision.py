@@ -7,14 +7,16 @@ import pytest
 import torch
 from families import random_tokens
 
+from selfrepair.choices import PRECISIONS
+from selfrepair.engine.ablations import find_ablation
+from selfrepair.engine.fast import compile_norms
+from selfrepair.engine.forward import Replay, float32_residual, run_clean
 from selfrepair.engine.head_ablation import ablate_heads
-from selfrepair.text.corpora import load_tokens
-from selfrepair.models.devices import PRECISIONS, all_devices, precision, set_precision, unless_out_of_memory
+from selfrepair.engine.sites import HEADS
 from selfrepair.errors import UserError
-from selfrepair.engine.fast.linear_maps import compile_norms
+from selfrepair.models.devices import all_devices, precision, set_precision, unless_out_of_memory
 from selfrepair.models.loading import load_model
-from selfrepair.engine.ablations import replacement_for
-from selfrepair.engine.forward import Replay, run_clean
+from selfrepair.text.corpora import load_tokens
 
 
 def self_repair(logit_change, ablated_direct_effect, direct_effect, **_):
@@ -23,16 +25,36 @@ def self_repair(logit_change, ablated_direct_effect, direct_effect, **_):
 
 @pytest.mark.parametrize("name", ("gpt2", "neox-parallel", "llama-gqa", "opt"))
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
-def test_residual_stream_and_results_are_float32(family, name, dtype):
-    model, _ = family(name, dtype)
+def test_residual_stream_and_results_are_float32(family, name, dtype, path):
+    model = path(family(name, dtype)[0])
     tokens = random_tokens()
     clean = run_clean(model, tokens)
     assert {residual.dtype for residual in (*clean.residuals, clean.final_residual)} == {torch.float32}
     assert {z.dtype for z in clean.z} == {dtype}
     assert Replay(model, tokens.shape[1]).block(1, clean.residuals[1]).dtype == torch.float32
-    found = ablate_heads(model, tokens, replacement_for("resample", model, None))
+    found = ablate_heads(model, tokens, find_ablation("resample").prepare(model, [], HEADS))
     assert found.logit_change.dtype == found.sigma_clean.dtype == torch.float32
     assert not model.blocks[0]._forward_pre_hooks  # nothing is left on the model
+    assert {weight.dtype for weight in model.hf.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("name", ("gpt2", "llama"))
+def test_norms_are_narrow_again_after_a_failure(family, name):
+    """And the weights are the very ones that they share with TransformerLens' view."""
+    model, _ = family(name, torch.bfloat16)
+    weights = list(model.hf.parameters())
+    with contextlib.suppress(ZeroDivisionError), float32_residual(model):
+        wide = {
+            weight.dtype
+            for norm in model.hf.modules()
+            if type(norm) is torch.nn.LayerNorm
+            for weight in norm.parameters()
+        }
+        assert wide == ({torch.float32} if name == "gpt2" else set())
+        assert model.final_norm(torch.randn(3, 32)).dtype == torch.float32
+        raise ZeroDivisionError
+    assert all(now is before for now, before in zip(model.hf.parameters(), weights, strict=True))
+    assert not model.blocks[0]._forward_pre_hooks
 
 
 @pytest.fixture
@@ -42,14 +64,16 @@ def removing():
 
 
 def test_float32_residual_stream_is_worth_it(removing):
-    """Against float64 with the same (rounded) weights, the error is smaller than with a residual stream in bfloat16."""
+    """Against float64 with the same (rounded) weights, the error is smaller than with one in bfloat16."""
     model, exact = (load_model("pocket-gpt2", "cpu", dtype) for dtype in (torch.bfloat16, torch.float64))
     weights = model.hf.state_dict()
     exact.hf.load_state_dict({name: weights[name] for name in exact.hf.state_dict()})
     tokens = torch.from_numpy(load_tokens(model.tokenizer, n_prompts=4).tokens)
 
     def repair(model):
-        return self_repair(**vars(ablate_heads(model, tokens, replacement_for("resample", model, None))))
+        return self_repair(
+            **vars(ablate_heads(model, tokens, find_ablation("resample").prepare(model, [], HEADS)))
+        )
 
     wanted = repair(exact)
 
@@ -119,7 +143,7 @@ def test_out_of_memory_leaves_nothing_behind():
 def test_compiled_norms_change_nothing(family):
     model, _ = family("llama")
     tokens = random_tokens()
-    here = replacement_for("resample", model, None)
+    here = find_ablation("resample").prepare(model, [], HEADS)
     wanted = ablate_heads(model, tokens, here)
     norms = [part for part in model.hf.modules() if "Norm" in type(part).__name__]
     compile_norms(model.hf)

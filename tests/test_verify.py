@@ -1,6 +1,7 @@
-"""Manifests say what made a result; verify finds what no longer agrees."""
+"""Manifests say what made a result; verify finds what no longer agrees, in whatever was measured."""
 
 import json
+import shutil
 from importlib import metadata
 
 import numpy as np
@@ -9,52 +10,97 @@ import zarr
 from families import random_tokens, save_family
 
 from selfrepair import __version__
-from selfrepair.store import datasets as results
-from selfrepair.run import verify
-from selfrepair.measure import heads as sweep_module
 from selfrepair.cli import main
-from selfrepair.text.corpora import Prompts
 from selfrepair.errors import UserError
-from selfrepair.store.manifest import hash_files, manifest_of, write_manifest
+from selfrepair.measure import pairs
+from selfrepair.measure.task import Task
 from selfrepair.models.loading import load_model
-from selfrepair.store.datasets import open_store
-from selfrepair.measure.heads import sweep
+from selfrepair.run import verify
+from selfrepair.run.record import RESULTS
+from selfrepair.store import stores
+from selfrepair.store.files import hash_files
+from selfrepair.store.manifest import manifest_of, write_manifest
+from selfrepair.store.stores import open_store
 
-PROMPTS = Prompts(random_tokens(8).numpy(), "random")
+#: What a small random model can be measured on, and for which ablation.
+MEASURED = {
+    "heads": ("resample", "mean"),
+    "probabilities": ("resample",),
+    "neurons": ("resample",),
+    "self_feeding": ("resample",),
+    "earlier_input": ("resample",),
+    "cosines": ("resample",),
+    "alignment": ("resample",),
+}
+#: Attributes that writing a store gives it.
+OF_THE_STORE = ("format", stores.CHECKSUM, stores.CHECKSUMS)
+#: Beside them, what these need.
+NEEDED = ("tokens", "constants")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A results folder with every measurement of prompts, a file and its manifest."""
+    folder = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pairs, "SHARD_PAIRS", 2)
+        model = load_model(str(save_family("gpt2", folder / "tiny")), "cpu")
+        np.save(folder / "tokens.npy", random_tokens(8).numpy())
+        out = folder / "results"
+        amount = {"n_prompts": 8, "prompt_len": 12, "seed": 0, "dtype": "float32", "fraction": 0.2, "head": None}
+        source = {"tokens": str(folder / "tokens.npy"), "text": None, "dataset": None}
+        for name, kinds in MEASURED.items():
+            for kind in kinds:
+                Task(name, str(folder / "tiny"), amount | source | {"ablation": kind}, out / "measured").merge([model])
+    (out / "heads_resample.csv").write_text("model\n")
+    write_manifest(out / "manifest.json", 1, files=hash_files(out, RESULTS))
+    return folder
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
-    """A results folder with two sweeps, a file and its manifest."""
-    monkeypatch.setattr(results, "SHARD_PAIRS", 2)
-    model = load_model(str(save_family("gpt2", tmp_path / "tiny")), "cpu")
-    out = tmp_path / "results"
-    for kind in ("resample", "mean"):
-        sweep(model, PROMPTS, kind, out / "sweeps", progress=False)
-    (out / "heads_resample.csv").write_text("model\n")
-    write_manifest(out / "manifest.json", 1, files=hash_files(out))
-    return out
+def run(finished, monkeypatch):
+    """The same, to be spoilt: put back afterwards, because the names of stores say where the model lies."""
+    monkeypatch.setattr(pairs, "SHARD_PAIRS", 2)
+    shutil.copytree(finished, finished.with_name("kept"))
+    yield finished / "results"
+    shutil.rmtree(finished)
+    finished.with_name("kept").rename(finished)
 
 
 def found(run):
     return {finding.what: finding for finding in verify.verify(run, "cpu", seed=1)}
 
 
-def test_an_untouched_run_agrees(run, capsys):
+def computed_again(findings):
+    return [finding for finding in findings.values() if ", shard" in finding.what]
+
+
+def spoil(store, name, change):
+    """Writes a store once more, checksums and all, with other values: only computing them again can find it."""
+    data = open_store(store).load()
+    data[name] = data[name].copy(data=change(data[name].values))
+    stores.write_store([data.drop_attrs(deep=False).assign_attrs({k: v for k, v in data.attrs.items() if k not in OF_THE_STORE})], store)
+
+
+def test_an_untouched_run_agrees_and_says_how_much_was_computed_again(run, capsys):
     findings = found(run)
-    assert {finding.agrees for finding in findings.values()} == {True} and len(findings) == 4
-    (again,) = [finding.detail for finding in findings.values() if "computed again" in finding.detail]
-    assert float(again.split()[-1]) < 1e-5
+    assert [str(finding) for finding in findings.values() if finding.agrees is not True] == []
+    n_stores = sum(map(len, MEASURED.values())) + len(NEEDED)
+    again = computed_again(findings)
+    assert len(findings) == 1 + n_stores + len(again) + 1 and len(again) == len(MEASURED) + len(NEEDED)
+    assert all(float(finding.detail.split()[-1]) < 1e-5 for finding in again)
+    said = findings["computed again"].detail
+    assert said.startswith(f"{len(again)} of ") and all(name in said for name in (*MEASURED, *NEEDED))
     assert main(["verify", str(run), "--device", "cpu"]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 5 and printed[-1] == "all that was checked agrees"
+    assert len(printed) == len(findings) + 1 and printed[-1] == "all that was checked agrees"
 
 
 def test_manifest_says_what_made_the_store(run):
-    (store,) = run.glob("sweeps/*-mean-*.zarr")
+    (store,) = run.glob("measured/*-heads-mean-*.zarr")
     noted = json.loads(manifest_of(store).read_text())
-    attributes = open_store(store).attrs
-    assert {name: noted[name] for name in attributes if name != "format"} == {n: v for n, v in attributes.items() if n != "format"}
+    attributes = {name: value for name, value in open_store(store).attrs.items() if name not in OF_THE_STORE}
+    assert {name: noted[name] for name in attributes} == attributes
     assert noted["version"] == __version__ and noted["packages"]["torch"] == metadata.version("torch")
     assert noted["source"].endswith("tiny") and noted["machine"]["cores"] >= 1 and noted["seconds"] >= 0
     assert set(noted["packages"]) >= {"transformer_lens", "transformers", "xarray", "zarr"}
@@ -73,36 +119,72 @@ def test_changed_files_are_named(run, capsys):
     assert found(run)["heads_resample.csv"].detail == "missing"
 
 
-def test_a_wrong_number_with_a_right_checksum_is_found(run):
-    """What only computing it again can find: values that were changed with their checksum."""
-    for store in run.glob("sweeps/*.zarr"):
-        array = zarr.open_group(store, mode="r+")["logit_change"]
-        array[:] = array[:] * 1.01
-        array.attrs["sha256"] = results._checksum(array)
-    again = [finding for finding in found(run).values() if "computed again" in finding.detail]
-    assert len(again) == 1 and again[0].agrees is False
+@pytest.mark.parametrize(
+    ("measurement", "variable"),
+    [
+        *(("heads-resample", "logit_change"), ("probabilities", "probability"), ("self_feeding", "after")),
+        *(("earlier_input", "earlier"), ("cosines", "layers"), ("alignment", "gradient"), ("constants", "z")),
+        *(("neurons", "repair"), ("neurons", "change_by_neuron"), ("tokens", "token")),
+    ],
+)
+def test_wrong_numbers_with_right_checksums_are_found(run, measurement, variable):
+    for store in run.glob(f"measured/*-{measurement}*.zarr"):
+        spoil(store, variable, lambda values: values[::-1] if values.dtype.kind == "i" else values * 1.01)
+    wrong = [finding for finding in found(run).values() if finding.agrees is False]
+    assert any(measurement in finding.what and "computed again" in finding.detail for finding in wrong)
 
 
-def test_a_damaged_store_and_other_weights_are_found(run, tmp_path):
-    damaged, other = sorted(run.glob("sweeps/*.zarr"))
-    array = zarr.open_group(damaged, mode="r+")["sigma_clean"]
-    array[0, 0] = 3
-    save_family("llama", tmp_path / "tiny")
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_is_found_whatever_its_checksum(run, value):
+    for store in run.glob("measured/*-heads-*.zarr"):
+        spoil(store, "logit_change", lambda values: np.full_like(values, value))
+    (again,) = [finding for finding in computed_again(found(run)) if "-heads-" in finding.what]
+    assert again.agrees is False and "logit_change is not finite" in again.detail
+
+
+def test_a_damaged_store_and_other_weights_are_found(run):
+    (damaged,) = run.glob("measured/*-heads-resample-*.zarr")
+    zarr.open_group(damaged, mode="r+")["sigma_clean"][0, 0] = 3
+    save_family("llama", run.parent / "tiny")
     findings = found(run)
     assert findings[damaged.name].agrees is False and "damaged" in findings[damaged.name].detail
-    (again,) = [finding for finding in findings.values() if ", shard" in finding.what]
-    assert again.what.startswith(other.name) and again.agrees is False and "weights" in again.detail
+    assert all(finding.agrees is False for finding in findings.values() if finding.what.endswith(".zarr"))
+
+
+def test_stores_that_change_places_are_found(run):
+    one, other = sorted(run.glob("measured/*-heads-*.zarr"))
+    for a, b in ((one, other), (manifest_of(one), manifest_of(other))):
+        aside = a.with_name("aside")
+        a.rename(aside)
+        b.rename(a)
+        aside.rename(b)
+    wrong = [finding for finding in found(run).values() if finding.agrees is False]
+    assert {one.name, other.name} <= {finding.what for finding in wrong}
+    assert all("its name should be" in finding.detail for finding in wrong if finding.what in (one.name, other.name))
+
+
+def test_a_manifest_that_is_missing_or_says_otherwise_is_found(run):
+    one, other = sorted(run.glob("measured/*-heads-*.zarr"))
+    manifest_of(one).unlink()
+    noted = json.loads(manifest_of(other).read_text())
+    manifest_of(other).write_text(json.dumps(noted | {"seed": 7}))
+    findings = found(run)
+    assert findings[one.name].agrees is False and "manifest" in findings[one.name].detail
+    assert findings[other.name].agrees is False and "seed" in findings[other.name].detail
 
 
 def test_other_code_is_not_computed_again(run, monkeypatch):
-    monkeypatch.setattr(verify, "code_version", lambda *_: "other")
-    (again,) = [finding for finding in found(run).values() if ", shard" in finding.what]
-    assert again.agrees is None and "other code" in again.detail
+    monkeypatch.setattr("selfrepair.measure.task.code_version", lambda *_, **__: "other")
+    findings = found(run)
+    assert computed_again(findings) == []
+    whole = [finding for finding in findings.values() if finding.what.endswith(".zarr")]
+    assert all(finding.agrees is None and "other code" in finding.detail for finding in whole)
 
 
-def test_a_hundredth_of_the_shards_is_computed_again(run, monkeypatch):
+def test_a_share_of_the_shards_is_computed_again(run, monkeypatch):
     monkeypatch.setattr(verify, "SHARE_OF_SHARDS", 0.75)
-    assert len([finding for finding in found(run).values() if ", shard" in finding.what]) == 3
+    of_heads = [finding for finding in computed_again(found(run)) if "-heads-" in finding.what]
+    assert len(of_heads) == 3
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '"x"'])
@@ -119,12 +201,3 @@ def test_verify_writes_nothing(run):
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     found(run)
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
-
-
-def test_store_values_are_read_by_nobody_else(run):
-    """The parts of a shard computed again lie where the store has them."""
-    (store,) = run.glob("sweeps/*-resample-*.zarr")
-    model = load_model(json.loads(manifest_of(store).read_text())["source"], "cpu")
-    work = sweep_module.Sweep(model, PROMPTS, "resample", store.parent)
-    for part in work.computed_again(2):
-        np.testing.assert_allclose(part.logit_change, open_store(store).logit_change.isel(prompt=part.prompt.values), atol=1e-5)

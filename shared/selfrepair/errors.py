@@ -3,3 +3,7 @@
 
 class UserError(Exception):
     """Something the user can put right; the message says what was wrong and what to do."""
+
+
+class NotMeasurable(UserError):
+    """A measurement that has no meaning for a model, such as one that needs two layers for a model of one."""

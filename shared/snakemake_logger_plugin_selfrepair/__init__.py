@@ -17,7 +17,7 @@ from snakemake_interface_logger_plugins.base import LogHandlerBase
 from snakemake_interface_logger_plugins.common import LogEvent
 
 #: Stages by rule, in order; other rules do no work.
-STAGES = {"tokens": "tokens", "shards": "shards", "merge": "sweeps", "notebooks": "notebooks", "summary": "summary"}
+STAGES = {"network": "prompts", "shards": "shards", "measure": "measured", "notebooks": "notebooks", "summary": "summary"}
 #: Seconds between lines where there is no terminal to write one line again and again.
 SELDOM = 60
 

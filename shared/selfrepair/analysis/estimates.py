@@ -1,4 +1,4 @@
-"""Values with bootstrap samples of them: intervals, arithmetic that keeps samples together, and one form of table."""
+"""Values with bootstrap samples: intervals, arithmetic that keeps samples together, and one form of table."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Bool, Float
+from numpy.lib.array_utils import normalize_axis_tuple
 
 from selfrepair.statistics import bootstrap_weights
 
@@ -24,24 +25,38 @@ class Interval(NamedTuple):
     high: Float[np.ndarray, "*what"] | float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Estimate:
     """A value, or an array of them, and bootstrap samples: ``drawn[..., 0]`` is the value, the rest samples.
 
-    Samples of estimates that are computed from the same :func:`draws` belong together, so that sums and ratios
-    of such estimates have the samples that they should. An estimate without samples is a bare number, as published.
+    Samples of estimates that are computed from the same :func:`draws` belong together, so that sums and
+    ratios of such estimates have the samples that they should. An estimate without samples is a bare number,
+    as published; beside one with samples it counts as known exactly.
     """
 
     drawn: Float[np.ndarray, "*what draw"]
+
+    #: An array on the left of an operator is refused: NumPy would make an array of estimates.
+    __array_ufunc__ = None
 
     @classmethod
     def bare(cls, value: Float[np.ndarray, "*what"] | float) -> Estimate:
         """A value of which there are no samples."""
         return cls(np.asarray(value, dtype=np.float64)[..., None])
 
+    @classmethod
+    def stack(cls, parts: Sequence[Estimate]) -> Estimate:
+        """Estimates of the same shape and draws, along a new first axis."""
+        return cls(np.stack([part.drawn for part in parts]))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of ``what``; ``()`` for a single value."""
+        return self.drawn.shape[:-1]
+
     @property
     def value(self) -> Float[np.ndarray, "*what"] | float:
-        return self.drawn[..., 0]
+        return self.drawn[..., 0] if self.drawn.ndim > 1 else float(self.drawn[0])
 
     @property
     def samples(self) -> Float[np.ndarray, "*what sample"]:
@@ -50,7 +65,7 @@ class Estimate:
     def interval(self, level: float = LEVEL) -> Interval:
         """Percentile interval; undefined samples are left out, and without any its ends are NaN."""
         if not self.samples.shape[-1]:
-            nothing = np.full(np.shape(self.value), np.nan)
+            nothing = np.full(self.shape, np.nan)
             return Interval(nothing, nothing)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "All-NaN slice")
@@ -62,46 +77,55 @@ class Estimate:
         return Estimate(np.asarray(function(self.drawn, *(other.drawn for other in others))))
 
     def mean(self, axis: int | tuple[int, ...] = 0) -> Estimate:
-        """Over axes of ``what``, which are counted from 0."""
-        return self.map(lambda drawn: drawn.mean(axis))
+        """Over axes of ``what``."""
+        return Estimate(self.drawn.mean(self._axes(axis)))
 
     def sum(self, axis: int | tuple[int, ...] = 0) -> Estimate:
-        """Over axes of ``what``, which are counted from 0."""
-        return self.map(lambda drawn: drawn.sum(axis))
+        """Over axes of ``what``."""
+        return Estimate(self.drawn.sum(self._axes(axis)))
+
+    def _axes(self, axis: int | tuple[int, ...]) -> tuple[int, ...]:
+        return normalize_axis_tuple(axis, len(self.shape))
 
     def __getitem__(self, index: object) -> Estimate:
         """Some of ``what``."""
+        if not self.shape:
+            raise TypeError("an estimate of a single value has no parts")
         return Estimate(self.drawn[(*index, ...) if isinstance(index, tuple) else (index, ...)])
 
     def __len__(self) -> int:
-        return len(self.drawn)
+        if not self.shape:
+            raise TypeError("an estimate of a single value has no length")
+        return self.shape[0]
 
-    def __add__(self, other: Estimate | float) -> Estimate:
+    def __add__(self, other: Estimate | Float[np.ndarray, "*what"] | float) -> Estimate:
         return Estimate(self.drawn + _drawn(other))
 
-    def __sub__(self, other: Estimate | float) -> Estimate:
+    def __sub__(self, other: Estimate | Float[np.ndarray, "*what"] | float) -> Estimate:
         return Estimate(self.drawn - _drawn(other))
 
-    def __mul__(self, other: Estimate | float) -> Estimate:
+    def __mul__(self, other: Estimate | Float[np.ndarray, "*what"] | float) -> Estimate:
         return Estimate(self.drawn * _drawn(other))
 
-    def __truediv__(self, other: Estimate | float) -> Estimate:
+    def __truediv__(self, other: Estimate | Float[np.ndarray, "*what"] | float) -> Estimate:
         """NaN where the divisor is 0."""
-        divisor = np.asarray(_drawn(other))
+        divisor = _drawn(other)
         return Estimate(self.drawn / np.where(divisor == 0, np.nan, divisor))
 
     def table(self, labels: Mapping[str, Sequence[object]], **constant: object) -> pd.DataFrame:
-        """One row for each of ``what``: constant columns, its label along each axis, ``estimate``, ``low``, ``high``."""
+        """One row for each of ``what``: constant columns, labels by axis, ``estimate``, ``low``, ``high``.
+
+        ``labels`` are one for each place along each axis of ``what``, in order of the axes.
+        """
         low, high = self.interval()
-        columns = (np.ravel(self.value), np.ravel(low), np.ravel(high))
-        frame = pd.DataFrame(list(itertools.product(*labels.values())), columns=list(labels)) if labels else pd.DataFrame(index=[0])
-        for name, values in zip(("estimate", "low", "high"), columns, strict=True):
-            frame[name] = values
+        index = list(itertools.product(*labels.values()))
+        frame = pd.DataFrame(index, columns=list(labels), index=range(len(index)))
+        frame = frame.assign(estimate=np.ravel(self.value), low=np.ravel(low), high=np.ravel(high))
         return frame.assign(**constant)[[*constant, *labels, "estimate", "low", "high"]]
 
 
-def _drawn(value: Estimate | float) -> np.ndarray | float:
-    return value.drawn if isinstance(value, Estimate) else value
+def _drawn(value: Estimate | Float[np.ndarray, "*what"] | float) -> Float[np.ndarray, "*what draw"]:
+    return value.drawn if isinstance(value, Estimate) else np.asarray(value, dtype=np.float64)[..., None]
 
 
 def draws(n_prompts: int, n_bootstrap: int = 1000, seed: int = 0) -> Float[np.ndarray, "draw prompt"]:
@@ -109,6 +133,19 @@ def draws(n_prompts: int, n_bootstrap: int = 1000, seed: int = 0) -> Float[np.nd
     return np.concatenate([np.ones((1, n_prompts)), bootstrap_weights(n_prompts, n_bootstrap, seed)])
 
 
-def later_half(n_layers: int) -> int:
-    """First layer of the later half."""
-    return round(0.5 * n_layers)
+def mean_over_prompts(
+    per_prompt: Float[np.ndarray, "*what prompt"], n_bootstrap: int = 1000, seed: int = 0
+) -> Estimate:
+    """Mean over the last axis; samples draw whole prompts."""
+    n_prompts = per_prompt.shape[-1]
+    return Estimate(per_prompt @ draws(n_prompts, n_bootstrap, seed).T / n_prompts)
+
+
+def selected_means(
+    values: Float[np.ndarray, "*what prompt position"],
+    chosen: Bool[np.ndarray, "*what prompt position"],
+    weights: Float[np.ndarray, "draw prompt"],
+) -> Estimate:
+    """Means over chosen tokens when whole prompts are drawn; NaN where a draw has none of them."""
+    totals = Estimate(np.where(chosen, values, 0).sum(-1) @ weights.T)
+    return totals / Estimate(chosen.sum(-1) @ weights.T)

@@ -1,4 +1,4 @@
-"""Means per head with bootstrap samples of them, and what notebook 01 asks of them."""
+"""Means per head with their uncertainty, and what notebook 01 asks of them."""
 
 from __future__ import annotations
 
@@ -7,56 +7,71 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import xarray as xr
-from jaxtyping import Float
 
-from selfrepair.analysis.head_table import select_each_top, with_self_repair
-from selfrepair.statistics import bootstrap_weights, selected_means
+from selfrepair.analysis.claims import Statistics
+from selfrepair.analysis.estimates import Estimate, draws
+from selfrepair.analysis.head_table import LayerTokens
+from selfrepair.statistics import later_half
 
 
 @dataclass(frozen=True)
 class HeadMeans:
-    """Mean self-repair and direct effect (logits) of every head; last axis: the estimate, then bootstrap samples of it."""
+    """Mean self-repair and direct effect (logits) of every head over its tokens, ``[layer, head]``."""
 
-    self_repair: Float[np.ndarray, "layer head sample"]
-    direct_effect: Float[np.ndarray, "layer head sample"]
+    self_repair: Estimate
+    direct_effect: Estimate
 
     @classmethod
-    def of_sweep(cls, sweep: xr.Dataset, fraction: float, n_bootstrap: int = 1000, seed: int = 0) -> HeadMeans:
-        """Over each head's top ``fraction`` of tokens; samples draw whole prompts."""
-        sweep = with_self_repair(sweep)
-        n_prompts = sweep.sizes["prompt"]
-        weights = np.concatenate([np.ones((1, n_prompts)), bootstrap_weights(n_prompts, n_bootstrap, seed)])
-        effect, repair = (sweep[name].values.astype(np.float64) for name in ("direct_effect", "self_repair"))
-        chosen = select_each_top(effect, fraction)
-        return cls(*(selected_means(values, chosen, weights) for values in (repair, effect)))
+    def of_sweep(
+        cls, sweep: xr.Dataset, fraction: float, n_bootstrap: int = 1000, seed: int = 0
+    ) -> HeadMeans:
+        """Over each head's top ``fraction`` of tokens; samples draw whole prompts.
+
+        Raises:
+            UserError: ``fraction`` is not in (0, 1].
+        """
+        weights = draws(sweep.sizes["prompt"], n_bootstrap, seed)
+        repair, effect = [], []
+        for layer in range(sweep.sizes["layer"]):
+            tokens = LayerTokens.of_sweep(sweep, layer, fraction)
+            repair.append(tokens.means("self_repair", weights))
+            effect.append(tokens.means("direct_effect", weights))
+        return cls(Estimate.stack(repair), Estimate.stack(effect))
 
     @classmethod
     def of_table(cls, table: pd.DataFrame) -> HeadMeans:
-        """Of one model's rows of a heads table: the estimate alone."""
-        shape = (table["layer"].nunique(), table["head"].nunique(), 1)
+        """Of one model's rows of a heads table: without samples."""
+        shape = (table["layer"].nunique(), table["head"].nunique())
         ordered = table.sort_values(["layer", "head"])
-        return cls(*(ordered[name].to_numpy().reshape(shape) for name in ("self_repair", "direct_effect")))
-
-    def layers(self, first: float, last: float) -> HeadMeans:
-        """The layers from the fraction ``first`` of the depth up to ``last``."""
-        n = len(self.self_repair)
-        part = slice(round(first * n), round(last * n))
-        return HeadMeans(self.self_repair[part], self.direct_effect[part])
+        repair, effect = (
+            ordered[name].to_numpy().reshape(shape) for name in ("self_repair", "direct_effect")
+        )
+        return cls(Estimate.bare(repair), Estimate.bare(effect))
 
     def layer_intervals(self) -> pd.DataFrame:
         """95 % interval of each layer's mean self-repair over its heads: ``layer, low, high``."""
-        low, high = np.nanquantile(self.self_repair.mean(1)[:, 1:], [0.025, 0.975], axis=-1)
-        return pd.DataFrame({"layer": np.arange(len(low)), "low": low, "high": high})
+        by_layer = self.self_repair.mean(1)
+        return by_layer.table({"layer": range(len(by_layer))})[["layer", "low", "high"]]
 
 
-def head_statistics(heads: HeadMeans) -> dict[str, Float[np.ndarray, " sample"]]:
-    """The statistics that the claims of notebook 01 are about; one value per sample."""
-    early, late = heads.layers(0, 0.25), heads.layers(0.5, 1)
-    mean_early, mean_late = (np.nanmean(part.self_repair, axis=(0, 1)) for part in (early, late))
+def head_statistics(heads: HeadMeans) -> Statistics:
+    """What the claims of notebook 01 are about; heads without tokens in a draw are left out of it."""
+    n_layers = len(heads.self_repair)
+    later, quarter = slice(later_half(n_layers), None), slice(round(0.25 * n_layers))
+    repair, effect = heads.self_repair[later], heads.direct_effect[later]
+    mean_later, mean_early = (part.map(_mean_over_heads) for part in (repair, heads.self_repair[quarter]))
     return {
-        "mean self-repair, later half of layers": mean_late,
-        "share of heads with positive self-repair, later half of layers": (late.self_repair > 0).mean((0, 1)),
-        "self-repair over direct effect, later half of layers": np.nansum(late.self_repair, (0, 1)) / np.nansum(late.direct_effect, (0, 1)),
-        "mean self-repair, first quarter of layers": mean_early,
-        "mean self-repair, later half minus first quarter": mean_late - mean_early,
+        "self-repair-later-half": mean_later,
+        "repaired-heads-later-half": repair.map(lambda drawn: (drawn > 0).mean((0, 1))),
+        "restored-share-later-half": repair.map(_sum_over_heads) / effect.map(_sum_over_heads),
+        "self-repair-first-quarter": mean_early,
+        "self-repair-later-minus-early": mean_later - mean_early,
     }
+
+
+def _mean_over_heads(drawn: np.ndarray) -> np.ndarray:
+    return np.nanmean(drawn, axis=(0, 1))
+
+
+def _sum_over_heads(drawn: np.ndarray) -> np.ndarray:
+    return np.nansum(drawn, axis=(0, 1))

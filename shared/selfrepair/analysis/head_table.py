@@ -1,19 +1,26 @@
-"""From a sweep to per-head tables: what an ablation costs, what repairs it, and how sure that is."""
+"""Tables of a model's ablated heads: what an ablation costs, what repairs it, and how sure that is."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 from jaxtyping import Bool, Float
 
-from selfrepair.statistics import bootstrap_ratio, bootstrap_weights, clipped_share, select_top
+from selfrepair.analysis.estimates import Estimate, draws, selected_means
+from selfrepair.statistics import clipped_share, select_top
+from selfrepair.store.files import write_atomically
 
 PARTS = ("layernorm", "heads", "mlps")
+EFFECTS = ("logit_change", "direct_effect", "ablated_direct_effect")
 
 
 def with_self_repair(sweep: xr.Dataset) -> xr.Dataset:
-    """Adds ``self_repair = logit_change − (ablated_direct_effect − direct_effect)`` and its ``self_repair_layernorm``."""
+    """Adds ``self_repair = logit_change − (ablated_direct_effect − direct_effect)``, and ``…_layernorm``."""
     repair = sweep.logit_change - (sweep.ablated_direct_effect - sweep.direct_effect)
     layernorm = repair - sweep.self_repair_heads - sweep.self_repair_mlps
     return sweep.assign(self_repair=repair, self_repair_layernorm=layernorm)
@@ -26,7 +33,37 @@ def select_each_top(
     return np.stack([[select_top(head, fraction) for head in layer] for layer in direct_effect])
 
 
-def heads_table(sweep: xr.Dataset, fraction: float = 0.02, n_bootstrap: int = 1000, seed: int = 0) -> pd.DataFrame:
+@dataclass(frozen=True)
+class LayerTokens:
+    """Effects (logits) of one layer's heads on every token, and the tokens that each head is judged on."""
+
+    effects: Mapping[str, Float[np.ndarray, "head prompt position"]]
+    chosen: Bool[np.ndarray, "head prompt position"]
+
+    @classmethod
+    def of_sweep(cls, sweep: xr.Dataset, layer: int, fraction: float) -> LayerTokens:
+        """A head's tokens are its top ``fraction`` by direct effect.
+
+        Raises:
+            UserError: ``fraction`` is not in (0, 1].
+        """
+        whole = with_self_repair(sweep.isel(layer=layer))
+        names = (*EFFECTS, *(f"self_repair_{part}" for part in PARTS), "self_repair")
+        effects = {name: whole[name].values.astype(np.float64) for name in names}
+        return cls(effects, select_each_top(effects["direct_effect"][None], fraction)[0])
+
+    def means(self, name: str, weights: Float[np.ndarray, "draw prompt"]) -> Estimate:
+        """Mean of an effect over each head's tokens, ``[head]``."""
+        return selected_means(self.effects[name], self.chosen, weights)
+
+    def of_head(self, head: int) -> dict[str, Float[np.ndarray, " token"]]:
+        """The effects of one head on its tokens."""
+        return {name: values[head][self.chosen[head]] for name, values in self.effects.items()}
+
+
+def heads_table(
+    sweep: xr.Dataset, fraction: float = 0.02, n_bootstrap: int = 1000, seed: int = 0
+) -> pd.DataFrame:
     """One row per head: means (logits) over its top ``fraction`` of tokens by direct effect.
 
     The columns of the authors' published tables, and: ``self_repair`` with its 95 % interval over
@@ -36,58 +73,69 @@ def heads_table(sweep: xr.Dataset, fraction: float = 0.02, n_bootstrap: int = 10
     Raises:
         UserError: ``fraction`` is not in (0, 1].
     """
-    weights = bootstrap_weights(sweep.sizes["prompt"], n_bootstrap, seed)
+    weights = draws(sweep.sizes["prompt"], n_bootstrap, seed)
     rows = []
     for layer in range(sweep.sizes["layer"]):
-        whole = with_self_repair(sweep.isel(layer=layer))
-        values = {name: whole[name].values.astype(np.float64) for name in _MEANS}
+        tokens = LayerTokens.of_sweep(sweep, layer, fraction)
+        low, high = tokens.means("self_repair", weights).interval()
         for head in range(sweep.sizes["head"]):
-            here = {name: value[head] for name, value in values.items()}
-            chosen = select_top(here["direct_effect"], fraction)
-            means = {name: value[chosen].mean() for name, value in here.items()}
-            sums = np.where(chosen, here["self_repair"], 0).sum(1)
-            low, high = bootstrap_ratio(sums, chosen.sum(1).astype(np.float64), weights)
+            interval = {"self_repair_low": low[head], "self_repair_high": high[head]}
+            name = {"model": sweep.attrs["model"], "layer": layer, "head": head}
             rows.append(
-                {
-                    "model": sweep.attrs["model"],
-                    "layer": layer,
-                    "head": head,
-                    **{name: means[name] for name in ("logit_change", "direct_effect", "ablated_direct_effect")},
-                    **{f"self_repair_{part}": means[f"self_repair_{part}"] for part in PARTS},
-                    **{
-                        f"clipped_share_{part}": clipped_share(here[f"self_repair_{part}"][chosen], here["direct_effect"][chosen]).mean()
-                        for part in PARTS
-                    },
-                    **{f"share_of_means_{part}": means[f"self_repair_{part}"] / means["direct_effect"] for part in PARTS},
-                    "self_repair": means["self_repair"],
-                    "self_repair_low": float(low),
-                    "self_repair_high": float(high),
-                    "n_tokens": int(chosen.sum()),
-                }
+                name
+                | _means_of_head(tokens.of_head(head))
+                | interval
+                | {"n_tokens": int(tokens.chosen[head].sum())}
             )
     return pd.DataFrame(rows)
 
 
-_MEANS = (
-    "logit_change",
-    "direct_effect",
-    "ablated_direct_effect",
-    "self_repair_layernorm",
-    "self_repair_heads",
-    "self_repair_mlps",
-    "self_repair",
-)
+def _means_of_head(effects: Mapping[str, Float[np.ndarray, " token"]]) -> dict[str, float]:
+    """Means over a head's tokens, in the order of the columns of a heads table."""
+    means = {name: values.mean() for name, values in effects.items()}
+    direct_effect = effects["direct_effect"]
+    clipped = {part: clipped_share(effects[f"self_repair_{part}"], direct_effect).mean() for part in PARTS}
+    return {
+        **{name: means[name] for name in EFFECTS},
+        **{f"self_repair_{part}": means[f"self_repair_{part}"] for part in PARTS},
+        **{f"clipped_share_{part}": share for part, share in clipped.items()},
+        **{f"share_of_means_{part}": means[f"self_repair_{part}"] / means["direct_effect"] for part in PARTS},
+        "self_repair": means["self_repair"],
+    }
+
+
+def heads_of_models(sweeps: Mapping[str, xr.Dataset], fraction: float) -> pd.DataFrame:
+    """:func:`heads_table` of several models, one under the other.
+
+    Raises:
+        UserError: ``fraction`` is not in (0, 1].
+    """
+    return pd.concat([heads_table(sweep, fraction) for sweep in sweeps.values()], ignore_index=True)
+
+
+def write_heads(table: pd.DataFrame, ablation: str, out_dir: Path) -> None:
+    """Keeps a heads table of one kind of ablation in a results folder, as ``heads_<ablation>.csv``."""
+    content = table.to_csv(index=False, float_format="%.6g")
+    write_atomically(out_dir / f"heads_{ablation}.csv", content.encode())
 
 
 def layer_means(table: pd.DataFrame) -> pd.DataFrame:
     """Means over the heads of each model's layers, with ``relative_depth`` = layer / (layers − 1)."""
-    means = table.drop(columns="head").groupby(["model", "layer"], sort=False).mean(numeric_only=True).reset_index()
+    means = (
+        table.drop(columns="head")
+        .groupby(["model", "layer"], sort=False)
+        .mean(numeric_only=True)
+        .reset_index()
+    )
     depth = means.groupby("model")["layer"].transform("max").clip(lower=1)
     return means.assign(relative_depth=means["layer"] / depth)
 
 
 def strongest_head(table: pd.DataFrame, layer: int) -> tuple[int, int]:
-    """``(layer, head)`` with the largest mean direct effect in a layer of one model's heads table; -1 is the last layer."""
+    """``(layer, head)`` with the largest mean direct effect in a layer of one model's heads table.
+
+    Layers may be counted from the last, -1.
+    """
     layer = range(table["layer"].max() + 1)[layer]
     here = table[table["layer"] == layer]
     return layer, int(here.loc[here["direct_effect"].idxmax(), "head"])

@@ -20,12 +20,17 @@ TOKENS_OF_FRACTION = {0.02: "top2pct", 1: "all_tokens"}
 
 
 def published_heads(tokens: str = "top2pct") -> pd.DataFrame:
-    """Released head breakdown over ``top2pct`` or ``all_tokens``, with ``self_repair``, the sum of its parts (logits)."""
+    """Released head breakdown over ``top2pct`` or ``all_tokens``; ``self_repair`` (logits) sums its parts."""
     table = pd.read_csv(PUBLISHED / f"published_head_breakdown_{tokens}.csv")
     return table.assign(self_repair=sum(table[f"self_repair_{part}"] for part in PARTS))
 
 
 def published_name(model: str) -> str:
-    """The released tables' name of a model given as there, by hub id (``gpt2`` is one too) or folder name; others stay as they are."""
-    names = {alias: name for name, hub_id in HUB_IDS.items() for alias in (name, hub_id, hub_id.rpartition("/")[2])}
+    """The released tables' name of a model given so, by hub id (``gpt2`` is one too) or folder name.
+
+    Other names stay as they are.
+    """
+    names = {
+        alias: name for name, hub_id in HUB_IDS.items() for alias in (name, hub_id, hub_id.rpartition("/")[2])
+    }
     return names.get(model, model)

@@ -1,24 +1,28 @@
-"""What takes the place of an activation that is ablated. A new kind of ablation is a class here and its place in ``KINDS``.
+"""What takes the place of an activation that is ablated.
 
-Every measurement replaces activations through this file and knows no kind by name. Nothing heavy is imported, so
-that a wrong name is answered at once.
+A new kind of ablation is a class here and its place in ``KINDS``. Every measurement replaces activations
+through this file and knows no kind by name. Nothing heavy is imported, so that a wrong name is answered at
+once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
 
 from selfrepair.errors import UserError
 
 
+@runtime_checkable
 class Site(Protocol):
     """A kind of place in a model whose activations can be replaced (see :mod:`selfrepair.engine.sites`)."""
 
-    def activations(self, model: Any, tokens: Int[Any, "prompt position"]) -> Sequence[Float[Any, "prompt position *what"]]:
+    def activations(
+        self, model: Any, tokens: Int[Any, "prompt position"]
+    ) -> Sequence[Float[Any, "prompt position *what"]]:
         """Clean activations, by place."""
         ...
 
@@ -27,6 +31,7 @@ class Site(Protocol):
         ...
 
 
+@runtime_checkable
 class Replacement(Protocol):
     """An ablation made ready for one model and one kind of place."""
 
@@ -40,8 +45,9 @@ class Replacement(Protocol):
         ...
 
 
+@runtime_checkable
 class Ablation(Protocol):
-    """A kind of ablation, by its ``name``; ``is_fitted`` if it learns :class:`Constants` from all prompts, which are then kept."""
+    """A kind of ablation; ``is_fitted`` if it learns :class:`Constants` from all prompts, which are kept."""
 
     name: ClassVar[str]
     is_fitted: ClassVar[bool]
@@ -85,7 +91,7 @@ class Resample:
 
 
 class Mean:
-    """By the mean activation over all prompts and positions, summed in float64 (Rushing & Nanda 2024, appendix)."""
+    """By the mean over all prompts and positions, summed in float64 (Rushing & Nanda 2024, appendix)."""
 
     name: ClassVar[str] = "mean"
     is_fitted: ClassVar[bool] = True

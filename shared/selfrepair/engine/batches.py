@@ -1,4 +1,4 @@
-"""How many prompts and heads go through a model at once, and the batches in which every prompt meets its donor."""
+"""How many prompts and heads go through a model at once, and batches in which prompts meet their donors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CPU_ROWS = 8
 
 
 def partner_batches(n_prompts: int, pairs_at_once: int) -> Iterator[Int[Tensor, " prompt"]]:
-    """Indices of all prompts in batches that hold prompts ``i`` and, in the same order after them, ``i + n_prompts/2``."""
+    """Indices of all prompts, in batches of some ``i`` and then, in the same order, ``i + n_prompts/2``."""
     half = n_prompts // 2
     for batch in torch.arange(half).split(pairs_at_once):
         yield torch.cat([batch, batch + half])

@@ -1,4 +1,4 @@
-"""Direct effects: what a component writes, read along the correct token's direction through the frozen final norm."""
+"""Direct effects: what is written, read along the correct token's direction through the frozen final norm."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ class FinalNorm:
     @classmethod
     def of(cls, norm: nn.Module) -> FinalNorm:
         if isinstance(norm, nn.LayerNorm):
-            return cls(norm.weight.detach(), None if norm.bias is None else norm.bias.detach(), norm.eps, True)
+            return cls(
+                norm.weight.detach(), None if norm.bias is None else norm.bias.detach(), norm.eps, True
+            )
         return cls(norm.weight.detach(), None, norm.variance_epsilon, False)
 
     def sigma(self, residual: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch"]:
@@ -39,7 +41,7 @@ class FinalNorm:
 def token_directions(
     model: Model, tokens: Int[Tensor, "prompt position"]
 ) -> tuple[Float[Tensor, "prompt position-1 d_model"], Float[Tensor, "prompt position-1"]]:
-    """Direction ``u`` of each position's correct next token and the part of its logit that no component changes.
+    """Direction ``u`` of each correct next token and the part of its logit that no component changes.
 
     ``u = γ ⊙ (W_U[:, t] − mean_v W_U[:, v])``, with its mean over ``d_model`` removed for LayerNorm,
     so that ``u · r / σ(r)`` plus the second result, ``β · (W_U[:, t] − mean_v W_U[:, v])`` and the

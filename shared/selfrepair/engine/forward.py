@@ -5,7 +5,7 @@ Blocks run with the arguments that the model itself gives them, so that nothing 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from selfrepair.engine.batches import rows_that_fit
+from selfrepair.engine.hooks import before, input_of, standing_in, watching, widened_norms
 from selfrepair.models.loading import Model
 
 
@@ -20,8 +22,8 @@ from selfrepair.models.loading import Model
 class CleanRun:
     """What one clean pass leaves for the ablations; lists are by layer.
 
-    ``attention_outputs`` are the output projections' (bias included), ``z`` their inputs; ``mlp_outputs``, biases
-    included too, are kept if asked for.
+    ``attention_outputs`` are the output projections' (bias included), ``z`` their inputs; ``mlp_outputs``,
+    biases included too, are kept if asked for.
     """
 
     residuals: list[Float[Tensor, "prompt position d_model"]]
@@ -33,29 +35,30 @@ class CleanRun:
     @property
     def outputs(self) -> list[Float[Tensor, "prompt position d_model"]]:
         """By component, in order of depth: the attention's and the MLP's of every layer."""
-        return [output for pair in zip(self.attention_outputs, self.mlp_outputs, strict=True) for output in pair]
+        return [
+            output for pair in zip(self.attention_outputs, self.mlp_outputs, strict=True) for output in pair
+        ]
 
 
 @contextmanager
-def float32_residual(model: Model) -> Iterator[None]:
-    """Inside, a model with 16-bit weights multiplies in 16 bits, but its residual stream and norms are float32.
+def float32_residual(model: Model, within: nn.Module | None = None) -> Iterator[None]:
+    """Inside, a model with 16-bit weights multiplies in these, but its residual stream and norms are float32.
 
     What an ablation changes is a small part of the residual stream: in 16 bits its rounding would drown it.
+    ``within`` is the part of the model that runs inside, if not all of it.
     """
     if model.dtype not in (torch.bfloat16, torch.float16):
         yield
         return
 
-    def widen(_: nn.Module, positional: tuple, named: dict) -> tuple[tuple, dict]:
-        residual = (positional[0] if positional else named["hidden_states"]).float()
-        return ((residual, *positional[1:]), named) if positional else ((), {**named, "hidden_states": residual})
+    def widen(_: int, positional: tuple, named: dict) -> tuple[tuple, dict]:
+        if positional:
+            return (positional[0].float(), *positional[1:]), named
+        return (), {**named, "hidden_states": named["hidden_states"].float()}
 
-    handle = model.blocks[0].register_forward_pre_hook(widen, with_kwargs=True, prepend=True)
-    try:
-        with torch.autocast(model.device.type, dtype=model.dtype):
-            yield
-    finally:
-        handle.remove()
+    norms = widened_norms(model.hf if within is None else within)
+    with norms, before(model.blocks[:1], widen), torch.autocast(model.device.type, dtype=model.dtype):
+        yield
 
 
 class Replay:
@@ -69,35 +72,47 @@ class Replay:
         self.model = model
         self._arguments: list[tuple[tuple, dict]] = []
 
-        def record(_: nn.Module, positional: tuple, named: dict) -> None:
-            self._arguments.append((positional[1:], {k: v for k, v in named.items() if k != "hidden_states"}))
+        def record(_: int, positional: tuple, named: dict) -> None:
+            named = {name: value for name, value in named.items() if name != "hidden_states"}
+            self._arguments.append((positional[1:], named))
 
-        handles = [block.register_forward_pre_hook(record, with_kwargs=True) for block in model.blocks]
-        try:
-            tokens = torch.zeros(1, prompt_len, dtype=torch.long, device=model.device)
-            with float32_residual(model):
-                model.hf.base_model(input_ids=tokens, use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
+        tokens = torch.zeros(1, prompt_len, dtype=torch.long, device=model.device)
+        with float32_residual(model), before(model.blocks, record):
+            model.hf.base_model(input_ids=tokens, use_cache=False)
 
-    def block(self, layer: int, residual: Float[Tensor, "batch position d_model"]) -> Float[Tensor, "batch position d_model"]:
+    def block(
+        self, layer: int, residual: Float[Tensor, "batch position d_model"]
+    ) -> Float[Tensor, "batch position d_model"]:
         """Output of block ``layer`` for the residual stream before it."""
         positional, named = self._arguments[layer]
-        with float32_residual(self.model):
-            output = self.model.blocks[layer](residual, *positional, **named)
+        block = self.model.blocks[layer]
+        with float32_residual(self.model, block):
+            output = block(residual, *positional, **named)
         return output[0] if isinstance(output, tuple) else output
 
     def block_given_attention(
-        self, layer: int, residual: Float[Tensor, "batch position d_model"], attention_output: Float[Tensor, "batch position d_model"]
+        self,
+        layer: int,
+        residual: Float[Tensor, "batch position d_model"],
+        attention_output: Float[Tensor, "batch position d_model"],
     ) -> Float[Tensor, "batch position d_model"]:
         """The same with the attention's output given instead of computed."""
-        attention = self.model.attentions[layer]
-        attention.forward = lambda *_, **__: (attention_output, None)
-        try:
+        block, attention = self.model.blocks[layer], self.model.attentions[layer]
+        (path,) = (path for path, part in block.named_modules() if part is attention)
+        holder, _, name = path.rpartition(".")
+        with standing_in(block.get_submodule(holder), name, _Given(attention_output)):
             return self.block(layer, residual)
-        finally:
-            del attention.forward
+
+
+class _Given(nn.Module):
+    """In an attention's place: has its output already."""
+
+    def __init__(self, output: Float[Tensor, "batch position d_model"]):
+        super().__init__()
+        self.output = output
+
+    def forward(self, *_: object, **__: object) -> tuple[Float[Tensor, "batch position d_model"], None]:
+        return self.output, None
 
 
 @torch.no_grad()
@@ -105,31 +120,28 @@ def run_clean(model: Model, tokens: Int[Tensor, "prompt position"], mlps: bool =
     """The clean pass over ``tokens``, without the unembedding; ``mlps``: keep what MLPs write, too."""
     residuals: list[Tensor] = []
     z: list[Tensor] = []
-    outputs: list[Tensor] = []
+    attention_outputs: list[Tensor] = []
     mlp_outputs: list[Tensor] = []
-    final: list[Tensor] = []
 
-    def before_block(_: nn.Module, positional: tuple, named: dict) -> None:
+    def before_part(_: int, positional: tuple, named: dict) -> None:
         residuals.append(positional[0] if positional else named["hidden_states"])
 
-    def after_projection(_: nn.Module, positional: tuple, output: Tensor) -> None:
-        z.append(positional[0].unflatten(-1, (model.n_heads, -1)))
-        outputs.append(output)
+    def after_attention(_: int, given: Tensor, output: Tensor) -> None:
+        z.append(given.unflatten(-1, (model.n_heads, -1)))
+        attention_outputs.append(output)
 
-    handles = [block.register_forward_pre_hook(before_block, with_kwargs=True) for block in model.blocks]
-    handles += [projection.register_forward_hook(after_projection) for projection in model.output_projections]
-    handles.append(model.final_norm.register_forward_pre_hook(lambda _, positional: final.append(positional[0])))
-    if mlps:
-        keep = lambda _, positional, output: mlp_outputs.append(output)  # noqa: E731
-        handles += [projection.register_forward_hook(keep) for projection in model.mlp_output_projections]
-    try:
-        with float32_residual(model):
-            model.hf.base_model(input_ids=tokens, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    mlp_outputs = [output.view_as(final[0]) for output in mlp_outputs]  # some architectures flatten the batch
-    return CleanRun(residuals, z, outputs, mlp_outputs, final[0])
+    with (
+        float32_residual(model),
+        before([*model.blocks, model.final_norm], before_part),
+        watching(model.output_projections, after_attention),
+        watching(
+            model.mlp_output_projections if mlps else [], lambda _, __, output: mlp_outputs.append(output)
+        ),
+    ):
+        model.hf.base_model(input_ids=tokens, use_cache=False)
+    *residuals, final = residuals
+    mlp_outputs = [output.view_as(final) for output in mlp_outputs]  # some architectures flatten the batch
+    return CleanRun(residuals, z, attention_outputs, mlp_outputs, final)
 
 
 @torch.no_grad()
@@ -140,32 +152,36 @@ def carry(
     layer: int,
     delta: Float[Tensor, "variant prompt position d_model"],
 ) -> Float[Tensor, "variant prompt position d_model"]:
-    """Final residuals after adding each ``delta`` to the attention output of ``layer``; only what is above it runs.
+    """Final residuals after adding each ``delta`` to the attention output of ``layer``; the rest above runs.
 
-    All variants run in one batch, variants outermost; what modules see on the way can be had by :func:`watching` them.
+    All variants run in one batch, variants outermost; what modules see on the way can be had by
+    ``watching`` them (:mod:`selfrepair.engine.hooks`).
     """
     n = delta.shape[0]
     if model.parallel:
         after = clean.residuals[layer + 1] if layer + 1 < model.n_layers else clean.final_residual
         residual = (after + delta).flatten(0, 1)
     else:
-        before = clean.residuals[layer].expand(n, -1, -1, -1).flatten(0, 1)
-        residual = replay.block_given_attention(layer, before, (clean.attention_outputs[layer] + delta).flatten(0, 1))
+        below = clean.residuals[layer].expand(n, -1, -1, -1).flatten(0, 1)
+        given = (clean.attention_outputs[layer] + delta).flatten(0, 1)
+        residual = replay.block_given_attention(layer, below, given)
     for above in range(layer + 1, model.n_layers):
         residual = replay.block(above, residual)
     return residual.unflatten(0, (n, -1))
 
 
-@contextmanager
-def watching(modules: Sequence[nn.Module], see: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
-    """Calls ``see(index, input, output)`` whenever one of ``modules`` runs inside the ``with`` block."""
+@torch.no_grad()
+def z_reached(
+    model: Model, layer: int, run: Callable[[], object]
+) -> Float[Tensor, "row position head d_head"]:
+    """``z`` of ``layer`` in ``run()``, which is broken off there."""
+    return input_of(model.output_projections[layer], run).unflatten(-1, (model.n_heads, -1))
 
-    def hook(index: int) -> Callable[[nn.Module, tuple, Tensor], None]:
-        return lambda _, positional, output: see(index, positional[0], output)
 
-    handles = [module.register_forward_hook(hook(index)) for index, module in enumerate(modules)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+@torch.no_grad()
+def attention_z(
+    model: Model, replay: Replay, layer: int, residual: Float[Tensor, "row position d_model"]
+) -> Float[Tensor, "row position head d_head"]:
+    """``z`` of ``layer`` when ``residual`` is the residual stream before it."""
+    parts = residual.split(rows_that_fit(model, residual.shape[1]))
+    return torch.cat([z_reached(model, layer, lambda part=part: replay.block(layer, part)) for part in parts])

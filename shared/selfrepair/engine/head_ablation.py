@@ -6,22 +6,24 @@ stacked along the batch; nothing the size of the vocabulary is made.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
-from selfrepair.models.devices import unless_out_of_memory
-from selfrepair.engine.direct_effect import FinalNorm, token_directions
-from selfrepair.engine.fast.low_rank import FirstMaps
-from selfrepair.models.loading import Model
 from selfrepair.engine.ablations import Replacement
 from selfrepair.engine.batches import rows_that_fit
-from selfrepair.engine.forward import Replay, carry, run_clean, watching
+from selfrepair.engine.fast.low_rank import FirstMaps
+from selfrepair.engine.forward import Replay, carry
+from selfrepair.engine.hooks import watching
+from selfrepair.engine.reading import Reading
+from selfrepair.models.devices import unless_out_of_memory
+from selfrepair.models.loading import Model
 
 
 @dataclass(frozen=True)
@@ -59,69 +61,106 @@ def ablate_heads(
         torch.OutOfMemoryError: one head on these prompts is too much for the device.
     """
     rows = rows_that_fit(model, tokens.shape[1]) if rows is None else rows
-    prompts = _Prompts(model, tokens)
-    parts = [_ablate_layer(model, prompts, replacement, layer, rows) for layer in (range(model.n_layers) if layers is None else layers)]
-    return HeadAblations(*map(torch.stack, zip(*parts, strict=True)), prompts.sigma)
+    swept = _Layers(
+        Reading(model, tokens), Replay(model, tokens.shape[1]), replacement, max(1, rows // len(tokens))
+    )
+    parts = [swept.ablate(layer) for layer in (range(model.n_layers) if layers is None else layers)]
+    by_layer = {name: torch.stack([getattr(part, name) for part in parts]) for name in BY_LAYER}
+    return HeadAblations(**by_layer, sigma_clean=swept.reading.sigma)
 
 
-class _Prompts:
-    """What the clean pass over a batch says, and how to read a residual stream there."""
-
-    def __init__(self, model: Model, tokens: Int[Tensor, "prompt position"]):
-        self.clean = run_clean(model, tokens)
-        self.replay = Replay(model, tokens.shape[1])
-        self.norm = FinalNorm.of(model.final_norm)
-        self.direction, _ = token_directions(model, tokens)
-        self._padded = nn.functional.pad(self.direction, (0, 0, 0, 1))
-        self.sigma = self.norm.sigma(self.clean.final_residual[:, :-1])
-        self.final = self.read(self.clean.final_residual)
-        self.attention = [self.read(output) for output in self.clean.attention_outputs]
-
-    def read(self, residual: Float[Tensor, "*variant prompt position d_model"]) -> Float[Tensor, "*variant prompt position-1"]:
-        """``u · r``, not divided by σ."""
-        return torch.linalg.vecdot(residual.to(self.direction.dtype), self._padded)[..., :-1]
+#: The fields of :class:`HeadAblations` that have an axis of layers.
+BY_LAYER = tuple(field.name for field in dataclasses.fields(HeadAblations) if field.name != "sigma_clean")
 
 
-def _ablate_layer(
-    model: Model, prompts: _Prompts, replacement: Replacement, layer: int, rows: int
-) -> tuple[Float[Tensor, "head prompt read_position"], ...]:
-    """The fields of :class:`HeadAblations`, in their order, for one layer."""
-    clean, direction, sigma = prompts.clean, prompts.direction, prompts.sigma
-    replaced = replacement(layer, clean.z[layer])
-    z, replaced, bias, W_O = (x.to(direction.dtype) for x in (clean.z[layer], replaced, model.value_biases[layer], model.W_O(layer)))
-    along = torch.einsum("pkd,hed->pkhe", direction, W_O)  # u W_Oᵀ, per head
-    effect, ablated_effect = (torch.einsum("pkhe,pkhe->hpk", (x - bias)[:, :-1], along) / sigma for x in (z, replaced))
-    change = replaced - z
-    first_maps = FirstMaps(model, clean, layer) if FirstMaps.pay(model, layer) else None
-    attention_above = sum(prompts.attention[layer + 1 :], torch.zeros_like(prompts.final))
-    logits, sigmas, heads, reads = (torch.empty_like(effect) for _ in range(4))
+@dataclass(frozen=True)
+class _Ablated:
+    """What the passes over the blocks above a layer find, by head ablated.
 
-    def ablate(first: int, last: int) -> bool:
-        """Writes what ablating heads ``first`` to ``last`` does into the tensors above."""
-        delta = torch.einsum("pkhe,hed->hpkd", change[:, :, first:last], W_O[first:last])
-        downstream = torch.zeros_like(heads[first:last])
-        given = nullcontext() if first_maps is None else first_maps.given(change[:, :, first:last], first)
-        with given, watching(model.output_projections[layer + 1 :], lambda _, __, output: _add(downstream, prompts.read, output)):
-            final = carry(model, prompts.replay, clean, layer, delta)
-        heads[first:last] = (downstream - attention_above) / sigma
-        reads[first:last] = prompts.read(final) - prompts.final
-        sigmas[first:last] = prompts.norm.sigma(final[..., :-1, :])
-        logits[first:last] = (reads[first:last] + prompts.final) / sigmas[first:last] - prompts.final / sigma
-        return True
+    ``heads`` is the change (logits) of what the heads above write, ``read`` that of ``u · r`` of the final
+    residual stream ``r`` (not divided by σ), ``sigma`` the final norm's scale.
+    """
 
-    _in_halves(ablate, model.n_heads, max(1, rows // len(z)))
-    unchanged = ~change.flatten(3).ne(0).any(-1).any(0).any(0)
-    mlps = reads / sigma - (ablated_effect - effect) - heads
-    if model.parallel and layer == model.n_layers - 1:
-        mlps.zero_()  # nothing is above; rounding would leave 1e-6
-    for tensor in (logits, heads, mlps):
-        tensor[unchanged] = 0  # exactly, where rounding of differently stacked passes would leave 1e-7
-    sigmas[unchanged] = sigma
-    return effect, ablated_effect, logits, heads, mlps, sigmas
+    heads: Float[Tensor, "head prompt read_position"]
+    read: Float[Tensor, "head prompt read_position"]
+    sigma: Float[Tensor, "head prompt read_position"]
+
+    @classmethod
+    def empty(cls, n_heads: int, like: Float[Tensor, "prompt read_position"]) -> _Ablated:
+        def one() -> Float[Tensor, "head prompt read_position"]:
+            return like.new_empty(n_heads, *like.shape)
+
+        return cls(heads=one(), read=one(), sigma=one())
+
+
+class _Layers:
+    """Ablates the heads of one layer after another, ``at_once`` in a pass, on the prompts that were read."""
+
+    def __init__(self, reading: Reading, replay: Replay, replacement: Replacement, at_once: int):
+        self.model, self.reading, self.replay = reading.model, reading, replay
+        self.replacement, self.at_once = replacement, at_once
+        self.attention_read = [reading.read(output) for output in reading.clean.attention_outputs]
+
+    def ablate(self, layer: int) -> HeadAblations:
+        """Those of one layer; the fields are ``[head, prompt, position]``."""
+        reading, sigma = self.reading, self.reading.sigma
+        z = reading.clean.z[layer]
+        z, replaced = (values.to(reading.direction.dtype) for values in (z, self.replacement(layer, z)))
+        direct_effect, ablated_direct_effect = reading.effects(layer, torch.stack([z, replaced])).movedim(
+            -1, 1
+        )
+        change = replaced - z
+        ablated = self._run_above(layer, change)
+        logit_change = (ablated.read + reading.final) / ablated.sigma - reading.final / sigma
+        mlps = ablated.read / sigma - (ablated_direct_effect - direct_effect) - ablated.heads
+        if self.model.parallel and layer == self.model.n_layers - 1:
+            mlps.zero_()  # nothing is above; rounding would leave 1e-6
+        unchanged = _unchanged(change)
+        for values in (logit_change, ablated.heads, mlps):
+            values[unchanged] = 0  # exactly, where rounding of differently stacked passes would leave 1e-7
+        ablated.sigma[unchanged] = sigma
+        return HeadAblations(
+            direct_effect=direct_effect,
+            ablated_direct_effect=ablated_direct_effect,
+            logit_change=logit_change,
+            self_repair_heads=ablated.heads,
+            self_repair_mlps=mlps,
+            sigma_ablated=ablated.sigma,
+            sigma_clean=sigma,
+        )
+
+    def _run_above(self, layer: int, change: Float[Tensor, "prompt position head d_head"]) -> _Ablated:
+        """Carries the ``change`` of each head's ``z`` through the blocks above."""
+        model, reading = self.model, self.reading
+        projections_above = model.output_projections[layer + 1 :]
+        attention_above = sum(self.attention_read[layer + 1 :], torch.zeros_like(reading.final))
+        found = _Ablated.empty(model.n_heads, reading.sigma)
+        first_maps = FirstMaps.of(model, reading.clean, layer)
+
+        def ablate(first: int, last: int) -> bool:
+            """Fills in what ablating heads ``first`` to ``last`` does."""
+            some = change[:, :, first:last]
+            delta = reading.written(layer, some, first)
+            above = torch.zeros_like(found.heads[first:last])
+            given = nullcontext() if first_maps is None else first_maps.given(some, first)
+            with given, watching(projections_above, lambda _, __, output: _add(above, reading.read, output)):
+                final = carry(model, self.replay, reading.clean, layer, delta)
+            found.heads[first:last] = (above - attention_above) / reading.sigma
+            found.read[first:last] = reading.read(final) - reading.final
+            found.sigma[first:last] = reading.norm.sigma(final[..., :-1, :])
+            return True
+
+        _in_halves(ablate, model.n_heads, self.at_once)
+        return found
+
+
+def _unchanged(change: Float[Tensor, "prompt position head d_head"]) -> Bool[Tensor, " head"]:
+    """The heads whose ablation changes nothing anywhere."""
+    return ~change.flatten(3).ne(0).any(-1).any(0).any(0)
 
 
 def _in_halves(work: Callable[[int, int], bool], n: int, at_once: int) -> None:
-    """``work(first, last)`` on ranges that cover ``n``; one for which the device's memory is too small is done in halves."""
+    """``work(first, last)`` on ranges that cover ``n``; one too large for the device's memory in halves."""
     pending = [(first, min(first + at_once, n)) for first in range(0, n, at_once)]
     while pending:
         first, last = pending.pop(0)
@@ -133,5 +172,7 @@ def _in_halves(work: Callable[[int, int], bool], n: int, at_once: int) -> None:
         pending[:0] = [(first, middle), (middle, last)]
 
 
-def _add(total: Float[Tensor, "variant prompt read_position"], read: Callable[[Tensor], Tensor], output: Tensor) -> None:
+def _add(
+    total: Float[Tensor, "variant prompt read_position"], read: Callable[[Tensor], Tensor], output: Tensor
+) -> None:
     total += read(output.unflatten(0, total.shape[:2]))

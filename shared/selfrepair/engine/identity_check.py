@@ -9,8 +9,8 @@ from torch import Tensor
 from selfrepair.engine.direct_effect import FinalNorm, token_directions
 from selfrepair.engine.forward import run_clean
 from selfrepair.errors import UserError
-from selfrepair.models.architectures import check_window
 from selfrepair.models.loading import Model
+from selfrepair.models.support import check_window
 
 #: Logits of this many positions of two prompts are enough to know the final norm and the unembedding.
 IDENTITY_POSITIONS = 16
@@ -25,10 +25,15 @@ def check_tokens(model: Model, tokens: Int[Tensor, "prompt position"], source: s
     if len(tokens) < 2 or len(tokens) % 2:
         raise UserError(f"{source}: {len(tokens)} prompts; an even number of at least 2 is needed")
     if tokens.shape[1] > model.context_length:
-        raise UserError(f"prompts of {tokens.shape[1]} tokens do not fit {model.name}'s context of {model.context_length}")
+        raise UserError(
+            f"prompts of {tokens.shape[1]} tokens do not fit {model.name}'s context of {model.context_length}"
+        )
     check_window(model.hf.config, tokens.shape[1], model.name)
     if tokens.max() >= model.W_U.shape[0]:
-        raise UserError(f"{source}: token id {int(tokens.max())} is outside {model.name}'s vocabulary of {model.W_U.shape[0]}")
+        raise UserError(
+            f"{source}: token id {int(tokens.max())} is outside {model.name}'s vocabulary of "
+            f"{model.W_U.shape[0]}"
+        )
     check_identity(model, tokens[:2, :IDENTITY_POSITIONS])
 
 
@@ -40,9 +45,16 @@ def check_identity(model: Model, tokens: Int[Tensor, "prompt position"]) -> None
         UserError: it is not, so that no direct effect would mean what it should, or weights are not finite.
     """
     tokens = tokens.to(model.device)
-    logits = model.hf(input_ids=tokens, use_cache=False).logits[:, :-1].to(torch.promote_types(model.dtype, torch.float32))
+    logits = (
+        model.hf(input_ids=tokens, use_cache=False)
+        .logits[:, :-1]
+        .to(torch.promote_types(model.dtype, torch.float32))
+    )
     if not logits.isfinite().all():
-        raise UserError(f"{model.name}: its logits are not finite; the weights are damaged or {model.dtype} is too narrow for them")
+        raise UserError(
+            f"{model.name}: its logits are not finite; the weights are damaged or {model.dtype} is too "
+            "narrow for them"
+        )
     centred = logits - logits.mean(-1, keepdim=True)
     wanted = centred.gather(-1, tokens[:, 1:, None])[..., 0]
     direction, constant = token_directions(model, tokens)
@@ -51,4 +63,7 @@ def check_identity(model: Model, tokens: Int[Tensor, "prompt position"]) -> None
     tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1
     error = ((read - wanted).abs().max() / centred.abs().max()).item()
     if not error < tolerance:
-        raise UserError(f"{model.name}: direct effects do not sum to the logits (relative error {error:.1e}); this model is not supported")
+        raise UserError(
+            f"{model.name}: direct effects do not sum to the logits (relative error {error:.1e}); this model "
+            "is not supported"
+        )

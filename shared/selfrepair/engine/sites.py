@@ -1,4 +1,4 @@
-"""The places in a model whose activations can be ablated: the heads of every layer, and whole attention layers and MLPs."""
+"""The places in a model that can be ablated: heads of every layer, and whole attention layers and MLPs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Heads:
 
 
 class Components:
-    """What an attention layer or an MLP writes, biases included; places are ``2 l`` and ``2 l + 1`` of layer ``l``."""
+    """What attention layers and MLPs write, biases included; of layer ``l`` places ``2l`` and ``2l + 1``."""
 
     def activations(
         self, model: Model, tokens: Int[Tensor, "prompt position"]
@@ -41,6 +41,8 @@ class Components:
 HEADS, COMPONENTS = Heads(), Components()
 
 
-def batches_that_fit(model: Model, tokens: Int[Tensor, "prompt position"]) -> Iterator[Int[Tensor, "batch position"]]:
+def batches_that_fit(
+    model: Model, tokens: Int[Tensor, "prompt position"]
+) -> Iterator[Int[Tensor, "batch position"]]:
     """All prompts, as many at a time as a clean run has memory for."""
     yield from tokens.split(prompts_that_fit(model, tokens.shape[1]))

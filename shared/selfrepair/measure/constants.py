@@ -22,6 +22,7 @@ class FittedConstants(Measurement):
 
     name: ClassVar[str] = "constants"
     uses: ClassVar[tuple[str, ...]] = ("dtype", "ablation")
+    on_demand: ClassVar[bool] = True
 
     def shards(self, settings: Settings) -> Sequence[int]:
         return [0]

@@ -16,7 +16,8 @@ from selfrepair.paths import PACKAGE
 if TYPE_CHECKING:
     from selfrepair.models.loading import Model
 
-#: JSON values by name; a model's own settings out of a profile, or those that determine one store.
+#: JSON values by name; a model's own settings out of a profile, or those that determine one store. ``model_name``
+#: is for what reads more of the model's folder than the model: training checkpoints, or the record of its training.
 Settings = Mapping[str, object]
 #: What a measurement reads, by the names of the measurements that made it.
 Inputs = Mapping[str, xr.Dataset]
@@ -39,6 +40,8 @@ class Measurement(ABC):
     along: ClassVar[str] = "prompt"
     #: Measured for every kind of ablation of a profile, not for its first alone.
     every_ablation: ClassVar[bool] = False
+    #: Made only where another measurement needs it.
+    on_demand: ClassVar[bool] = False
     #: Made before everything else, on a machine that has the network.
     needs_network: ClassVar[bool] = False
 
@@ -84,7 +87,7 @@ def find_measurement(name: str) -> Measurement:
 
 @cache
 def measurement_names() -> tuple[str, ...]:
-    """All of them, each after those that it may need."""
+    """All of them, in alphabetical order."""
     folder = PACKAGE / "measure"
     modules = [info.name for info in pkgutil.iter_modules([str(folder)])]
     named = [name for name in modules if "\nMEASUREMENT = " in (folder / f"{name}.py").read_text(encoding="utf-8")]

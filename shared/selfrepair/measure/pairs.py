@@ -34,7 +34,9 @@ def prompts_of_shard(inputs: Inputs, shard: int) -> Int[np.ndarray, " prompt"]:
     return np.concatenate([first, first + half])
 
 
-def tokens_of(model: Model, inputs: Inputs, prompts: Int[np.ndarray, " prompt"]) -> Int[Tensor, "prompt position"]:
+def tokens_of(
+    model: Model, inputs: Inputs, prompts: Int[np.ndarray, " prompt"]
+) -> Int[Tensor, "prompt position"]:
     """Tokens of some prompts, on the host.
 
     Raises:

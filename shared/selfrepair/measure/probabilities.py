@@ -38,8 +38,13 @@ MEASUREMENT = Probabilities()
 
 
 @torch.no_grad()
-def correct_probability(model: Model, tokens: Int[Tensor, "prompt token"]) -> Float[Tensor, "prompt position"]:
-    """Clean probability of each position's correct next token; the vocabulary is held for a few prompts at a time."""
+def correct_probability(
+    model: Model, tokens: Int[Tensor, "prompt token"]
+) -> Float[Tensor, "prompt position"]:
+    """Clean probability of each position's correct next token.
+
+    Logits of the whole vocabulary are held for a few prompts at a time.
+    """
     one_prompt = tokens.shape[1] * model.W_U.shape[0] * 4
     parts = []
     for batch in tokens.split(max(1, LOGIT_BYTES // one_prompt)):

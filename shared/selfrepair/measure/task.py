@@ -5,9 +5,10 @@ from __future__ import annotations
 import queue
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -28,6 +29,9 @@ from selfrepair.store.stores import SHARD, is_whole, kept, open_store, write_sto
 if TYPE_CHECKING:
     from selfrepair.models.loading import Model
 
+#: Attributes of a shard that its store does not have.
+OF_A_SHARD = ("seconds", "inputs", "format", "sha256")
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -47,11 +51,14 @@ class Task:
         """
         self.measurement = find_measurement(name)
         self.model_name, self.folder = model_name, folder
+        wanted = {**wanted, "model_name": model_name}
         self.settings = settings_of(name, wanted)
         self.needed = {n: Task(n, model_name, wanted, folder) for n in self.measurement.needs(self.settings)}
         kind = f"-{self.settings['ablation']}" if "ablation" in self.settings else ""
         self.label = f"{name}{kind}"
-        self.path = folder / f"{slug(short_name(model_name))}-{self.label}-{identity(self.determined_by)}.zarr"
+        self.path = (
+            folder / f"{slug(short_name(model_name))}-{self.label}-{identity(self.determined_by)}.zarr"
+        )
         self.shard_folder = self.path.with_suffix(".shards")
 
     @cached_property
@@ -64,7 +71,7 @@ class Task:
             **self.measurement.fingerprint(self.settings),
             "inputs": {name: task.path.stem for name, task in self.needed.items()},
             "version": __version__,
-            "code": code_version(f"selfrepair.measure.{self.measurement.name}"),
+            "code": code_version(f"selfrepair.measure.{self.measurement.name}", "selfrepair.engine.fast.switch"),
         }
 
     @property
@@ -73,12 +80,12 @@ class Task:
 
     def is_done(self) -> bool:
         """Whether the store is there whole, made from the inputs that are there."""
-        return is_whole(self.path) and open_store(self.path).attrs.get("inputs_sha256") == self._inputs_sha256()
+        return (
+            is_whole(self.path) and open_store(self.path).attrs.get("inputs_sha256") == self._inputs_sha256()
+        )
 
     def _inputs_sha256(self) -> dict[str, str] | None:
-        if not all(task.is_done() for task in self.needed.values()):
-            return None
-        return {name: str(open_store(task.path).attrs["sha256"]) for name, task in self.needed.items()}
+        return _checksums(self.inputs()) if all(task.is_done() for task in self.needed.values()) else None
 
     def inputs(self) -> Inputs:
         """The stores of what it needs.
@@ -97,13 +104,28 @@ class Task:
         shards = list(shards)
         if unknown := sorted(set(shards) - set(self.shards)):
             known = ", ".join(map(str, self.shards))
-            raise UserError(f"{self.label} of {self.model_name} has no shard {unknown[0]}; its shards are {known}")
+            raise UserError(
+                f"{self.label} of {self.model_name} has no shard {unknown[0]}; its shards are {known}"
+            )
         for task in self.needed.values():
             task.merge(models, progress)
-        inputs = self.inputs()
+        if self.is_done():
+            return
+        is_made_again = self.path.is_dir()  # it is damaged, or of other inputs
+        inputs, about = self.inputs(), described(models[0])
+
+        def is_made_meanwhile() -> bool:
+            return not is_made_again and self.is_done()
+
+        def leave_on_disk(model: Model, shard: int) -> None:
+            if not is_made_meanwhile():
+                self._kept_shard(model, inputs, about, shard)
+
         with tqdm(shards, desc=f"{models[0].name} {self.label}", unit="shard", disable=not progress) as bar:
-            for _ in on_all(models, lambda model, shard: self._kept_shard(model, inputs, shard), bar):
+            for _ in on_all(models, leave_on_disk, bar):
                 pass
+        if is_made_meanwhile():
+            shutil.rmtree(self.shard_folder, ignore_errors=True)
 
     def merge(self, models: Sequence[Model], progress: bool = False) -> Path:
         """The store, from its shards and whatever of them is missing; returns its path.
@@ -114,21 +136,34 @@ class Task:
         self.folder.mkdir(parents=True, exist_ok=True)
         for task in self.needed.values():
             task.merge(models, progress)
-        with FileLock(self.path.with_suffix(".lock")):  # a run beside this one that wants the same store waits for it
+        with FileLock(
+            self.path.with_suffix(".lock")
+        ):  # a run beside this one that wants the same store waits for it
             remove_unfinished(manifest_of(self.path))
             if not self.is_done():
                 self.compute(models, self.shards, progress)
-                shards = [self._kept_shard(models[0], self.inputs(), shard) for shard in self.shards]
-                attributes = self._attributes(shards[0])
-                seconds = sum(float(shard.attrs["seconds"]) for shard in shards)
-                write_manifest(manifest_of(self.path), seconds, source=self.model_name, **attributes)
-                write_store(self._parts(shards, attributes), self.path, self.measurement.along)
+                self._merge_shards()
             shutil.rmtree(self.shard_folder, ignore_errors=True)  # a run killed just before it would have
         return self.path
 
+    def _merge_shards(self) -> None:
+        about_shards = [self._shard(shard).attrs for shard in self.shards]
+        seconds = sum(float(about["seconds"]) for about in about_shards)
+        own = {name: value for name, value in about_shards[0].items() if name not in OF_A_SHARD}
+        attributes = {**own, **self.determined_by, "inputs_sha256": about_shards[0]["inputs"]}
+        write_manifest(manifest_of(self.path), seconds, source=self.model_name, **attributes)
+        write_store(self._parts(attributes), self.path, self.measurement.along)
+
     def computed_again(self, model: Model, shard: int) -> xr.Dataset:
-        """A shard, computed whatever is on the disk."""
-        return self.measurement.compute(model, self.settings, self.inputs(), shard)
+        """A shard, computed whatever is on the disk, with its places in the order of the store."""
+        made = self._measured(model, self.inputs(), shard)
+        return made.sortby(self.measurement.along) if self.measurement.along in made.coords else made
+
+    def _measured(self, model: Model, inputs: Inputs, shard: int) -> xr.Dataset:
+        from selfrepair.engine.fast import fast_path
+
+        with fast_path(model) as quick:
+            return self.measurement.compute(quick, self.settings, inputs, shard)
 
     def of_shard(self, merged: xr.Dataset, shard: int) -> xr.Dataset:
         """The part of the store that a shard made."""
@@ -138,44 +173,55 @@ class Task:
             chosen[SHARD] = [self.shards.index(shard)]
         return merged.isel(chosen)
 
-    def _kept_shard(self, model: Model, inputs: Inputs, shard: int) -> xr.Dataset:
+    def _shard_path(self, shard: int) -> Path:
+        return self.shard_folder / f"{shard:06d}.zarr"
+
+    def _kept_shard(self, model: Model, inputs: Inputs, about: Mapping[str, object], shard: int) -> None:
         def compute() -> xr.Dataset:
             started = time.monotonic()
-            made = self.measurement.compute(model, self.settings, inputs, shard)
+            made = self._measured(model, inputs, shard)
             seconds = time.monotonic() - started
-            return made.assign_attrs(described(model), **made.attrs, seconds=seconds, inputs=_checksums(inputs))
+            return made.assign_attrs(
+                {**about, **made.attrs, "seconds": seconds, "inputs": _checksums(inputs)}
+            )
 
-        path = self.shard_folder / f"{shard:06d}.zarr"
-        if path.is_dir() and is_whole(path) and open_store(path).attrs["inputs"] != _checksums(inputs):
-            shutil.rmtree(path)  # of inputs that were made again since
-        return kept(path, compute)
+        kept(self._shard_path(shard), compute, lambda found: found.attrs["inputs"] == _checksums(inputs))
 
-    def _attributes(self, shard: xr.Dataset) -> dict[str, object]:
-        own = {name: value for name, value in shard.attrs.items() if name not in ("seconds", "inputs", "format", "sha256")}
-        return {**own, **self.determined_by, "inputs_sha256": self._inputs_sha256()}
+    def _shard(self, shard: int) -> xr.Dataset:
+        return open_store(
+            self._shard_path(shard)
+        )  # each time anew: what was read of it does not stay in memory
 
-    def _parts(self, shards: Sequence[xr.Dataset], attributes: dict[str, object]) -> Iterator[xr.Dataset]:
-        """The shards' runs of consecutive places, in order; what is one for each shard goes with its first run."""
+    def _parts(self, attributes: Mapping[str, object]) -> Iterator[xr.Dataset]:
+        """What lies along the shards, in the order of its places; then, shard by shard, what is one for each."""
         along = self.measurement.along
-        runs: list[tuple[int, int, slice | None]] = []
-        for number, shard in enumerate(shards):
-            if along in shard.coords:
-                index = shard[along].values
-                ends = [*(np.flatnonzero(np.diff(index) != 1) + 1).tolist(), len(index)]
-                starts = [0, *ends[:-1]]
-                runs += [(int(index[a]), number, slice(a, b)) for a, b in zip(starts, ends, strict=True)]
-            else:
-                runs.append((number, number, slice(None) if along in shard.dims else None))
-        first_runs: set[int] = set()
-        for _, number, part in sorted(runs, key=lambda run: run[:2]):
-            shard = shards[number].drop_attrs()
-            if part is not None:
-                made_in = np.full(shard.sizes[along], self.shards[number])
-                shard = shard.assign_coords(made_in_shard=(along, made_in)).isel({along: part})
-            if number in first_runs:
-                shard = shard.drop_dims(SHARD, errors="ignore")
-            first_runs.add(number)
-            yield shard.assign_attrs(attributes)
+        for shard, places in self._runs():
+            run = (
+                self._shard(shard)
+                .drop_dims(SHARD, errors="ignore")
+                .drop_attrs(deep=False)
+                .assign_attrs(attributes)
+            )
+            if along in run.dims:
+                made_in = np.full(run.sizes[along], shard)
+                run = run.assign_coords(made_in_shard=(along, made_in)).isel({along: places})
+            yield run
+        for shard in self.shards:
+            yield self._shard(shard).drop_dims(along, errors="ignore")
+
+    def _runs(self) -> list[tuple[int, slice]]:
+        """Runs of consecutive places, in order: the shard that holds each, and where in it. There is one at least."""
+        runs: list[tuple[int, int, slice]] = []
+        for number, shard in enumerate(self.shards):
+            data = self._shard(shard)
+            if self.measurement.along in data.coords:
+                places = data[self.measurement.along].values
+                borders = [0, *(np.flatnonzero(np.diff(places) != 1) + 1).tolist(), len(places)]
+                runs += [(int(places[a]), shard, slice(a, b)) for a, b in pairwise(borders) if a < b]
+            elif data.sizes.get(self.measurement.along, 0):
+                runs.append((number, shard, slice(None)))
+        in_order = sorted(runs, key=lambda run: run[0])
+        return [(shard, places) for _, shard, places in in_order] or [(self.shards[0], slice(None))]
 
 
 def described(model: Model) -> dict[str, object]:
@@ -195,7 +241,9 @@ def _checksums(inputs: Inputs) -> dict[str, str]:
     return {name: str(data.attrs["sha256"]) for name, data in inputs.items()}
 
 
-def on_all(models: Sequence[Model], work: Callable[[Model, Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+def on_all(
+    models: Sequence[Model], work: Callable[[Model, Item], Result], items: Iterable[Item]
+) -> Iterator[Result]:
     """``work(model, item)`` for every item, in order, each on whichever of the models is free."""
     if len(models) == 1:
         yield from (work(models[0], item) for item in items)

@@ -21,25 +21,25 @@ def embedded_models() -> list[str]:
     return sorted(path.parent.name for path in MODELS.glob("*/config.json"))
 
 
-def model_folder(name: str) -> Path | None:
+def model_folder(model_name: str) -> Path | None:
     """The folder of an embedded or local model; ``None`` for a hub id.
 
     Raises:
-        UserError: ``name`` is a path but no folder with a ``config.json``.
+        UserError: ``model_name`` is a path but no folder with a ``config.json``.
     """
-    if name in embedded_models():
-        return MODELS / name
-    path = Path(name)
-    if os.path.isdir(name):  # False for what can be no path, where Path.is_dir raises
+    if model_name in embedded_models():
+        return MODELS / model_name
+    path = Path(model_name)
+    if os.path.isdir(model_name):  # False for what can be no path, where Path.is_dir raises
         if not (path / "config.json").is_file():
-            raise UserError(f"{name}: no config.json in this folder, so it is no Hugging Face model")
+            raise UserError(f"{model_name}: no config.json in this folder, so it is no Hugging Face model")
         return path
-    if name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise UserError(f"{name}: no such folder")
+    if model_name.count("/") > 1 or model_name.startswith((".", "/", "~")):
+        raise UserError(f"{model_name}: no such folder")
     return None
 
 
-def find_model(name: str) -> str:
+def find_model(model_name: str) -> str:
     """What to give ``from_pretrained``: the folder of an embedded or local model, else the hub id itself.
 
     A hub id whose config.json was not downloaded before is asked for, once, at the hub.
@@ -47,62 +47,70 @@ def find_model(name: str) -> str:
     Raises:
         UserError: as :func:`model_folder`, or the hub cannot be reached or refuses the model.
     """
-    folder = model_folder(name)
+    folder = model_folder(model_name)
     if folder is not None:
         return str(folder)
-    _check_on_hub(name)
-    return name
+    _check_on_hub(model_name)
+    return model_name
 
 
-def read_config(name: str) -> dict[str, object]:
+def read_config(model_name: str) -> dict[str, object]:
     """A model's config.json, from the hub if need be.
 
     Raises:
         UserError: as :func:`find_model`, or the file is no JSON object.
     """
-    found = Path(find_model(name))
-    if (found / "config.json").is_file():
-        file = found / "config.json"
-    else:
-        from huggingface_hub import hf_hub_download
-
-        file = Path(hf_hub_download(name, "config.json"))
+    found = Path(find_model(model_name))
+    file = found / "config.json" if found.is_dir() else _config_from_hub(model_name)
     try:
         config = json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
-        raise UserError(f"{name}: its config.json cannot be read ({error})") from error
+        raise UserError(f"{model_name}: its config.json cannot be read ({error})") from error
     if not isinstance(config, dict):
-        raise UserError(f"{name}: its config.json is no JSON object")
+        raise UserError(f"{model_name}: its config.json is no JSON object")
     return config
 
 
-def short_name(name: str) -> str:
+def short_name(model_name: str) -> str:
     """A model's name without the folders that it lies in; a hub id as it is."""
-    return Path(name).resolve().name if os.path.isdir(name) else name
+    return Path(os.path.abspath(model_name)).name if os.path.isdir(model_name) else model_name
 
 
 #: What of a model folder determines its numbers: configuration, weights and tokenizer.
-MODEL_FILES = ("config.json", "*.safetensors", "*.bin", "*.index.json", "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json")
+MODEL_FILES = (
+    "config.json",
+    "*.index.json",
+    "*.safetensors",
+    "*.bin",
+    "*.model",
+    "tokenizer*",
+    "vocab.*",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+)
 
 
-def model_identity(name: str) -> str:
-    """What tells a model from others of its name: a hash of its files, or the commit of a hub model's snapshot.
+def model_identity(model_name: str) -> str:
+    """What tells a model from others of its name: a hash of its files, or the commit of a hub model.
 
     Raises:
-        UserError: as :func:`find_model`.
+        UserError: as :func:`find_model`, or a file cannot be read.
     """
-    found = Path(find_model(name))
-    if found.is_dir():
-        files = sorted({file for pattern in MODEL_FILES for file in found.glob(pattern)})
-        return _hash_of(tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
-    from huggingface_hub import hf_hub_download
-
-    return Path(hf_hub_download(name, "config.json")).parent.name
+    found = Path(find_model(model_name))
+    if not found.is_dir():
+        return _config_from_hub(model_name).parent.name
+    files = {file for pattern in MODEL_FILES for file in found.glob(pattern) if file.is_file()}
+    try:
+        states = ((file, file.stat()) for file in sorted(files))
+        return _hash_of(tuple((file, state.st_size, state.st_mtime_ns) for file, state in states))
+    except OSError as error:
+        raise UserError(f"{model_name}: its files cannot be read ({error})") from error
 
 
 @cache
 def _hash_of(files: tuple[tuple[Path, int, int], ...]) -> str:
-    """SHA-256 of files' names and contents; sizes and times say whether they changed while this process runs."""
+    """SHA-256 of files' names and contents; sizes and times say whether they changed in this process."""
     digest = hashlib.sha256()
     for file, size, _ in files:
         digest.update(f"{file.name} {size} ".encode())
@@ -112,7 +120,7 @@ def _hash_of(files: tuple[tuple[Path, int, int], ...]) -> str:
 
 
 def training_metrics(folder: Path) -> dict[str, object]:
-    """The ``metrics.json`` that ``selfrepair train`` leaves with a model; empty for models that were trained by others.
+    """The ``metrics.json`` that ``selfrepair train`` leaves with a model; empty for models trained by others.
 
     Raises:
         UserError: the file is damaged.
@@ -129,34 +137,67 @@ def training_metrics(folder: Path) -> dict[str, object]:
     return metrics if type(seed) is int and seed >= 0 else {}
 
 
-def _check_on_hub(name: str) -> None:
+def _check_on_hub(model_name: str) -> None:
     from huggingface_hub import hf_hub_url, try_to_load_from_cache
     from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import HFValidationError
 
     try:
-        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        if isinstance(try_to_load_from_cache(model_name, "config.json"), str):
             return
-        url = hf_hub_url(name, "config.json")
+        url = hf_hub_url(model_name, "config.json")
     except HFValidationError as error:
-        raise UserError(f"{name}: no embedded model, no folder and no possible id of a model on the Hugging Face hub") from error
+        raise UserError(
+            f"{model_name}: no embedded model, no folder "
+            "and no possible id of a model on the Hugging Face hub"
+        ) from error
     status = None if HF_HUB_OFFLINE else _hub_status(url)
     if status is None:
         why = "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else f"no answer from {url.split('/resolve/')[0]}"
         raise UserError(
-            f"{name}: wanted from the Hugging Face hub, which was not reachable ({why}): "
+            f"{model_name}: wanted from the Hugging Face hub, which was not reachable ({why}): "
             "give the path of a local model folder instead, or use --profile pocket, which needs no network"
         )
     if status in (401, 403):  # to whom is not logged in, the hub says 401 of models that do not exist, too
-        raise UserError(f"{name}: gated, private or no model on the Hugging Face hub: log in with 'hf auth login', or check the name")
+        raise UserError(
+            f"{model_name}: gated, private or no model on the Hugging Face hub: "
+            "log in with 'hf auth login', or check the name"
+        )
     if status == 404:
-        raise UserError(f"{name}: no embedded model, no local folder and no model on the Hugging Face hub: check the name")
+        raise UserError(
+            f"{model_name}: no embedded model, no local folder "
+            "and no model on the Hugging Face hub: check the name"
+        )
     if status >= 400:
-        raise UserError(f"{name}: the Hugging Face hub answered with error {status}: try again later, or give a local model folder")
+        raise UserError(
+            f"{model_name}: the Hugging Face hub answered with error {status}: "
+            "try again later, or give a local model folder"
+        )
+
+
+@cache
+def _config_from_hub(model_name: str) -> Path:
+    """Where config.json of a hub model lies once it is downloaded: in a folder named after its commit.
+
+    The hub is asked once by a process, so that all of it takes the model for the same.
+
+    Raises:
+        UserError: the hub does not give it.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(hf_hub_download(model_name, "config.json"))
+    except (OSError, HfHubHTTPError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{model_name}: the Hugging Face hub did not give its config.json ({said})"
+        ) from error
 
 
 def _hub_status(url: str) -> int | None:
-    """HTTP status of one HEAD request with the hub's own client, proxies and token; ``None`` if nobody answers in time."""
+    """HTTP status of a HEAD request with the hub's own client, proxies and token; ``None``: no answer."""
     from huggingface_hub import get_hf_file_metadata
     from huggingface_hub.errors import HfHubHTTPError
 

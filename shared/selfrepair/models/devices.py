@@ -18,7 +18,7 @@ KINDS = ("cpu", "cuda", "mps", "xpu")
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto`` is CUDA where there is one, else the CPU; other names are torch's, of the kinds that models are run on.
+    """``auto`` is CUDA where there is one, else the CPU; other names are torch's, of :data:`KINDS`.
 
     Raises:
         UserError: no such device on this machine.
@@ -43,7 +43,7 @@ def all_devices(name: str) -> list[torch.device]:
 
 
 def set_precision(name: str, device: torch.device) -> torch.dtype:
-    """Makes float32 matrix products of this process exact or, for ``tf32``, TF32; returns the type for weights.
+    """Makes this process' float32 matrix products exact or, for ``tf32``, TF32; returns the type for weights.
 
     Raises:
         UserError: unknown precision, or TF32 on a device that has none.
@@ -51,13 +51,15 @@ def set_precision(name: str, device: torch.device) -> torch.dtype:
     if name not in PRECISIONS:
         raise UserError(f"unknown precision '{name}'; known are {', '.join(PRECISIONS)}")
     if name == "tf32" and not (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)):
-        raise UserError(f"TF32 needs an NVIDIA GPU of the Ampere generation or later, and this is {device}; use float32")
+        raise UserError(
+            f"TF32 needs an NVIDIA GPU of the Ampere generation or later, and this is {device}; use float32"
+        )
     torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
     return torch.float32 if name == "tf32" else getattr(torch, name)
 
 
 def precision(device: torch.device, dtype: torch.dtype) -> str:
-    """The name, as in :data:`PRECISIONS`, of what weights of this type on this device are now multiplied in."""
+    """The name in :data:`PRECISIONS` of what weights of this type on this device are now multiplied in."""
     if dtype == torch.float32 and device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
         return "tf32"
     return str(dtype).removeprefix("torch.")

@@ -1,14 +1,14 @@
-"""Figures of notebook 05: self-feeding, one layer earlier, cosines of head outputs, alignment with the gradient."""
+"""Figures of notebook 05: self-feeding, one layer earlier, cosines of head outputs, gradient alignment."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+import xarray as xr
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
@@ -16,28 +16,24 @@ from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from selfrepair.analysis.iterative import (
-    SCALES,
-    STRONGEST,
-    VECTORS,
-    Alignment,
-    EarlierInput,
-    HeadCosines,
-    SelfFeeding,
-    correlation,
-    cosine_by_distance,
-    mean_changes,
-    prompt_means,
-    slopes,
-)
+from selfrepair.analysis.cosines import cosine_by_distance, head_cosines
+from selfrepair.analysis.earlier_input import correlation, mean_changes
+from selfrepair.analysis.estimates import Estimate, mean_over_prompts
+from selfrepair.analysis.self_feeding import slopes
 from selfrepair.plots.style import MARKERS, looks
 
-NAMES = {"own_output": "own output", "random_head_output": "a random head's output", "random_direction": "random direction"}
-COLOURS = {vector: f"C{i}" for i, vector in enumerate(VECTORS)}
+NAMES = {
+    "own_output": "own output",
+    "random_head_output": "a random head's output",
+    "random_direction": "random direction",
+}
+COLOURS = {vector: f"C{i}" for i, vector in enumerate(NAMES)}
+#: Heads of these ranks by mean direct effect have lines of their own.
+STRONGEST = 5
 
 
 def slope_by_scale(measured: pd.DataFrame, published: pd.DataFrame) -> Figure:
-    """Slope against scale for the heads with the largest mean direct effect; one panel per model, published ones last (R&N §6)."""
+    """Slope against scale for the strongest heads; one panel per model, published ones last (R&N §6)."""
     panels = [("measured", model, rows) for model, rows in measured.groupby("model", sort=False)]
     panels += [("published", model, rows) for model, rows in published.groupby("model", sort=False)]
     figure, axes = _grid(len(panels), 4, 2.6, 2.6)
@@ -47,21 +43,40 @@ def slope_by_scale(measured: pd.DataFrame, published: pd.DataFrame) -> Figure:
             if rank > STRONGEST:
                 continue
             look = {"color": COLOURS[vector], "marker": MARKERS[rank - 1], "ms": 4, "lw": 1}
-            axis.plot(line["scale"], line["slope_after_on_before"], **look, alpha=0.9 if vector == "own_output" else 0.6)
+            axis.plot(
+                line["scale"],
+                line["slope_after_on_before"],
+                **look,
+                alpha=0.9 if vector == "own_output" else 0.6,
+            )
             if source == "measured":
-                axis.fill_between(line["scale"], line["slope_low"], line["slope_high"], color=look["color"], alpha=0.12, lw=0)
+                axis.fill_between(
+                    line["scale"],
+                    line["slope_low"],
+                    line["slope_high"],
+                    color=look["color"],
+                    alpha=0.12,
+                    lw=0,
+                )
         axis.set_title(f"{source}\n{model}", fontsize=9)
-        axis.set(xticks=SCALES, xlabel="scale")
+        axis.set(xticks=sorted(rows["scale"].unique()), xlabel="scale")
     _label_left(axes, 4, "slope of direct effect\nafter on before")
-    handles = [Line2D([], [], color=COLOURS[vector], label=NAMES[vector]) for vector in VECTORS]
-    handles += [Line2D([], [], color="0.3", marker=MARKERS[i], ls="", ms=4, label=f"head of rank {i + 1}") for i in range(STRONGEST)]
+    handles = [Line2D([], [], color=COLOURS[vector], label=NAMES[vector]) for vector in NAMES]
+    handles += [
+        Line2D([], [], color="0.3", marker=MARKERS[i], ls="", ms=4, label=f"head of rank {i + 1}")
+        for i in range(STRONGEST)
+    ]
     figure.legend(handles=handles, loc="outside lower center", ncol=4, frameon=False, fontsize=8)
-    _say(figure, f"measured: {_tokens(measured)} tokens; shaded: 95 % interval over prompts; rank by mean direct effect")
+    _say(
+        figure,
+        f"measured: {_tokens(measured)} tokens; shaded: 95 % interval over prompts; "
+        "rank by mean direct effect",
+    )
     return figure
 
 
 def slope_by_head(measured: pd.DataFrame, published: pd.DataFrame) -> Figure:
-    """Slopes at the largest scale of all heads fed, in order of the own output's; published heads in the last panel."""
+    """Slopes at the largest scale of all heads fed, in order of the own output's; published ones last."""
     panels = [(f"measured\n{model}", rows) for model, rows in measured.groupby("model", sort=False)]
     panels.append((f"published\n{published['model'].nunique()} models", published))
     figure, axes = _grid(len(panels), 3, 3.4, 2.8)
@@ -69,141 +84,191 @@ def slope_by_head(measured: pd.DataFrame, published: pd.DataFrame) -> Figure:
         rows = rows[rows["scale"] == rows["scale"].max()].set_index(["model", "layer", "head"])
         order = rows.loc[rows["added_vector"] == "own_output", "slope_after_on_before"].sort_values().index
         axis.axhline(1, color="0.4", lw=0.8, ls="--", zorder=0)
-        for vector in VECTORS:
+        for vector in NAMES:
             here = rows[rows["added_vector"] == vector].loc[order]
             x, slope = np.arange(len(order)), here["slope_after_on_before"]
-            axis.plot(x, slope, "o", color=COLOURS[vector], ms=3.5, label=NAMES[vector], zorder=4 if vector == "own_output" else 3)
+            axis.plot(
+                x,
+                slope,
+                "o",
+                color=COLOURS[vector],
+                ms=3.5,
+                label=NAMES[vector],
+                zorder=4 if vector == "own_output" else 3,
+            )
             if "slope_low" in here:
                 axis.vlines(x, here["slope_low"], here["slope_high"], color=COLOURS[vector], lw=1, alpha=0.6)
         axis.set_title(title, fontsize=9)
         axis.set(xlabel=f"{len(order)} heads, by slope with own output", xticks=[])
-    _label_left(axes, 3, f"slope of direct effect\nafter on before, scale {max(SCALES)}")
+    _label_left(axes, 3, f"slope of direct effect\nafter on before, scale {measured['scale'].max()}")
     _legend_below(figure, axes[0], 3)
     _say(figure, f"measured: {_tokens(measured)} tokens; bars: 95 % interval over prompts")
     return figure
 
 
-def effect_after_against_before(fed: dict[str, SelfFeeding]) -> Figure:
-    """Tokens of the head with the largest and the one with the smallest slope, own output, largest scale, with all three lines."""
+def effect_after_against_before(fed: dict[str, xr.Dataset]) -> Figure:
+    """Tokens and lines of the heads with the largest and the smallest slope, own output, largest scale."""
     panels = []
-    for model, feeding in fed.items():
-        found = slopes(feeding, n_bootstrap=1)[:, :, -1, 0]
-        own = found[:, VECTORS.index("own_output")]
-        panels += [(model, feeding, found, int(np.argmax(own)), "largest"), (model, feeding, found, int(np.argmin(own)), "smallest")]
+    for model_name, feeding in fed.items():
+        own = _slopes_at_largest_scale(feeding)[:, feeding.attrs["vectors"].index("own_output")]
+        panels += [
+            (model_name, int(np.argmax(own)), "largest"),
+            (model_name, int(np.argmin(own)), "smallest"),
+        ]
     figure, axes = _grid(len(panels), 4, 2.6, 2.7)
-    for axis, (model, feeding, found, i, which) in zip(axes, panels, strict=True):
-        before, after = feeding.before[i].ravel(), feeding.after[i, :, -1].reshape(len(VECTORS), -1)
-        ends = np.array([before.min(), before.max()])
-        axis.scatter(before, after[0], s=4, color=COLOURS[VECTORS[0]], alpha=0.25, linewidths=0, rasterized=True)
-        for v, vector in enumerate(VECTORS):
-            line = after[v].mean() + found[i, v] * (ends - before.mean())
-            axis.plot(ends, line, color=COLOURS[vector], lw=1.6, label=f"fed {NAMES[vector]}")
-        axis.plot(ends, ends, color="0.4", lw=0.8, ls="--", label="unchanged")
-        low, high = np.quantile(after[0], [0.001, 0.999])
-        axis.set(ylim=(min(low, ends[0]), max(high, ends[1])), xlabel="before (logits)")
-        layer, head = feeding.heads[i]
-        axis.set_title(f"{model} L{layer}H{head}\n{which} slope: {_signed(found[i, 0])}", fontsize=9)
+    for axis, (model_name, i, which) in zip(axes, panels, strict=True):
+        feeding = fed[model_name]
+        own_slope = _draw_tokens(axis, feeding, i)
+        layer, head = int(feeding["layer"][i]), int(feeding["head"][i])
+        axis.set_title(f"{model_name} L{layer}H{head}\n{which} slope: {_signed(own_slope)}", fontsize=9)
     _label_left(axes, 4, "direct effect after (logits)")
     _legend_below(figure, axes[0], 4)
+    n_tokens, scale = feeding["before"][0].size, int(feeding["scale"][-1])
     _say(
         figure,
-        f"points: {before.size} tokens, fed the head's own output; lines: least squares; scale {max(SCALES)}; at most 2 in 1000 lie outside",
+        f"points: {n_tokens} tokens, fed the head's own output; lines: least squares; scale {scale}; "
+        "at most 2 in 1000 lie outside",
     )
     return figure
 
 
-def earlier_against_ablated(found: dict[str, EarlierInput]) -> Figure:
-    """Change of every head's direct effect with its predecessor's input against that under ablation, with 95 % intervals."""
+def _slopes_at_largest_scale(feeding: xr.Dataset) -> Float[np.ndarray, "fed vector"]:
+    return slopes(feeding, n_bootstrap=1).value[:, :, -1]
+
+
+def _draw_tokens(axis: Axes, feeding: xr.Dataset, fed: int) -> float:
+    """A head's tokens when fed its own output at the largest scale, all lines; returns its own slope."""
+    slope = dict(zip(feeding.attrs["vectors"], _slopes_at_largest_scale(feeding)[fed], strict=True))
+    before = feeding["before"].values[fed].ravel()
+    after = dict(
+        zip(
+            feeding.attrs["vectors"], feeding["after"].values[fed, :, -1].reshape(len(slope), -1), strict=True
+        )
+    )
+    ends = np.array([before.min(), before.max()])
+    own = after["own_output"]
+    axis.scatter(before, own, s=4, color=COLOURS["own_output"], alpha=0.25, linewidths=0, rasterized=True)
+    for vector, name in NAMES.items():
+        line = after[vector].mean() + slope[vector] * (ends - before.mean())
+        axis.plot(ends, line, color=COLOURS[vector], lw=1.6, label=f"fed {name}")
+    axis.plot(ends, ends, color="0.4", lw=0.8, ls="--", label="unchanged")
+    low, high = np.quantile(own, [0.001, 0.999])
+    axis.set(ylim=(min(low, ends[0]), max(high, ends[1])), xlabel="before (logits)")
+    return float(slope["own_output"])
+
+
+def earlier_against_ablated(found: dict[str, xr.Dataset]) -> Figure:
+    """Change of every head's direct effect with its predecessor's input against that under ablation."""
     figure, axes = _grid(len(found), 2, 4.4, 3.9)
-    n_later = max(len(changes.ablated_heads) for changes in found.values())
+    n_later = max(changes.sizes["later_layer"] for changes in found.values())
     colours = plt.get_cmap("viridis", n_later)
-    for axis, (model, changes) in zip(axes, found.items(), strict=True):
-        earlier, ablated = mean_changes(changes)
-        for later in range(len(earlier)):
-            x, y = ablated[later], earlier[later]
-            errors = [np.abs(np.nanquantile(v[:, 1:], [0.025, 0.975], axis=1) - v[:, 0]) for v in (x, y)]
-            axis.errorbar(x[:, 0], y[:, 0], errors[1], errors[0], fmt="o", ms=4, lw=0.5, color=colours(later))
-        r = correlation(earlier, ablated)
-        low, high = np.nanquantile(r[1:], [0.025, 0.975])
-        axis.set_title(f"{model}: r = {_signed(r[0])} [{_signed(low)}, {_signed(high)}]", fontsize=9)
+    for axis, (model_name, changes) in zip(axes, found.items(), strict=True):
+        means = mean_changes(changes)
+        for later in range(len(means.earlier)):
+            x, y = means.ablated[later], means.earlier[later]
+            axis.errorbar(
+                x.value, y.value, _errors(y), _errors(x), fmt="o", ms=4, lw=0.5, color=colours(later)
+            )
+        r = correlation(means)
+        value, low, high = (_signed(float(number)) for number in (r.value, *r.interval()))
+        axis.set_title(f"{model_name}: r = {value} [{low}, {high}]", fontsize=9)
         axis.axhline(0, color="0.7", lw=0.8, zorder=0)
         axis.axvline(0, color="0.7", lw=0.8, zorder=0)
-        _symmetric_log(axis, ablated[..., 0], earlier[..., 0])
+        _symmetric_log(axis, means.ablated.value, means.earlier.value)
         axis.set_xlabel("change when the layer before is ablated (logits)")
     _label_left(axes, 2, "change when fed one layer earlier (logits)")
     scale = ScalarMappable(BoundaryNorm(np.arange(0.5, n_later + 1), colours.N), colours)
-    figure.colorbar(scale, ax=list(axes), label="layer of the head", ticks=np.arange(1, n_later + 1), shrink=0.6)
-    tokens = " or ".join(str(n) for n in sorted({int(n) for changes in found.values() for n in changes.counts.sum(1)}))
+    figure.colorbar(
+        scale, ax=list(axes), label="layer of the head", ticks=np.arange(1, n_later + 1), shrink=0.6
+    )
+    counts = sorted({int(n) for changes in found.values() for n in changes["count"].values.sum(1)})
+    tokens = " or ".join(map(str, counts))
     _say(
         figure,
-        f"points: heads, mean change of direct effect over {tokens} tokens; bars and r: 95 % intervals over prompts; axes logarithmic, linear near 0",
+        f"points: heads, mean change of direct effect over {tokens} tokens; "
+        "bars and r: 95 % intervals over prompts; axes logarithmic, linear near 0",
     )
     return figure
 
 
-def cosine_matrices(found: dict[str, HeadCosines]) -> Figure:
+def _errors(estimate: Estimate) -> Float[np.ndarray, "end x"]:
+    """How far the interval's ends are from the estimate."""
+    return np.stack([np.abs(end - estimate.value) for end in estimate.interval()])
+
+
+def cosine_matrices(found: dict[str, xr.Dataset]) -> Figure:
     """Mean cosine between the outputs of every two heads, in order of layer and head."""
     figure, axes = _grid(len(found), 2, 3.9, 3.6)
-    apart = np.concatenate([m.heads[~np.eye(len(m.heads), dtype=bool)] for m in found.values()])
+    matrices = {model_name: head_cosines(cosines) for model_name, cosines in found.items()}
+    apart = np.concatenate([m[~np.eye(len(m), dtype=bool)] for m in matrices.values()])
     limit = float(np.quantile(np.abs(apart), 0.99))
-    for axis, (model, cosines) in zip(axes, found.items(), strict=True):
-        image = axis.imshow(cosines.heads, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
-        n = len(cosines.layers)
-        width = len(cosines.heads) // n
-        for edge in range(1, n):
+    for axis, (model_name, matrix) in zip(axes, matrices.items(), strict=True):
+        image = axis.imshow(matrix, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
+        n_layers = found[model_name].sizes["layer"]
+        width = len(matrix) // n_layers
+        for edge in range(1, n_layers):
             axis.axhline(edge * width - 0.5, color="0.5", lw=0.4)
             axis.axvline(edge * width - 0.5, color="0.5", lw=0.4)
-        step = -(-n // 12)
-        ticks = np.arange(0, n, step)
-        axis.set(xticks=(ticks + 0.5) * width - 0.5, yticks=(ticks + 0.5) * width - 0.5, xticklabels=ticks, yticklabels=ticks)
+        ticks = np.arange(0, n_layers, -(-n_layers // 12))
+        places = (ticks + 0.5) * width - 0.5
+        axis.set(xticks=places, yticks=places, xticklabels=ticks, yticklabels=ticks)
         axis.tick_params(length=0)
-        axis.set_title(model, fontsize=9)
+        axis.set_title(model_name, fontsize=9)
         axis.set_xlabel("layer of the head")
         sns.despine(ax=axis, left=True, bottom=True)
     _label_left(axes, 2, "layer of the head")
     figure.colorbar(image, ax=list(axes), label="mean cosine of head outputs", extend="both", shrink=0.6)
-    _say(figure, f"all tokens of {_prompts(c.layers for c in found.values())} prompts; heads in order, layer by layer")
+    _say(figure, f"all tokens of {_prompts(found)} prompts; heads in order, layer by layer")
     return figure
 
 
-def cosines_by_distance(found: dict[str, HeadCosines]) -> Figure:
+def cosines_by_distance(found: dict[str, xr.Dataset]) -> Figure:
     """Mean cosine between outputs of heads against how many layers they are apart, with 95 % intervals."""
     figure, axis = plt.subplots(figsize=(4.6, 3.4))
-    _lines(axis, {model: cosine_by_distance(cosines) for model, cosines in found.items()})
+    _lines(axis, {model_name: cosine_by_distance(cosines) for model_name, cosines in found.items()})
     axis.axhline(0, color="0.4", lw=0.8, ls="--", zorder=0)
     axis.set(xlabel="layers apart", ylabel="mean cosine of head outputs")
-    axis.set_title(f"{_prompts(c.layers for c in found.values())} prompts; shaded: 95 % interval over prompts", fontsize=9)
+    axis.set_title(f"{_prompts(found)} prompts; shaded: 95 % interval over prompts", fontsize=9)
     axis.legend(frameon=False, fontsize=8)
     return figure
 
 
-def alignment_by_layer(found: dict[str, Alignment]) -> Figure:
-    """Cosine of updates with minus the gradient and with the final residual, and the logit lens' loss, by layer."""
+def alignment_by_layer(found: dict[str, xr.Dataset]) -> Figure:
+    """Cosines of updates with minus the gradient and the final residual, and the logit lens' loss."""
     figure, axes = plt.subplots(1, 3, figsize=(10.2, 3.5))
-    _lines(axes[0], {model: prompt_means(aligned.gradient) for model, aligned in found.items()})
-    _lines(axes[1], {model: prompt_means(aligned.final) for model, aligned in found.items()})
-    _lines(axes[2], {model: prompt_means(aligned.loss) for model, aligned in found.items()})
+    for axis, name in zip(axes, ("gradient", "final", "loss"), strict=True):
+        _lines(
+            axis,
+            {model_name: mean_over_prompts(aligned[name].values) for model_name, aligned in found.items()},
+        )
     axes[0].set(ylabel="cosine", xlabel="layer of the block", title="update and minus the loss' gradient")
-    axes[1].set(ylabel="cosine", xlabel="layer of the block", title="update and final residual", ylim=(min(0, axes[1].get_ylim()[0]), 1))
-    axes[2].set(ylabel="loss (nats per token)", xlabel="blocks that have run", title="logit lens", yscale="log")
+    axes[1].set(
+        ylabel="cosine",
+        xlabel="layer of the block",
+        title="update and final residual",
+        ylim=(min(0, axes[1].get_ylim()[0]), 1),
+    )
+    axes[2].set(
+        ylabel="loss (nats per token)", xlabel="blocks that have run", title="logit lens", yscale="log"
+    )
     axes[2].yaxis.set_major_formatter("{x:g}")
     axes[2].yaxis.set_minor_formatter("{x:g}")
     axes[0].axhline(0, color="0.4", lw=0.8, ls="--", zorder=0)
     for axis in axes:
         axis.title.set_fontsize(9)
     _legend_below(figure, axes[0], len(found))
-    _say(figure, f"means over the tokens of {_prompts(a.loss for a in found.values())} prompts; shaded: 95 % intervals over prompts")
+    _say(figure, f"means over the tokens of {_prompts(found)} prompts; shaded: 95 % intervals over prompts")
     return figure
 
 
-def _lines(axis: Axes, samples: dict[str, Float[np.ndarray, "x sample"]]) -> None:
+def _lines(axis: Axes, estimates: dict[str, Estimate]) -> None:
     """One line per model: estimates with their 95 % intervals."""
-    for model, (colour, marker) in looks(samples).items():
-        estimate = samples[model][:, 0]
-        low, high = np.quantile(samples[model][:, 1:], [0.025, 0.975], axis=1)
-        axis.plot(estimate, color=colour, marker=marker, ms=4, label=model)
-        axis.fill_between(np.arange(len(estimate)), low, high, color=colour, alpha=0.2, lw=0)
-    axis.set_xticks(np.arange(0, max(map(len, samples.values())), max(1, max(map(len, samples.values())) // 8)))
+    for model_name, (colour, marker) in looks(estimates).items():
+        estimate = estimates[model_name]
+        axis.plot(estimate.value, color=colour, marker=marker, ms=4, label=model_name)
+        axis.fill_between(np.arange(len(estimate)), *estimate.interval(), color=colour, alpha=0.2, lw=0)
+    longest = max(map(len, estimates.values()))
+    axis.set_xticks(np.arange(0, longest, max(1, longest // 8)))
 
 
 def _symmetric_log(axis: Axes, x: np.ndarray, y: np.ndarray) -> None:
@@ -246,8 +311,8 @@ def _tokens(table: pd.DataFrame) -> str:
     return " or ".join(str(n) for n in sorted(table["n_tokens"].unique()))
 
 
-def _prompts(arrays: Iterable[np.ndarray]) -> int:
-    return next(iter(arrays)).shape[-1]
+def _prompts(found: dict[str, xr.Dataset]) -> int:
+    return next(iter(found.values())).sizes["prompt"]
 
 
 def _signed(value: float) -> str:

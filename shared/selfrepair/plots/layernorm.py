@@ -28,22 +28,17 @@ SHARE_LIMITS = (-0.6, 1.1)
 def scale_ratio_histograms(ratios: Sequence[Sequence[ScaleRatios]]) -> Figure:
     """Histograms of ``σ_clean / σ_ablated``: a row per head, a column per kind of ablation (R&N §4)."""
     n_rows, n_columns = len(ratios), max(map(len, ratios))
-    figure, axes = plt.subplots(n_rows, n_columns, figsize=(3.2 * n_columns + 0.4, 2.7 * n_rows + 0.5), squeeze=False, sharex="row")
+    size = (3.2 * n_columns + 0.4, 2.7 * n_rows + 0.5)
+    figure, axes = plt.subplots(n_rows, n_columns, figsize=size, squeeze=False, sharex="row")
     for row, of_head in zip(axes, ratios, strict=True):
         together = np.concatenate([one.all_tokens.ravel() for one in of_head])
         bins = np.linspace(*np.quantile(together, [0.002, 0.998]), 45)
         for axis, one in zip(row, of_head, strict=True):
-            for values, colour, label in ((one.all_tokens, "0.6", "all tokens"), (one.all_tokens[one.top], "C0", "top tokens")):
-                share = float((values > 1).mean())
-                axis.hist(
-                    values.ravel(),
-                    bins,
-                    density=True,
-                    color=colour,
-                    alpha=0.6,
-                    label=f"{label}: {share:.0%} above 1",
-                    histtype="stepfilled",
-                )
+            shown = {"all tokens": (one.all_tokens, "0.6"), "top tokens": (one.all_tokens[one.top], "C0")}
+            for name, (values, colour) in shown.items():
+                label = f"{name}: {(values > 1).mean():.0%} above 1"
+                look = {"color": colour, "alpha": 0.6, "histtype": "stepfilled"}
+                axis.hist(values.ravel(), bins, density=True, label=label, **look)
             axis.axvline(1, ymax=0.75, color="0.2", lw=0.8, ls="--")
             axis.set_title(f"{one.model} L{one.layer}H{one.head}, {one.ablation}", fontsize=9)
             axis.set_xlabel(r"$\sigma_\mathrm{clean}/\sigma_\mathrm{ablated}$")
@@ -54,16 +49,19 @@ def scale_ratio_histograms(ratios: Sequence[Sequence[ScaleRatios]]) -> Figure:
 
 
 def breakdown_by_layer(table: pd.DataFrame) -> Figure:
-    """Self-repair by part against layer: a column per model, a row for logits and for each way of counting the share.
+    """Self-repair by part against layer: a column per model, a row for logits and for each way of counting.
 
     ``table`` has the rows of :meth:`Breakdown.by_layer`; shares beyond the axis are marked at its edge.
     """
     models, quantities = list(dict.fromkeys(table["model"])), ["logits", *WAYS]
     size = (2.3 * len(models) + 0.9, 1.75 * len(quantities) + 0.6)
-    figure, axes = plt.subplots(len(quantities), len(models), figsize=size, squeeze=False, sharex="col", sharey="row")
+    figure, axes = plt.subplots(
+        len(quantities), len(models), figsize=size, squeeze=False, sharex="col", sharey="row"
+    )
     for row, quantity in zip(axes, quantities, strict=True):
         for axis, model in zip(row, models, strict=True):
-            _parts_by_layer(axis, table[(table["model"] == model) & (table["quantity"] == quantity)], quantity != "logits")
+            here = table[(table["model"] == model) & (table["quantity"] == quantity)]
+            _parts_by_layer(axis, here, quantity != "logits")
         row[0].set_ylabel(QUANTITY_LABELS[quantity], fontsize=9)
     logits = table.loc[table["quantity"] == "logits", "estimate"]
     largest, typical = float(logits.abs().max()), float(logits.abs().median())
@@ -84,10 +82,13 @@ def _parts_by_layer(axis: Axes, rows: pd.DataFrame, are_shares: bool) -> None:
         here = rows[rows["part"] == part].sort_values("layer")
         layer, estimate = here["layer"].to_numpy() + 0.12 * (i - 1), here["estimate"].to_numpy()
         bars = np.abs(here[["low", "high"]].to_numpy().T - estimate)
-        axis.errorbar(layer, estimate, bars, color=colour, marker=marker, ms=3.5, lw=1, elinewidth=0.8, label=PART_LABELS[part])
+        look = {"color": colour, "marker": marker, "ms": 3.5, "lw": 1, "elinewidth": 0.8}
+        axis.errorbar(layer, estimate, bars, label=PART_LABELS[part], **look)
         if are_shares:
-            for edge, beyond, triangle in zip(SHARE_LIMITS, (estimate < SHARE_LIMITS[0], estimate > SHARE_LIMITS[1]), "v^", strict=True):
-                (mark,) = axis.plot(layer[beyond], np.full(beyond.sum(), edge), color=colour, marker=triangle, mfc="none", ls="", ms=5)
+            low, high = SHARE_LIMITS
+            for edge, beyond, triangle in ((low, estimate < low, "v"), (high, estimate > high, "^")):
+                place = np.full(beyond.sum(), edge)
+                (mark,) = axis.plot(layer[beyond], place, triangle, color=colour, mfc="none", ms=5)
                 mark.set(clip_on=False, in_layout=False)
     if are_shares:
         axis.set_ylim(*SHARE_LIMITS)
@@ -111,7 +112,8 @@ def ways_of_counting(measured: pd.DataFrame, published: pd.DataFrame) -> Figure:
                 height = y + 0.13 * (i - 1.5)
                 if "low" in group and np.isfinite(row.low):
                     axis.plot([row.low, row.high], [height, height], color=colour, lw=1.2)
-                axis.plot(row.estimate, height, color=colour, marker=marker, ms=5, ls="", label=way if y == 0 else None)
+                label = way if y == 0 else None
+                axis.plot(row.estimate, height, marker, color=colour, ms=5, label=label)
     axis.axvline(0.3, color="0.3", lw=0.9, ls="--", label="30 %")
     axis.axvline(0, color="0.6", lw=0.7)
     axis.set_yticks(range(len(rows)), [label for label, _ in rows])
@@ -122,15 +124,19 @@ def ways_of_counting(measured: pd.DataFrame, published: pd.DataFrame) -> Figure:
 
 
 def frozen_norm(table: pd.DataFrame) -> Figure:
-    """Self-repair over direct effect with the final norm as it is and frozen (rows of :meth:`Breakdown.with_norm_frozen`)."""
+    """Self-repair over direct effect, final norm as it is and frozen.
+
+    ``table`` has the rows of :meth:`Breakdown.with_norm_frozen`.
+    """
     models = list(dict.fromkeys(table["model"]))
     figure, axis = plt.subplots(figsize=(6.4, 0.42 * len(models) + 1.4))
     for i, norm in enumerate(dict.fromkeys(table["final norm"])):
         rows = table[table["final norm"] == norm].set_index("model").loc[models]
         heights = np.arange(len(models)) + 0.16 * (2 * i - 1)
-        estimate = rows["self-repair over direct effect"].to_numpy()
+        estimate = rows["estimate"].to_numpy()
         bars = np.nan_to_num(np.abs(rows[["low", "high"]].to_numpy().T - estimate))
-        axis.errorbar(estimate, heights, xerr=bars, fmt="os"[i], color=f"C{i}", ms=5, lw=1.2, label=f"final norm {norm}")
+        look = {"fmt": "os"[i], "color": f"C{i}", "ms": 5, "lw": 1.2}
+        axis.errorbar(estimate, heights, xerr=bars, label=f"final norm {norm}", **look)
     axis.axvline(0, color="0.6", lw=0.7)
     axis.set_yticks(range(len(models)), models)
     axis.invert_yaxis()

@@ -16,7 +16,13 @@ def use_style() -> None:
     """Sizes that stay readable at column width, and the colour-blind-safe palette."""
     sns.set_theme(context="paper", style="ticks", palette="colorblind", font_scale=1.1)
     plt.rcParams.update(
-        {"figure.dpi": 110, "savefig.dpi": 200, "figure.constrained_layout.use": True, "axes.spines.top": False, "axes.spines.right": False}
+        {
+            "figure.dpi": 110,
+            "savefig.dpi": 200,
+            "figure.constrained_layout.use": True,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+        }
     )
 
 

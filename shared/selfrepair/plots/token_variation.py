@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import xarray as xr
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from selfrepair.analysis.claims import load_claims
-from selfrepair.analysis.token_variation import STATISTICS, over_heads
+from selfrepair.analysis.token_variation import STATISTICS, THRESHOLDS, TokenNoise
 from selfrepair.plots.style import looks
 
 
 def effect_against_change_per_token(tokens: pd.DataFrame, title: str) -> Figure:
-    """Direct effect against logit change (logits) of each token, one panel per head; colour: what became of it (R&N §3.2)."""
+    """Direct effect against logit change (logits) of each token, one panel per head (R&N §3.2).
+
+    The colour is what became of it.
+    """
     heads = list(tokens.groupby(["layer", "head"], sort=True))
     columns = min(2, len(heads))
     rows = -(-len(heads) // columns)
@@ -30,32 +33,53 @@ def effect_against_change_per_token(tokens: pd.DataFrame, title: str) -> Figure:
         right = 1.05 * here["direct_effect"].max()
         axis.plot([0, right], [0, -right], color="0.3", lw=1, ls="--", label="no repair: $y = -x$")
         axis.axhline(0, color="0.3", lw=0.8)
-        for label, (chosen, colour, marker) in _outcomes(here).items():
-            points = here[chosen]
-            axis.scatter(points["direct_effect"], points["logit_change"], s=13, c=colour, marker=marker, alpha=0.7, lw=0, label=label)
+        for outcome in _outcomes(here):
+            x, y = (here.loc[outcome.chosen, name] for name in ("direct_effect", "logit_change"))
+            look = {"s": 13, "c": outcome.colour, "marker": outcome.marker, "alpha": 0.7, "lw": 0}
+            axis.scatter(x, y, label=outcome.label, **look)
         low = min(1.1 * here["logit_change"].quantile(0.005), -right)
         high = max(1.1 * here["logit_change"].quantile(0.995), 0.2 * right)
         outside = int(((here["logit_change"] < low) | (here["logit_change"] > high)).sum())
-        axis.set_title(f"L{layer}H{head}: {len(here)} tokens" + (f", {outside} of them outside" if outside else ""), fontsize=10)
+        beyond = f", {outside} of them outside" if outside else ""
+        axis.set_title(f"L{layer}H{head}: {len(here)} tokens{beyond}", fontsize=10)
         axis.set(xlim=(0.9 * here["direct_effect"].min(), right), ylim=(low, high))
         axis.set(xlabel="direct effect (logits)", ylabel="logit change (logits)")
-    entries = {label: handle for axis in axes.flat[: len(heads)] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncol=2, frameon=False, fontsize=8)
+    _legend_of_all(figure, axes.flat[: len(heads)], columns=2)
     return figure
 
 
-def _outcomes(tokens: pd.DataFrame) -> dict[str, tuple[pd.Series, str, str]]:
-    """Which tokens had which outcome, with its colour and marker."""
+class _Outcome(NamedTuple):
+    label: str
+    chosen: pd.Series
+    colour: str
+    marker: str
+
+
+def _outcomes(tokens: pd.DataFrame) -> list[_Outcome]:
+    """Which tokens had which outcome."""
     share = tokens["share"]
-    return {
-        "over-corrected: self-repair above the direct effect": (share > 1, "C2", "^"),
-        "partly repaired": ((share >= 0) & (share <= 1), "C0", "o"),
-        "made worse: self-repair below 0": (share < 0, "C3", "v"),
+    return [
+        _Outcome("over-corrected: self-repair above the direct effect", share > 1, "C2", "^"),
+        _Outcome("partly repaired", (share >= 0) & (share <= 1), "C0", "o"),
+        _Outcome("made worse: self-repair below 0", share < 0, "C3", "v"),
+    ]
+
+
+def _legend_of_all(figure: Figure, axes: Iterable[Axes], columns: int) -> None:
+    """One legend for several panels, below them."""
+    entries = {
+        label: handle
+        for axis in axes
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
+    place = {"loc": "outside lower center", "ncol": columns}
+    figure.legend(entries.values(), entries.keys(), frameon=False, fontsize=8, **place)
 
 
-def share_distributions(noise: dict[str, xr.Dataset], heads: dict[str, dict[str, Float[np.ndarray, " head"]]], title: str) -> Figure:
-    """Cumulative distributions of self-repair over direct effect: over tokens (mean over heads), and over head means by source.
+def share_distributions(
+    noise: dict[str, TokenNoise], heads: dict[str, dict[str, Float[np.ndarray, " head"]]], title: str
+) -> Figure:
+    """Cumulative distributions of self-repair over direct effect: of tokens (mean over heads), of head means.
 
     ``heads`` holds for each source ("measured", "published") the head means of its models.
     """
@@ -63,9 +87,9 @@ def share_distributions(noise: dict[str, xr.Dataset], heads: dict[str, dict[str,
     figure.suptitle(title, fontsize=10)
     look = looks([*noise, *(model for source in heads.values() for model in source)])
     for model, found in noise.items():
-        share = over_heads(found[["share_at_most"]])["share_at_most"]
-        axes[0].plot(share["threshold"], share, color=look[model][0], label=model)
-    axes[0].set(title="single tokens, measured", xlabel="self-repair / direct effect", ylabel="cumulative share")
+        axes[0].plot(THRESHOLDS, found.share_at_most.mean((0, 1)), color=look[model][0], label=model)
+    axes[0].set(title="single tokens, measured", xlabel="self-repair / direct effect")
+    axes[0].set_ylabel("cumulative share")
     for axis, (source, models) in zip(axes[1:], heads.items(), strict=True):
         for model, values in models.items():
             axis.ecdf(values, color=look[model][0], label=model)
@@ -76,13 +100,12 @@ def share_distributions(noise: dict[str, xr.Dataset], heads: dict[str, dict[str,
         axis.set(xlim=(-1, 2), ylim=(0, 1))
         axis.text(-0.95, 0.97, "made worse", fontsize=8, va="top")
         axis.text(1.95, 0.03, "over-corrected", fontsize=8, ha="right")
-    entries = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncol=4, frameon=False, fontsize=8)
+    _legend_of_all(figure, axes, columns=4)
     return figure
 
 
 def by_prompt(tokens: pd.DataFrame, title: str) -> Figure:
-    """Self-repair (logits) of one head's tokens, prompt by prompt in the order of their means, which are marked."""
+    """Self-repair (logits) of one head's tokens, prompt by prompt in the order of their means (marked)."""
     means = tokens.groupby("prompt")["self_repair"].mean().sort_values(kind="stable")
     rank = pd.Series(np.arange(1, len(means) + 1), index=means.index)
     figure, axis = plt.subplots(figsize=(6.4, 3.6))
@@ -91,65 +114,67 @@ def by_prompt(tokens: pd.DataFrame, title: str) -> Figure:
     axis.plot(rank, means, "_", ms=7, mew=1.8, color="C0", label="mean of a prompt")
     axis.axhline(tokens["self_repair"].mean(), color="C1", lw=1, ls="--", label="mean of all tokens")
     axis.axhline(0, color="0.3", lw=0.8, zorder=0)
-    axis.set(xlabel="prompts that hold such tokens, in the order of their means", ylabel="self-repair (logits)")
+    axis.set_xlabel("prompts that hold such tokens, in the order of their means")
+    axis.set_ylabel("self-repair (logits)")
     axis.legend(frameon=False, fontsize=8, loc="upper left")
     return figure
 
 
-def spread(table: pd.DataFrame, noise: dict[str, xr.Dataset], title: str) -> Figure:
-    """Spread, over-corrected and made worse per model, with the least that the claims need; ``table`` as of ``noise_table``."""
+def spread(noise: dict[str, TokenNoise], title: str) -> Figure:
+    """Spread, over-corrected and made worse per model, with the least that the claims need."""
     labels = {
         "spread": "spread of self-repair\nover mean direct effect",
         "over_corrected": "share of tokens over-corrected\n(self-repair > direct effect)",
         "made_worse": "share of tokens made worse\n(self-repair < 0)",
     }
-    figure = _intervals(table, noise, labels, title)
+    figure = _intervals(noise, labels, title)
     needed = {claim.statistic: claim.at_least for claim in load_claims()}
     for axis, quantity in zip(figure.axes, labels, strict=True):
         axis.axvline(needed[STATISTICS[quantity]], color="0.3", lw=1, ls="--")
     return figure
 
 
-def within_and_between(table: pd.DataFrame, noise: dict[str, xr.Dataset], title: str) -> Figure:
-    """Components of the variance per model: both standard deviations on one scale, and the share between prompts."""
+def within_and_between(noise: dict[str, TokenNoise], title: str) -> Figure:
+    """Components of the variance per model: standard deviations on one scale, share between prompts."""
     labels = {
         "within": "within prompts: standard deviation\nover mean direct effect",
         "between": "between prompts: standard deviation\nover mean direct effect",
         "between_share": "share of the variance\nthat lies between prompts",
     }
-    figure = _intervals(table, noise, labels, title)
+    figure = _intervals(noise, labels, title)
     _one_scale(figure.axes[:2])
     return figure
 
 
-def correlations(table: pd.DataFrame, noise: dict[str, xr.Dataset], title: str) -> Figure:
+def correlations(noise: dict[str, TokenNoise], title: str) -> Figure:
     """Spearman's correlations of self-repair per model, on one scale."""
     labels = {
         "correlation_direct_effect": "rank correlation with\nthe direct effect",
         "correlation_probability": "rank correlation with\nthe correct token's clean probability",
         "correlation_position": "rank correlation with\nthe position in the prompt",
     }
-    figure = _intervals(table, noise, labels, title)
+    figure = _intervals(noise, labels, title)
     _one_scale(figure.axes)
     return figure
 
 
-def _intervals(table: pd.DataFrame, noise: dict[str, xr.Dataset], labels: dict[str, str], title: str) -> Figure:
-    """Estimates with intervals in a panel per quantity, one row per model; small points: single heads."""
+def _intervals(noise: dict[str, TokenNoise], labels: dict[str, str], title: str) -> Figure:
+    """Means over heads with intervals, a panel per quantity, a row per model; small points: single heads."""
     models = list(noise)
-    figure, axes = plt.subplots(1, len(labels), figsize=(3.3 * len(labels), 1.8 + 0.42 * len(models)), sharey=True)
+    size = (3.3 * len(labels), 1.8 + 0.42 * len(models))
+    figure, axes = plt.subplots(1, len(labels), figsize=size, sharey=True)
     figure.suptitle(title, fontsize=10)
     look = looks(models)
     for axis, (quantity, label) in zip(axes, labels.items(), strict=True):
-        rows = table[table["quantity"] == quantity].set_index("model")
-        every_head = {model: noise[model][quantity].isel(sample=0).values.ravel() for model in models}
-        for y, model in enumerate(models):
+        heads = {model: found.quantities[quantity].value.ravel() for model, found in noise.items()}
+        for y, (model, found) in enumerate(noise.items()):
             colour, marker = look[model]
-            axis.scatter(every_head[model], np.full(every_head[model].shape, y + 0.24), s=9, color=colour, alpha=0.35, lw=0)
-            estimate, low, high = rows.loc[model, ["estimate", "low", "high"]]
-            axis.plot([low, high], [y, y], color=colour, lw=2)
-            axis.plot([estimate], [y], marker, color=colour, ms=5)
-        _limits(axis, np.concatenate(list(every_head.values())))
+            heights = np.full(heads[model].shape, y + 0.24)
+            axis.scatter(heads[model], heights, s=9, color=colour, alpha=0.35, lw=0)
+            mean = found.over_heads()[quantity]
+            axis.plot(mean.interval(), [y, y], color=colour, lw=2)
+            axis.plot([mean.value], [y], marker, color=colour, ms=5)
+        _limits(axis, np.concatenate(list(heads.values())))
         axis.set(xlabel=label, yticks=range(len(models)), yticklabels=models, ylim=(len(models) - 0.4, -0.6))
     return figure
 

@@ -12,15 +12,16 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 from selfrepair.errors import UserError
-from selfrepair.paths import FIGURES, NOTEBOOKS, README
-from selfrepair.store.datasets import write_atomically
-from selfrepair.run.workflow import summarise
+from selfrepair.paths import FIGURES, README
+from selfrepair.run.notebooks import all_notebooks
+from selfrepair.run.record import summarise
 from selfrepair.run.study import Study
+from selfrepair.store.files import write_atomically
 
 CLAIMS = ("\n## Claims\n\n", "\nThe rules behind the verdicts")
 
 
-def update_committed(study: Study, profile: str) -> None:
+def update_committed(study: Study) -> None:
     """Executes every notebook in its place, and copies figures, claims and page of the run, which they have just drawn.
 
     Nothing is changed unless every notebook ran through.
@@ -28,7 +29,7 @@ def update_committed(study: Study, profile: str) -> None:
     Raises:
         UserError: a notebook's cell failed, or the README has no section of claims.
     """
-    executed = {path: _executed(path) for path in sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))}
+    executed = {notebook.path: _executed(notebook.path) for notebook in all_notebooks()}
     readme = README.read_text(encoding="utf-8")
     before, begin, rest = readme.partition(CLAIMS[0])
     _, end, after = rest.partition(CLAIMS[1])
@@ -36,8 +37,8 @@ def update_committed(study: Study, profile: str) -> None:
         raise UserError(f"{README}: has no section 'Claims' that ends with '{CLAIMS[1].strip()} …'")
     for path, notebook in executed.items():
         write_atomically(path, (nbformat.writes(notebook).rstrip("\n") + "\n").encode())
-    summarise(study, profile)
-    out_dir, target = study.out_dir, FIGURES / profile
+    summarise(study)
+    out_dir, target = study.out_dir, FIGURES / study.profile.name
     target.mkdir(parents=True, exist_ok=True)
     for file in [*sorted((out_dir / "figures").iterdir()), out_dir / "index.html"]:
         shutil.copyfile(file, target / file.name)

@@ -2,21 +2,67 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import papermill
+import nbformat
 from filelock import FileLock
-from nbclient.exceptions import DeadKernelError
-from papermill.exceptions import PapermillExecutionError
-from traitlets.config import Config
 
 from selfrepair.errors import UserError
 from selfrepair.paths import NOTEBOOKS
+
+
+@dataclass(frozen=True)
+class Notebook:
+    """A numbered notebook of the repository: its text, and what it reads."""
+
+    path: Path
+
+    @property
+    def stem(self) -> str:
+        return self.path.stem
+
+    @property
+    def number(self) -> str:
+        return self.stem[:2]
+
+    @cached_property
+    def cells(self) -> list[nbformat.NotebookNode]:
+        return nbformat.read(self.path, as_version=4).cells
+
+    @property
+    def source(self) -> str:
+        """All cells as they are written; outputs do not count."""
+        return "\n\n".join(f"{cell.cell_type} {cell.metadata.get('tags', '')}\n{cell.source}" for cell in self.cells)
+
+    @property
+    def code(self) -> str:
+        return "\n\n".join(cell.source for cell in self.cells if cell.cell_type == "code")
+
+    @property
+    def measurements(self) -> list[str]:
+        """Names of the measurements that it reads: what its cells give to ``study.measured``."""
+        calls = (node for node in ast.walk(ast.parse(self.code)) if isinstance(node, ast.Call))
+        asked = (call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "measured")
+        return sorted({str(ast.literal_eval(call.args[0])) for call in asked})
+
+    def left(self, out_dir: Path) -> list[Path]:
+        """What it left in the results folder of a run: itself, its figures and claims, and the tables that its cells name."""
+        places = [out_dir / "notebooks" / self.path.name, out_dir / "claims" / f"{self.number}.csv"]
+        tables = [table for table in out_dir.glob("*.csv") if f'"{table.name}"' in self.code]
+        return [place for place in places if place.is_file()] + sorted((out_dir / "figures").glob(f"{self.number}_*")) + tables
+
+
+def all_notebooks() -> list[Notebook]:
+    """The numbered notebooks, in order."""
+    return [Notebook(path) for path in sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))]
 
 
 def run_notebooks(profile: str, out_dir: Path, parameters: dict[str, object], jobs: int = 1, only: Sequence[str] = ()) -> list[Path]:
@@ -26,7 +72,9 @@ def run_notebooks(profile: str, out_dir: Path, parameters: dict[str, object], jo
         UserError: no such notebook, a parameter that a notebook does not have, or cells that failed: the
             other notebooks are run to the end all the same.
     """
-    sources = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
+    import papermill  # takes seconds, and a plan reads notebooks too
+
+    sources = [notebook.path for notebook in all_notebooks()]
     unknown = [name for name in only if not any(source.name.startswith(name) for source in sources)]
     if unknown:
         raise UserError(f"no notebook begins with {', '.join(unknown)}; there are {', '.join(source.stem for source in sources)}")
@@ -47,7 +95,25 @@ def run_notebooks(profile: str, out_dir: Path, parameters: dict[str, object], jo
     return [target / source.name for source in sources]
 
 
+def run_notebook_of(study: Study, profile: str, number: str, key: str) -> None:
+    """Executes one notebook of a run and marks it as done, under the plan's ``key``.
+
+    Raises:
+        UserError: as :func:`run_notebooks`.
+    """
+    from selfrepair.run.workflow import mark, say_done
+
+    run_notebooks(profile, study.out_dir, {"seed": study.seed, "device": study.device}, only=[number])
+    (notebook,) = [notebook for notebook in all_notebooks() if notebook.number == number]
+    say_done(mark(study, "notebooks", number), notebook.left(study.out_dir), study.out_dir, key=key)
+
+
 def _run(source: Path, target: Path, parameters: dict[str, object]) -> str | None:
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+    from traitlets.config import Config
+
     print(f"{source.stem}: running", file=sys.stderr)
     with FileLock(target.with_suffix(".lock")), TemporaryDirectory() as folder:
         # Sockets in a folder of its own: kernels that start at the same moment can be given the same TCP port.

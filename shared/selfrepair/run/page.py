@@ -17,14 +17,15 @@ import pandas as pd
 from markupsafe import Markup, escape
 from PIL import Image
 
+from selfrepair.analysis.claims import VERDICTS, ClaimResult, read_claims, results
 from selfrepair.errors import UserError
 from selfrepair.paths import NOTEBOOKS
-from selfrepair.store.datasets import write_atomically
+from selfrepair.store.files import write_atomically
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
-#: Verdict → how it is marked, in the order in which verdicts sort.
-VERDICTS = {"reproduced": "yes", "partly": "partly", "not reproduced": "no", "not testable here": "untested"}
+#: Verdict → how it is marked.
+MARKS = dict(zip(VERDICTS, ("yes", "partly", "no", "untested"), strict=True))
 
 #: Columns of a heads table that a reader looks at first → their headings. Others follow under their own names.
 HEADINGS = {
@@ -43,10 +44,6 @@ HEADINGS = {
     "ablated_direct_effect": "direct effect after ablation, logits",
     "n_tokens": "tokens",
 }
-
-#: An entry of the claims table's cells that list models: name, value with interval, what it says of the claim.
-BY_MODEL = re.compile(r"(.+?) (-?(?:[\d.]+|nan|inf)(?: \[[^]]*\])?)(?: (yes|no|open))?(?:; |$)")
-
 
 @dataclass(frozen=True)
 class Figure:
@@ -81,7 +78,7 @@ class Table:
     rows: list[list[str]]
 
 
-def write_summary(out_dir: Path, target: Path | None = None) -> Path:
+def write_page(out_dir: Path, target: Path | None = None) -> Path:
     """Writes the page of a results folder, by default as ``index.html`` in it; what is not there is left out.
 
     Raises:
@@ -92,18 +89,18 @@ def write_summary(out_dir: Path, target: Path | None = None) -> Path:
     models = _heads(out_dir)
     if not (figures or claims or models):
         raise UserError(f"{out_dir}: holds no figures, claims or tables of heads; run 'selfrepair notebooks' into it first")
-    verdicts = Counter(claim["verdict"] for claim in claims)
+    verdicts = Counter(claim.verdict for claim in claims)
     page = {
         "name": out_dir.resolve().name,
         "claims": claims,
-        "tally": {verdict: verdicts[verdict] for verdict in [*VERDICTS, *verdicts] if verdicts[verdict]},
+        "tally": {verdict: verdicts[verdict] for verdict in VERDICTS if verdicts[verdict]},
         "sections": _sections(figures),
         "comparison": _comparison(out_dir / "comparison.csv"),
         "models": models,
         "manifest": _manifest(out_dir / "manifest.json"),
     }
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters.update(csp_hash=_csp_hash, mark=lambda verdict: VERDICTS.get(verdict, "untested"))
+    environment.filters.update(csp_hash=_csp_hash, mark=MARKS.get, rank=VERDICTS.index)
     target = out_dir / "index.html" if target is None else target
     write_atomically(target, environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(page).encode())
     return target
@@ -158,22 +155,8 @@ def _with_emphasis(markdown: str) -> Markup:
     return Markup(re.sub(r"\*(.+?)\*", r"<em>\1</em>", str(escape(markdown))))
 
 
-def _claims(path: Path) -> list[dict[str, object]]:
-    """The rows of the claims table, with the cells that list models taken apart."""
-    if not path.is_file():
-        return []
-    rows = _read(path, ("notebook", "source", "claim", "statistic", "holds if", "published", "measured", "verdict"), dtype=str).fillna("")
-    order = list(VERDICTS)
-    return [
-        {
-            **row,
-            "rule": row["holds if"],
-            "published": BY_MODEL.findall(row["published"]),
-            "measured": BY_MODEL.findall(row["measured"]),
-            "rank": order.index(row["verdict"]) if row["verdict"] in order else len(order),
-        }
-        for row in rows.to_dict("records")
-    ]
+def _claims(path: Path) -> list[ClaimResult]:
+    return results(read_claims(path)) if path.is_file() else []
 
 
 def _heads(out_dir: Path) -> dict[str, list[Table]]:

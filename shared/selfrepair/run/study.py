@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import xarray as xr
 
+from selfrepair.errors import UserError
 from selfrepair.measure.measurement import find_measurement, measurement_names
 from selfrepair.measure.task import Task
 from selfrepair.models.checkpoints import find_model, short_name
 from selfrepair.paths import REPOSITORY
 from selfrepair.run.profiles import Profile, load_profile
 from selfrepair.store.stores import open_store
+
+#: Facts that layers are measured on, unless the reader says how many.
+N_FACTS = 200
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,7 +30,8 @@ if TYPE_CHECKING:
 class Study:
     """A profile, a seed, a device and the folder that results go to.
 
-    ``head`` and ``facts`` are what notebooks let a reader choose beside the profile's settings; ``None``: by rule.
+    ``head``, ``facts`` and ``n_facts`` are what notebooks let a reader choose beside the profile's settings;
+    ``None``: by rule.
     """
 
     profile: Profile
@@ -35,6 +40,7 @@ class Study:
     out_dir: Path
     head: tuple[int, int] | None = None
     facts: str | None = None
+    n_facts: int | None = None
 
     @classmethod
     def of(
@@ -49,6 +55,7 @@ class Study:
         out_dir: str | Path | None = None,
         head: tuple[int, int] | None = None,
         facts: str | None = None,
+        n_facts: int | None = None,
     ) -> Study:
         """The profile with whatever is not ``None`` in its place; results go to ``results/<profile>`` by default.
 
@@ -65,8 +72,9 @@ class Study:
         if fraction is not None:
             changes["fraction"] = fraction
         whole = load_profile(profile).changed(**changes)
+        _refuse_equal_names(whole.models)
         folder = REPOSITORY / "results" / whole.name if out_dir is None else Path(out_dir)
-        return cls(whole, seed, device, folder, None if head is None else tuple(head), facts)
+        return cls(whole, seed, device, folder, None if head is None else tuple(head), facts, n_facts)
 
     def wanted(self, model_name: str, ablation: str) -> dict[str, object]:
         """Every setting that a measurement of the model may use."""
@@ -83,6 +91,7 @@ class Study:
             "ablation": ablation,
             "head": None if self.head is None else list(self.head),
             "facts": self.facts,
+            "n_facts": N_FACTS if self.n_facts is None else self.n_facts,
         }
 
     def task(self, name: str, model_name: str, ablation: str | None = None) -> Task:
@@ -90,16 +99,23 @@ class Study:
         wanted = self.wanted(model_name, self.profile.ablations[0] if ablation is None else ablation)
         return Task(name, model_name, wanted, self.out_dir / "measured")
 
+    def each(self, name: str) -> Iterator[tuple[str, str]]:
+        """``(model, ablation)`` of every store of a measurement in a run of the profile."""
+        measurement = find_measurement(name)
+        for model_name in self.profile.models:
+            if measurement.applies_to(model_name):
+                for ablation in self.profile.ablations if measurement.every_ablation else self.profile.ablations[:1]:
+                    yield model_name, ablation
+
     def tasks(self, model_name: str) -> Iterator[Task]:
         """Everything that a run of the profile measures of a model."""
         for name in measurement_names():
-            measurement = find_measurement(name)
-            if measurement.applies_to(model_name) and name != "constants":
-                for ablation in self.profile.ablations if measurement.every_ablation else self.profile.ablations[:1]:
+            if not find_measurement(name).on_demand:
+                for _, ablation in filter(lambda pair: pair[0] == model_name, self.each(name)):
                     yield self.task(name, model_name, ablation)
 
     def measured(self, name: str, ablation: str | None = None) -> dict[str, xr.Dataset]:
-        """What was measured of every model that it applies to, from the disk; measured now where it is not there."""
+        """What was measured of every model that it applies to, by its short name; measured now where it is not on the disk."""
         applies = find_measurement(name).applies_to
         tasks = {model: self.task(name, model, ablation) for model in self.profile.models if applies(model)}
         for model_name, task in tasks.items():
@@ -119,8 +135,17 @@ class Study:
         dtype = set_precision(self.profile.of_model(model_name).dtype, devices[0])
         return [load_model(model_name, device, dtype) for device in devices]
 
-    def tokenizer(self, model_name: str) -> PreTrainedTokenizerBase:
-        """The tokenizer of a model of the profile."""
+    def tokenizer(self, name: str) -> PreTrainedTokenizerBase:
+        """The tokenizer of a model of the profile, by its name there or the short one that :meth:`measured` gives."""
         from transformers import AutoTokenizer
 
+        (model_name,) = {model for model in self.profile.models if name in (model, short_name(model))}
         return AutoTokenizer.from_pretrained(find_model(model_name))
+
+
+def _refuse_equal_names(models: Sequence[str]) -> None:
+    """Refuses models that would be pooled because their folders have the same name."""
+    short = [short_name(model) for model in models]
+    for name, model in zip(short, models, strict=True):
+        if short.count(name) > 1:
+            raise UserError(f"{model}: another model of the profile is called {name} too; rename one of the folders")

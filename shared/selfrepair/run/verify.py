@@ -9,19 +9,25 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import xarray as xr
 
-from selfrepair.text.corpora import Prompts
-from selfrepair.models.devices import resolve_device, set_precision
+from selfrepair.engine.fast import fast_path
 from selfrepair.errors import UserError
-from selfrepair.store.manifest import hash_files, manifest_of, read_manifest
+from selfrepair.measure.measurement import settings_of
+from selfrepair.measure.task import Task
+from selfrepair.models.devices import resolve_device, set_precision
 from selfrepair.models.loading import load_model
-from selfrepair.store.datasets import FormatError, Shards, code_version, open_store, shard_starts
-from selfrepair.measure.heads import CODE, Sweep
+from selfrepair.run.record import RESULTS
+from selfrepair.store.files import hash_files
+from selfrepair.store.manifest import manifest_of, read_manifest
+from selfrepair.store.stores import FormatError, open_store
 
-#: Of the shards of all sweeps, computed again; at least one.
+#: Of the shards of each measurement, computed again; at least one.
 SHARE_OF_SHARDS = 0.01
 #: Largest difference, in units of the largest value of a variable in its shard, that other processors and libraries may make.
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "tf32": 1e-2, "bfloat16": 0.1, "float16": 0.1}
+#: Of whole numbers and truth values, such as which neurons come first, so many may differ where values are nearly equal.
+MAY_DIFFER = 0.01
 
 
 @dataclass(frozen=True)
@@ -36,40 +42,49 @@ class Finding:
         return f"{ {True: 'agrees', False: 'DIFFERS', None: 'not checked'}[self.agrees] }: {self.what}: {self.detail}"
 
 
+@dataclass(frozen=True)
+class Measured:
+    """A whole store, and the task that makes it."""
+
+    store: Path
+    task: Task
+    source: str
+
+
 def verify(folder: Path, device: str = "auto", seed: int | None = None) -> Iterator[Finding]:
-    """Checks every file and measurement of a run against its checksum and manifest, and computes a hundredth of the shards again.
+    """Checks every file and store of a run against its checksum and manifest, and computes a sample of every measurement again.
 
     ``seed`` says which shards; without it they are others every time.
 
     Raises:
         UserError: nothing in the folder, or a manifest that is none.
     """
-    stores = sorted((folder / "sweeps").glob("*.zarr")) or sorted(folder.glob("*.zarr"))
-    others = [*sorted((folder / "hydra").glob("*.zarr")), *sorted((folder / "measured").glob("*.npz"))]
+    stores = sorted((folder / "measured").glob("*.zarr")) or sorted(folder.glob("*.zarr"))
     manifest = folder / "manifest.json"
-    if not (stores or others or manifest.is_file()):
+    if not (stores or manifest.is_file()):
         raise UserError(f"{folder}: no measurements and no manifest.json, so nothing to verify; give the results folder of a run")
     if manifest.is_file():
         noted = read_manifest(manifest)
         yield from _verify_files(folder, noted.get("files", {}))
         there = [store.name for store in stores]
-        for name, made_from in noted.get("sweeps", {}).items():
+        for name, made_from in noted.get("stores", {}).items():
             if not (isinstance(made_from, dict) and made_from.get("store") in there):
                 yield Finding(name, False, "the store that the manifest names is missing")
-    whole = []
+    whole: list[Measured] = []
     for store in stores:
-        finding = _verify_store(store)
-        whole += [store] if finding.agrees else []
+        finding, measured = _verify_store(store)
+        whole += [] if measured is None else [measured]
         yield finding
-    yield from ((_verify_store if other.suffix == ".zarr" else _verify_arrays)(other) for other in others)
-    shards = [(store, start) for store in whole for start in shard_starts(open_store(store).sizes["prompt"])]
-    chosen = random.Random(seed).sample(shards, max(1, round(SHARE_OF_SHARDS * len(shards)))) if shards else []
-    for store, start in sorted(chosen):
-        yield _compute_again(store, start, device)
+    chosen = _sample(whole, random.Random(seed))
+    for measured, shard in chosen:
+        yield _compute_again(measured, shard, device)
+    n_shards = sum(len(measured.task.shards) for measured in whole)
+    kinds = {measured.task.measurement.name for measured, _ in chosen}
+    yield Finding("computed again", True, f"{len(chosen)} of {n_shards} shards, of {len(kinds)} measurements: {', '.join(sorted(kinds))}")
 
 
 def _verify_files(folder: Path, noted: dict[str, str]) -> Iterator[Finding]:
-    found = hash_files(folder)
+    found = hash_files(folder, RESULTS)
     for name in sorted(noted.keys() | found.keys()):
         if found.get(name) != noted.get(name):
             why = "missing" if name not in found else "not in the manifest" if name not in noted else "changed since the run"
@@ -78,50 +93,73 @@ def _verify_files(folder: Path, noted: dict[str, str]) -> Iterator[Finding]:
     yield Finding("files", same == len(noted) == len(found), f"{same} of {len(noted)} as the run left them")
 
 
-def _verify_store(store: Path) -> Finding:
+def _verify_store(store: Path) -> tuple[Finding, Measured | None]:
     try:
         attributes = open_store(store).attrs
         noted = read_manifest(manifest_of(store))
     except FormatError as error:
-        return Finding(store.name, None, str(error))
+        return Finding(store.name, None, str(error)), None
     except UserError as error:
-        return Finding(store.name, False, str(error))
-    differing = [name for name in attributes if name != "format" and noted.get(name) != attributes[name]]
+        return Finding(store.name, False, str(error)), None
+    differing = [name for name in attributes if name not in ("format", "sha256") and noted.get(name) != attributes[name]]
     if differing:
-        return Finding(store.name, False, f"its manifest says otherwise of {', '.join(differing)}")
-    return Finding(store.name, True, "every checksum")
-
-
-def _verify_arrays(file: Path) -> Finding:
-    if Shards(file.parent).read(file.stem) is None:
-        return Finding(file.name, False, "damaged; run again to make it")
+        return Finding(store.name, False, f"its manifest says otherwise of {', '.join(differing)}"), None
     try:
-        read_manifest(manifest_of(file))
+        wanted = settings_of(str(attributes["measurement"]), attributes)
+        task = Task(str(attributes["measurement"]), str(noted["source"]), wanted, store.parent)
+    except (KeyError, TypeError) as error:
+        return Finding(store.name, False, f"its attributes are not those of a measurement ({error})"), None
     except UserError as error:
-        return Finding(file.name, False, str(error))
-    return Finding(file.name, True, "its checksum")
+        return Finding(store.name, None, str(error)), None
+    if task.determined_by["code"] != attributes["code"]:
+        why = f"made by other code ({attributes['code']}); check out commit {noted.get('commit')} to compute it again"
+        return Finding(store.name, None, f"every checksum agrees; {why}"), None
+    if task.path.name != store.name:
+        return Finding(store.name, False, f"by what determines it, its name should be {task.path.name}"), None
+    return Finding(store.name, True, "every checksum, its manifest and its name"), Measured(store, task, str(noted["source"]))
 
 
-def _compute_again(store: Path, start: int, device: str) -> Finding:
-    kept = open_store(store)
-    noted = read_manifest(manifest_of(store))
-    what = f"{store.name}, shard {start}"
-    if kept.attrs["code"] != code_version(*CODE):
-        return Finding(what, None, f"made by other code ({kept.attrs['code']}); check out commit {noted.get('commit')} to compute it again")
+def _sample(whole: list[Measured], chance: random.Random) -> list[tuple[Measured, int]]:
+    """Some shards of each measurement, in order of model, so that each model is loaded once."""
+    of_each: dict[str, list[tuple[Measured, int]]] = {}
+    for measured in whole:
+        of_each.setdefault(measured.task.measurement.name, []).extend((measured, shard) for shard in measured.task.shards)
+    chosen = [pair for shards in of_each.values() for pair in chance.sample(shards, max(1, round(SHARE_OF_SHARDS * len(shards))))]
+    return sorted(chosen, key=lambda pair: (pair[0].source, pair[0].store.name, pair[1]))
+
+
+def _compute_again(measured: Measured, shard: int, device: str) -> Finding:
+    kept = open_store(measured.store)
+    what = f"{measured.store.name}, shard {shard}"
     where = resolve_device(device)
+    dtype = str(kept.attrs["dtype"])
     try:
-        model = load_model(str(noted["source"]), where, set_precision(str(kept.attrs["dtype"]), where))
+        model = load_model(measured.source, where, set_precision(dtype, where))
+        if model.weights_sha256 != kept.attrs["weights_sha256"]:
+            return Finding(what, False, f"the weights of {measured.source} are not those it was made from")
+        with fast_path(model) as model:
+            again = measured.task.computed_again(model, shard)
     except UserError as error:
         return Finding(what, None, str(error))
-    if model.weights_hash() != kept.attrs["weights_sha256"]:
-        return Finding(what, False, f"the weights of {noted['source']} are not those it was made from")
-    prompts = Prompts(kept["token"].values, str(kept.attrs["corpus"]))
-    again = Sweep(model, prompts, str(kept.attrs["ablation"]), store.parent, int(kept.attrs["seed"]))
-    largest = 0.0
-    for part in again.computed_again(start):
-        wanted = kept.isel(prompt=part["prompt"].values)
-        for name in part.data_vars:
-            difference = np.abs(part[name].values.astype(np.float64) - wanted[name].values)
-            largest = max(largest, float(difference.max() / max(1e-30, np.abs(wanted[name].values).max())))
-    torch.set_float32_matmul_precision("highest")
-    return Finding(what, largest <= TOLERANCE[str(kept.attrs["dtype"])], f"computed again, largest relative difference {largest:.1e}")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    return _compare(what, again, measured.task.of_shard(kept, shard), TOLERANCE[dtype])
+
+
+def _compare(what: str, again: xr.Dataset, kept: xr.Dataset, tolerance: float) -> Finding:
+    """Of a shard computed again with what is on the disk; a value that is not finite agrees with its like only."""
+    largest, counted = 0.0, 0.0
+    for name, variable in again.variables.items():
+        if name not in kept.variables or kept[name].shape != variable.shape:
+            return Finding(what, False, f"{name} is missing or of another shape")
+        new, old = variable.values, kept[name].values
+        if new.dtype.kind != "f":
+            counted = max(counted, float(np.mean(new != old)) if new.size else 0.0)
+            continue
+        if not np.array_equal(np.isfinite(new), np.isfinite(old)):
+            return Finding(what, False, f"{name} is not finite where it should be")
+        new, old = (values[np.isfinite(values)].astype(np.float64) for values in (new, old))
+        if new.size:
+            largest = max(largest, float(np.abs(new - old).max() / max(1e-30, np.abs(old).max())))
+    detail = f"computed again, largest relative difference {largest:.1e}"
+    return Finding(what, largest <= tolerance and counted <= MAY_DIFFER, detail)

@@ -1,159 +1,240 @@
-"""The stages of a run, each of which any machine can take up: what there is to do, and the small files that say it is done."""
+"""A run of a profile: what there is to do, in which order, and the marks on the disk that say what is done."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from selfrepair.errors import NotMeasurable, UserError
+from selfrepair.measure.task import Task
 from selfrepair.models.checkpoints import read_config
-from selfrepair.errors import UserError
-from selfrepair.store.manifest import hash_files, read_manifest, write_manifest
-from selfrepair.paths import HELD_OUT_TEXT, NOTEBOOKS
-from selfrepair.run.profiles import Profile
-from selfrepair.store.datasets import ENGINE, code_version, is_whole, shard_starts, slug, write_atomically
+from selfrepair.paths import PACKAGE, PUBLISHED
+from selfrepair.run.notebooks import Notebook, all_notebooks
+from selfrepair.run.study import Study
+from selfrepair.store.code_identity import code_files, code_version
+from selfrepair.store.files import identity, slug, write_atomically
+from selfrepair.store.manifest import manifest_of
 
-if TYPE_CHECKING:
-    from selfrepair.run.study import Study
-
-#: Megabytes that Python, PyTorch and a batch's activations take beside the weights.
-BESIDE_WEIGHTS_MB = 2500
-#: Of a sweep for each head and token: six variables in float32.
-BYTES_PER_EFFECT = 24
 BYTES = {"float64": 8, "float32": 4, "tf32": 4, "bfloat16": 2, "float16": 2}
+#: Megabytes that a notebook takes beside what it reads.
+BESIDE_DATA_MB = 2500
+#: Of heads' ablations for each head and token: six variables in float32.
+BYTES_PER_EFFECT = 24
+#: The stage of what needs the network, and the name of all stages together.
+NETWORK_STAGE, ALL_STAGES = 0, "all"
 
 
-def plan(profile: Profile) -> dict[str, object]:
-    """What a run of ``profile`` is made of, as JSON: per model the first pairs of its shards and what a job needs.
+def plan(study: Study) -> dict[str, object]:
+    """What a run is made of, as JSON: per model its stages of shards and what a job needs, per notebook what it depends on.
 
-    ``code`` changes with the code that makes the numbers, a model's with the engine: what was made by other code is made again.
+    A ``key`` changes with everything that determines results (code, settings, text, weights, released
+    tables): what was made under another key is made again.
 
     Raises:
         UserError: a model that cannot be found or reached.
     """
-    models: dict[str, object] = {}
-    results: list[float] = []
-    for name in profile.models:
-        own = profile.of_model(name)
-        config = read_config(name)
-        layers, heads, width, vocabulary = (_first_of(config, *names) for names in _SIZES)
-        results.append(BYTES_PER_EFFECT * layers * heads * own.n_prompts * (own.prompt_len - 1) / 1e6)
-        weights = (12 * layers * width**2 + 2 * vocabulary * width) * BYTES[own.dtype] / 1e6
-        models[name] = {
-            "settings": {"n_prompts": own.n_prompts, "prompt_len": own.prompt_len, "dtype": own.dtype, "dataset": own.dataset},
-            "first_pairs": list(shard_starts(own.n_prompts)),
-            "mem_mb": round(2 * weights + BESIDE_WEIGHTS_MB),  # on a CPU, weights are kept in a second layout too
-            "code": code_version(*ENGINE),
-        }
-    in_memory = max(2 * sum(results), 4 * max(results))  # of every model with what is made of it, or of one that is split into parts
-    notebooks = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
+    models = {name: _plan_of_model(study, name) for name in study.profile.models}
+    notebooks = {notebook.stem: _key_of_notebook(study, notebook) for notebook in all_notebooks()}
     return {
         "models": models,
-        "ablations": profile.ablations,
-        "fraction": profile.fraction,
-        "notebooks": [path.stem for path in notebooks],
-        "code": code_version(*sorted(file.name for file in Path(__file__).parent.glob("*.*"))),
-        "notebook_code": {path.stem: hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in notebooks},
-        "notebook_mem_mb": round(max(model["mem_mb"] for model in models.values()) + BESIDE_WEIGHTS_MB + in_memory),
+        "notebooks": notebooks,
+        "notebook_mem_mb": round(max(model["mem_mb"] for model in models.values()) + BESIDE_DATA_MB + _in_memory_mb(study)),
+        "page": identity({"code": code_version("selfrepair.run.record"), "notebooks": notebooks}),
     }
 
 
-#: Names under which configurations give the numbers of layers and heads, d_model and the size of the vocabulary.
-_SIZES = (
-    ("num_hidden_layers", "n_layer", "num_layers"),
-    ("num_attention_heads", "n_head", "num_heads"),
-    ("hidden_size", "n_embd", "d_model"),
-    ("vocab_size",),
-)
+def _plan_of_model(study: Study, model_name: str) -> dict[str, object]:
+    tasks = list(study.tasks(model_name))
+    weights_mb = _weights_mb(study, model_name)
+    stages = [
+        [f"{task.label}:{shard}" for task in _with_needs(tasks) if stage_of(task) == stage for shard in task.shards]
+        for stage in range(1 + max(map(stage_of, tasks)))
+    ]
+    return {
+        "key": identity({task.label: task.path.stem for task in tasks}),
+        "stages": stages,
+        "mem_mb": round(max(task.measurement.memory_mb(weights_mb, task.settings) for task in tasks)),
+    }
 
 
-def _first_of(config: dict[str, object], *names: str) -> int:
-    return next((config[name] for name in names if isinstance(config.get(name), int)), 0)
+def stage_of(task: Task) -> int:
+    """When a measurement can be made: 0 with the network, else after the stages of what it needs."""
+    if task.measurement.needs_network:
+        return NETWORK_STAGE
+    return 1 + max((stage_of(needed) for needed in task.needed.values()), default=0)
 
 
-def draw_tokens(study: Study, model: str) -> Path:
-    """Loads a model and draws the prompts it is measured on; returns their file."""
-    study.load(model)
-    return study.tokens_file(model)
+def _with_needs(tasks: Sequence[Task]) -> list[Task]:
+    """The tasks and all that they need, each once."""
+    found: dict[Path, Task] = {}
+    pending = list(tasks)
+    while pending:
+        task = pending.pop(0)
+        found.setdefault(task.path, task)
+        pending += task.needed.values()
+    return list(found.values())
 
 
-def compute_shards(study: Study, model: str, ablation: str, first_pairs: Sequence[int]) -> None:
-    """Computes the shards of one sweep that begin with these pairs, unless they or the sweep are there already.
-
-    Raises:
-        UserError: no shard begins with a pair, or as :func:`selfrepair.measure.heads.sweep`.
-    """
-    work = study.planned_sweep(model, ablation)
-    unknown = sorted(set(first_pairs) - set(work.starts))
-    if unknown:
-        raise UserError(f"no shard of {model} begins with pair {unknown[0]}; they begin with {', '.join(map(str, work.starts))}")
-    if not is_whole(work.path):
-        work.compute(first_pairs)
-    for first in first_pairs:
-        _say_done(study.out_dir / "shards" / slug(model) / ablation / f"{first}.done", store=work.path.name, first_pair=first)
-
-
-def merge_shards(study: Study, model: str, ablation: str) -> Path:
-    """The store of one sweep, from its shards and whatever of them is missing; returns its path."""
-    store = study.stored_sweep(model, ablation, progress=True)
-    _say_done(study.out_dir / "sweeps" / f"{slug(model)}-{ablation}.done", store=store.name)
-    return store
-
-
-def summarise(study: Study, profile: str) -> str:
-    """Writes the manifest of a finished run and its page ``index.html``; returns what to print: the comparison and the page's path.
-
-    Raises:
-        UserError: the run left nothing to show, or is of other models than the released numbers of their names.
-    """
-    from selfrepair.analysis.comparison import report
-    from selfrepair.text.corpora import hash_documents, read_documents
-    from selfrepair.run.page import write_summary
-
-    out = study.out_dir
-    if not any((out / "figures").glob("*.png")):
-        raise UserError(f"{out}: holds no figures; run 'selfrepair notebooks' into it first")
-    said = report(study.profile, out)
-    sweeps = _sweeps_of(study)
-    write_manifest(
-        out / "manifest.json",
-        sum(note["seconds"] for note in sweeps.values()),
-        profile=profile,
-        settings=dataclasses.asdict(study.profile),
-        seed=study.seed,
-        held_out_text_sha256=hash_documents(read_documents(HELD_OUT_TEXT)),
-        sweeps=sweeps,
-        files=hash_files(out),
+def _key_of_notebook(study: Study, notebook: Notebook) -> str:
+    """Changes with the notebook, the library that its cells run, the released tables, and the stores that it reads."""
+    stores = [
+        study.task(name, model_name, ablation).path.stem
+        for name in notebook.measurements
+        for model_name, ablation in study.each(name)
+    ]
+    reads_published = PACKAGE / "analysis" / "published.py" in code_files(source=notebook.code)
+    return identity(
+        {
+            "source": notebook.source,
+            "code": code_version(source=notebook.code),
+            "settings": dataclasses.asdict(study.profile),
+            "stores": stores,
+            "published": _hash_of_published() if reads_published else "",
+        }
     )
-    return f"{said}\n{write_summary(out)}"
 
 
-def _sweeps_of(study: Study) -> dict[str, dict[str, object]]:
-    """Of each sweep of a run, by model and ablation: its store, and what its manifest says; of several, the last."""
-    found: dict[str, dict[str, object]] = {}
-    for path in (study.out_dir / "sweeps").glob("*.manifest.json"):
-        note = read_manifest(path)
-        if not {"source", *_OF_A_SWEEP} <= note.keys():
-            raise UserError(f"{path}: not the manifest of a sweep; delete it and the store beside it, and run again")
-        if note["source"] not in study.profile.models or note["ablation"] not in study.profile.ablations:
+def _hash_of_published() -> str:
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(PUBLISHED.glob("*.csv")))).hexdigest()
+
+
+#: Names under which configurations give the numbers of layers and heads, d_model and the size of the vocabulary.
+_SIZES = {
+    "layers": ("num_hidden_layers", "n_layer", "num_layers"),
+    "heads": ("num_attention_heads", "n_head", "num_heads"),
+    "width": ("hidden_size", "n_embd", "d_model"),
+    "vocabulary": ("vocab_size",),
+}
+
+
+def _sizes(model_name: str) -> dict[str, int]:
+    config = read_config(model_name)
+    return {
+        size: next((config[name] for name in names if isinstance(config.get(name), int)), 0) for size, names in _SIZES.items()
+    }
+
+
+def _weights_mb(study: Study, model_name: str) -> float:
+    size = _sizes(model_name)
+    parameters = 12 * size["layers"] * size["width"] ** 2 + 2 * size["vocabulary"] * size["width"]
+    return parameters * BYTES[study.profile.of_model(model_name).dtype] / 1e6
+
+
+def _in_memory_mb(study: Study) -> float:
+    """What notebooks hold: the heads of every model with what is made of them, or of one that is split into parts."""
+    results = []
+    for name in study.profile.models:
+        own, size = study.profile.of_model(name), _sizes(name)
+        results.append(BYTES_PER_EFFECT * size["layers"] * size["heads"] * own.n_prompts * (own.prompt_len - 1) / 1e6)
+    return max(2 * sum(results), 4 * max(results))
+
+
+# ---------------------------------------------------------------- what is done
+
+
+def mark(study: Study, *place: str) -> Path:
+    """The small file that says to the workflow that something is done: ``mark(study, "notebooks", "01")``."""
+    return study.out_dir.joinpath("done", *place[:-1], f"{place[-1]}.done")
+
+
+def say_done(path: Path, left: Sequence[Path], out_dir: Path, **what: object) -> None:
+    """Writes a mark, with the files and stores that it answers for."""
+    files = {file.relative_to(out_dir).as_posix(): _fingerprint(file) for file in left}
+    write_atomically(path, (json.dumps({**what, "left": files}) + "\n").encode())
+
+
+def forget_stale(out_dir: Path, planned: dict[str, object]) -> list[Path]:
+    """Removes every mark of which something is missing or no longer what it was, and those of notebooks and page whose
+    key is another now, so that they are made again; returns them."""
+    keys = {f"notebooks/{stem[:2]}.done": key for stem, key in planned["notebooks"].items()} | {"page.done": planned["page"]}
+    stale = []
+    for path in sorted((out_dir / "done").rglob("*.done")):
+        try:
+            said = json.loads(path.read_text(encoding="utf-8"))
+            is_good = all(_fingerprint(out_dir / name) == fingerprint for name, fingerprint in said["left"].items())
+            is_good &= said.get("key") == keys.get(path.relative_to(out_dir / "done").as_posix(), said.get("key"))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            is_good = False
+        if not is_good:
+            path.unlink()
+            stale.append(path)
+    return stale
+
+
+def _fingerprint(path: Path) -> str | None:
+    """Of a file, its hash; of a store, that of what it says of its contents; ``None`` if it is not there."""
+    if path.is_dir():
+        path = path / "zarr.json"
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+# ---------------------------------------------------------------- doing it
+
+
+def measure(study: Study, model_name: str, stage: str = ALL_STAGES, progress: bool = True) -> None:
+    """Makes everything that a run measures of a model, or one stage of it, unless it is there already.
+
+    What cannot be measured of this model is said and passed over: the notebooks that need it will say so too.
+
+    Raises:
+        UserError: as the measurements say; the others are made all the same.
+    """
+    tasks = [task for task in study.tasks(model_name) if stage in (ALL_STAGES, str(stage_of(task)))]
+    failed, passed_over = _merge_all(study, model_name, tasks, progress)
+    if failed:
+        raise UserError("; ".join(dict.fromkeys(failed)))
+    for line in passed_over:
+        print(line, flush=True)
+    made = [place for task in tasks if task.path.is_dir() for place in (task.path, manifest_of(task.path))]
+    say_done(mark(study, "measured", f"{slug(model_name)}-{stage}"), made, study.out_dir, not_measured=passed_over)
+
+
+def _merge_all(study: Study, model_name: str, tasks: Sequence[Task], progress: bool) -> tuple[list[str], list[str]]:
+    """What failed, and what cannot be measured; the model is loaded only if something is missing."""
+    missing = [task for task in tasks if not task.is_done()]
+    models = study.load(model_name) if missing else []
+    failed: list[str] = []
+    passed_over: list[str] = []
+    for task in missing:
+        try:
+            task.merge(models, progress)
+        except NotMeasurable as error:
+            passed_over.append(f"{task.label}: {error}")
+        except UserError as error:
+            failed.append(str(error))
+    return failed, passed_over
+
+
+def compute_units(study: Study, model_name: str, units: Sequence[str], job: str) -> None:
+    """Computes shards, given as ``label:shard`` (see :func:`plan`), unless they or what is merged of them are there.
+
+    Raises:
+        UserError: no such measurement or shard, or as the measurements say.
+    """
+    tasks = {task.label: task for task in _with_needs(list(study.tasks(model_name)))}
+    chosen: dict[str, list[int]] = {}
+    for label, shard in _parsed(units):
+        if label not in tasks:
+            raise UserError(f"{model_name}: nothing called {label} is measured; there are {', '.join(sorted(tasks))}")
+        chosen.setdefault(label, []).append(shard)
+    models: list = []
+    for label, shards in chosen.items():
+        if tasks[label].is_done():
             continue
-        own = study.profile.of_model(note["source"])
-        made_from = (own.n_prompts, own.prompt_len, own.dtype, study.seed, code_version(*ENGINE))
-        name = f"{note['model']} {note['ablation']}"
-        last = found.get(name, {}).get("finished", "")
-        if tuple(note[key] for key in _SETTINGS) == made_from and note["finished"] > last:
-            found[name] = {"store": path.name.replace(".manifest.json", ".zarr"), **{key: note[key] for key in _OF_A_SWEEP}}
-    return dict(sorted(found.items()))
+        models = models or study.load(model_name)
+        try:
+            tasks[label].compute(models, shards)
+        except NotMeasurable as error:
+            print(f"{label}: {error}", flush=True)
+    say_done(mark(study, "shards", slug(model_name), job), [], study.out_dir, units=list(units))
 
 
-#: What a sweep must have been made with to be one of a run.
-_SETTINGS = ("n_prompts", "prompt_len", "dtype", "seed", "code")
-#: What a run's manifest repeats of its sweeps' own.
-_OF_A_SWEEP = ("model", "ablation", *_SETTINGS, "weights_sha256", "corpus", "tokens_sha256", "seconds", "finished")
-
-
-def _say_done(path: Path, **what: object) -> None:
-    write_atomically(path, (json.dumps(what) + "\n").encode())
+def _parsed(units: Sequence[str]) -> Iterator[tuple[str, int]]:
+    for unit in units:
+        label, _, shard = unit.rpartition(":")
+        if not label or not shard.isdigit():
+            raise UserError(f"{unit}: not a shard; give label:number, as 'selfrepair plan' does")
+        yield label, int(shard)

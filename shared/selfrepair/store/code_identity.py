@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -55,12 +56,28 @@ def module_file(module: str) -> Path:
 
 def imported_files(file: Path) -> list[Path]:
     """Files of this package that a module of it imports when it runs; imports for type checkers alone do not count."""
-    return _imports_of(file, file.stat().st_mtime_ns)
+    return list(_read(file).imports)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What a module imports of this package, and its strings."""
+
+    imports: tuple[Path, ...]
+    strings: frozenset[str]
+
+
+def _read(file: Path) -> _Source:
+    found = file.stat()
+    return _parse(file, found.st_mtime_ns, found.st_size)
 
 
 @cache
-def _imports_of(file: Path, _written: int) -> list[Path]:
-    return sorted(set(_imported(_parsed(file))))
+def _parse(file: Path, _changed: int, _size: int) -> _Source:
+    tree = _parsed(file)
+    constants = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
+    strings = frozenset(value for value in constants if isinstance(value, str))
+    return _Source(tuple(sorted(set(_imported(tree)))), strings)
 
 
 def _parsed(file: Path) -> ast.Module:
@@ -122,6 +139,6 @@ def _exports(package: Path) -> dict[str, list[str]]:
 
 def _data_files(module: Path) -> list[Path]:
     """The files beside a module that one of its strings names."""
-    strings = {node.value for node in ast.walk(_parsed(module)) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    strings = _read(module).strings
     beside = (file for file in module.parent.iterdir() if file.suffix != ".py" and file.is_file())
     return [file for file in beside if file.name in strings]

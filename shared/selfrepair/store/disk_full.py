@@ -28,7 +28,9 @@ def disk_full_is_said(*folders: Path) -> Iterator[None]:
             full = full or [folders[0]]
         if isinstance(error, UserError) or not full:
             raise
-        raise UserError(f"{full[0]}: disk full; free some space and run the same command again: it goes on from what is saved") from error
+        raise UserError(
+            f"{full[0]}: disk full; free some space and run the same command again: it goes on from what is saved"
+        ) from error
 
 
 def _free(folder: Path) -> int:

@@ -24,7 +24,9 @@ def slug(model_name: str) -> str:
 def hash_files(folder: Path, patterns: tuple[str, ...]) -> dict[str, str]:
     """SHA-256 of every file in a folder that one of the patterns finds, by its path there."""
     files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
-    return {file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    return {
+        file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files
+    }
 
 
 def write_atomically(path: Path, content: bytes) -> None:

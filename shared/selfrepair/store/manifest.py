@@ -50,16 +50,24 @@ def read_manifest(path: Path) -> dict[str, object]:
     """
     try:
         content = json.loads(path.read_text())
-        if not all(isinstance(part, dict) for part in (content, content.get("files", {}), content.get("sweeps", {}))):
+        if not all(
+            isinstance(part, dict) for part in (content, content.get("files", {}), content.get("sweeps", {}))
+        ):
             raise ValueError("its parts are of other types")
     except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: not a manifest ({error}); delete it, the store beside it if there is one, and run again") from error
+        raise UserError(
+            f"{path}: not a manifest ({error}); delete it, the store beside it if there is one, and run again"
+        ) from error
     return content
 
 
 def _packages() -> dict[str, str]:
     """Installed versions of what this package asks for."""
-    names = {re.match(r"[\w.-]+", line)[0] for line in metadata.requires("selfrepair") or [] if "extra ==" not in line}
+    names = {
+        re.match(r"[\w.-]+", line)[0]
+        for line in metadata.requires("selfrepair") or []
+        if "extra ==" not in line
+    }
     return {name: metadata.version(name) for name in sorted(names)}
 
 
@@ -80,7 +88,9 @@ def _machine() -> dict[str, object]:
     import torch
 
     cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*: (.*)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.is_file() else None
+    found = (
+        re.search(r"^model name\s*: (.*)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.is_file() else None
+    )
     return {
         "system": platform.system(),
         "processor": found[1] if found else platform.processor() or platform.machine(),

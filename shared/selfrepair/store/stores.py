@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,58 +17,122 @@ from filelock import FileLock
 
 from selfrepair.errors import UserError
 
+#: Of what is on the disk: a store of another format is refused.
 FORMAT = 4
 #: Dimension of what is one value for each shard, beside the dimension that shards divide.
 SHARD = "shard"
 PROMPTS_IN_CHUNK = 64
+#: Attributes that are of the store, not of what was measured: checksums of its variables by name, and of it all.
+CHECKSUMS, CHECKSUM = "variables_sha256", "sha256"
+
+
+#: How each variable of a dataset is laid out on the disk.
+Encoding = Callable[[xr.Dataset], dict[str, dict[str, object]]]
 
 
 class FormatError(UserError):
     """A store of another version of this library."""
 
 
-def write_store(parts: Iterable[xr.Dataset], path: Path, along: str = "prompt") -> None:
+def write_store(
+    parts: Iterable[xr.Dataset], path: Path, along: str = "prompt", to_be_merged: bool = False
+) -> None:
     """Writes datasets that follow each other along a dimension as one Zarr store, whole or not at all.
 
-    Variables with the dimension ``shard`` follow each other along that; those with neither are the same in all parts.
-    Each variable gets a checksum, and so do the attributes with the names of all variables. No more than
-    one part, or one layer of a variable, is in memory at a time.
+    Variables with the dimension ``shard`` follow each other along that; those with neither are the same in all
+    parts that have them. Attributes are those of the first part. Each variable gets a checksum, and so do the
+    attributes with the names of all variables. No more parts than fill a chunk, or one layer of a variable, are
+    in memory at a time. What is ``to_be_merged`` is written fast, in few files.
+
+    Raises:
+        ValueError: a variable that should be the same in all parts is not.
     """
     path = path.absolute()  # xarray takes a folder that is called ~ for the user's own
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".unfinished-{path.name}")
     shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
     try:
-        for part in parts:
-            part = part.assign_attrs(format=FORMAT)
-            if unfinished.exists():
-                _append(part, unfinished, along)
-            else:
-                part.to_zarr(unfinished, mode="w", consolidated=False, encoding=_chunked(part))
+        _write_values(_blocks(parts, along), unfinished, along, _in_few_files if to_be_merged else _in_layers)
         group = zarr.open_group(unfinished, mode="r+", use_consolidated=False)
-        for _, array in group.arrays():
-            array.attrs["sha256"] = _checksum(array)
-        group.attrs["sha256"] = _checksum_of_contents(group)
+        checksums = {name: _checksum(array) for name, array in group.arrays()}
+        of_contents = _checksum_of_contents(dict(group.attrs), checksums)
+        group.attrs.update({CHECKSUMS: checksums, CHECKSUM: of_contents})
         if path.exists():
             shutil.rmtree(path)
         os.rename(unfinished, path)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+    _seen_whole[path] = _state(path)
 
 
-def _append(part: xr.Dataset, store: Path, along: str) -> None:
-    for dim in (along, SHARD):
-        growing = [name for name, variable in part.variables.items() if dim in variable.dims]
-        if growing:
-            part[growing].to_zarr(store, append_dim=dim, consolidated=False)
+def _blocks(parts: Iterable[xr.Dataset], along: str) -> Iterator[xr.Dataset]:
+    """The parts, joined until they fill a chunk: one that grows would be written over and over."""
+    block: list[xr.Dataset] = []
+    for part in parts:
+        is_full = sum(joined.sizes.get(along, PROMPTS_IN_CHUNK) for joined in block) >= PROMPTS_IN_CHUNK
+        if block and (is_full or part.variables.keys() != block[0].variables.keys()):
+            yield _joined(block, along)
+            block = []
+        block.append(part)
+    if block:
+        yield _joined(block, along)
 
 
-def kept(path: Path, compute: Callable[[], xr.Dataset]) -> xr.Dataset:
-    """What ``compute()`` gives: from the store ``path`` if it is there whole, else computed and kept there."""
+def _joined(block: list[xr.Dataset], along: str) -> xr.Dataset:
+    if len(block) == 1:
+        return block[0]
+    how = {
+        "data_vars": "minimal",
+        "coords": "minimal",
+        "compat": "equals",
+        "join": "exact",
+        "combine_attrs": "override",
+    }
+    return xr.concat(block, along, **how)
+
+
+def _write_values(parts: Iterable[xr.Dataset], store: Path, along: str, encoding: Encoding) -> None:
+    attributes: dict[str, object] = {}
+    same: dict[str, xr.Variable] = {}
+    written: set[str] = set()
+    for part in parts:
+        attributes = attributes or {**part.attrs, "format": FORMAT}
+        same = _checked_same(part, same, along)
+        part = part.drop_attrs(deep=False).assign_attrs(attributes)  # what is appended brings the store's own
+        for dim in (along, SHARD):
+            growing = [name for name in written & part.variables.keys() if dim in part[name].dims]
+            if growing:
+                part[growing].to_zarr(store, append_dim=dim, consolidated=False)
+        new = part.drop_vars(written & part.variables.keys())
+        if new.variables or not store.exists():
+            new.to_zarr(store, mode="a", consolidated=False, encoding=encoding(new))
+        written |= part.variables.keys()
+
+
+def _checked_same(part: xr.Dataset, same: dict[str, xr.Variable], along: str) -> dict[str, xr.Variable]:
+    own = {name: values for name, values in part.variables.items() if not {along, SHARD} & set(values.dims)}
+    for name in own.keys() & same.keys():
+        if not own[name].equals(same[name]):
+            raise ValueError(
+                f"{name} is not the same in all parts, and has none of the dimensions {along} and {SHARD}"
+            )
+    return same | own
+
+
+def kept(
+    path: Path,
+    compute: Callable[[], xr.Dataset],
+    is_current: Callable[[xr.Dataset], bool] = lambda found: True,
+) -> xr.Dataset:
+    """What ``compute()`` gives: from the store ``path`` if it is there whole and current, else computed and kept there.
+
+    Others who want the same wait meanwhile.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
-        if not is_whole(path):
-            write_store([compute()], path)
+        if is_whole(path) and is_current(found := open_store(path)):
+            return found
+        write_store([compute()], path, to_be_merged=True)
         return open_store(path)
 
 
@@ -90,50 +154,95 @@ def open_store(path: str | Path) -> xr.Dataset:
         FormatError: of another format.
         UserError: nothing there, or damaged.
     """
-    path = Path(path)
+    path = Path(path).absolute()
     if not path.is_dir():
         raise UserError(f"{path}: no such store")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of files that are no part of a store
-            dataset = xr.open_zarr(path.absolute(), consolidated=False, chunks=None)
+            dataset = xr.open_zarr(path, consolidated=False, chunks=None)
             version = dataset.attrs["format"]
             if version != FORMAT:
                 raise FormatError(
                     f"{path}: written in format {version}, this version reads {FORMAT}; measure it again"
                 )
-            group = zarr.open_group(path.absolute(), mode="r", use_consolidated=False)
-            damaged = [name for name, array in sorted(group.arrays()) if array.attrs["sha256"] != _checksum(array)]
-            if group.attrs["sha256"] != _checksum_of_contents(group):
-                damaged.append("its attributes or what it holds")
+            del dataset.attrs[CHECKSUMS]
+            damaged = _damaged(path)
     except UserError:
         raise
     except Exception as error:  # zarr, its codecs and xarray raise many types for a damaged or foreign folder
-        raise UserError(f"{path}: damaged or no store ({type(error).__name__}); delete it and measure again") from error
+        raise UserError(
+            f"{path}: damaged or no store ({type(error).__name__}); delete it and measure again"
+        ) from error
     if damaged:
         raise UserError(f"{path}: damaged ({', '.join(damaged)}); delete it and measure again")
     return dataset
 
 
-def _chunked(part: xr.Dataset) -> dict[str, dict[str, tuple[int, ...]]]:
+#: Of stores that this process found whole, or wrote: the state that their files were in.
+_seen_whole: dict[Path, int] = {}
+
+
+def _damaged(path: Path) -> list[str]:
+    """The variables of a store whose values are not those that were written, read unless no file has changed since."""
+    state = _state(path)
+    if _seen_whole.get(path) == state:
+        return []
+    group = zarr.open_group(path, mode="r", use_consolidated=False)
+    attributes = dict(group.attrs)
+    checksums = attributes.pop(CHECKSUMS)
+    arrays = dict(group.arrays())
+    damaged = sorted(name for name in arrays if checksums.get(name) != _checksum(arrays[name]))
+    if arrays.keys() != checksums.keys() or attributes.pop(CHECKSUM) != _checksum_of_contents(
+        attributes, checksums
+    ):
+        damaged.append("its attributes or what it holds")
+    if not damaged:
+        _seen_whole[path] = state
+    return damaged
+
+
+def _state(path: Path) -> int:
+    """Another number whenever a file of a folder is written, moved or removed."""
+    files = (Path(folder, name) for folder, _, names in os.walk(path) for name in names)
+    return hash(
+        frozenset(
+            (str(file), (found := file.stat()).st_size, found.st_mtime_ns, found.st_ino) for file in files
+        )
+    )
+
+
+#: Chunks lie beside each other in one folder for a variable, not each in four folders of its own.
+_FLAT = {"chunk_key_encoding": {"name": "default", "separator": "."}}
+
+
+def _in_layers(part: xr.Dataset) -> dict[str, dict[str, object]]:
     """Chunks that hold one layer and some prompts: figures read layers, sweeps write prompts."""
     one = {"layer": 1, "prompt": PROMPTS_IN_CHUNK}
     return {
-        name: {"chunks": tuple(max(1, one.get(dim, size)) for dim, size in array.sizes.items())}
+        name: {"chunks": tuple(max(1, one.get(dim, size)) for dim, size in array.sizes.items()), **_FLAT}
+        for name, array in part.variables.items()
+        if array.ndim
+    }
+
+
+def _in_few_files(part: xr.Dataset) -> dict[str, dict[str, object]]:
+    return {
+        name: {"chunks": tuple(max(1, size) for size in array.shape), "compressors": None, **_FLAT}
         for name, array in part.variables.items()
         if array.ndim
     }
 
 
 def _checksum(array: zarr.Array) -> str:
-    digest = hashlib.sha256(f"{array.dtype.str}{array.shape}{array.metadata.dimension_names}".encode())
-    for first in range(array.shape[0]) if array.ndim > 2 else [...]:
-        digest.update(np.ascontiguousarray(array[first]))
+    labels = [array.dtype.str, array.shape, array.metadata.dimension_names, dict(array.attrs)]
+    digest = hashlib.sha256(json.dumps(labels, sort_keys=True).encode())
+    step = array.chunks[0] if array.ndim else 1
+    for first in range(0, array.shape[0], step) if array.ndim else [...]:
+        digest.update(np.ascontiguousarray(array[first : first + step] if array.ndim else array[...]))
     return digest.hexdigest()
 
 
-def _checksum_of_contents(group: zarr.Group) -> str:
+def _checksum_of_contents(attributes: dict[str, object], checksums: dict[str, str]) -> str:
     """Of the attributes, and of every variable's name and checksum."""
-    attributes = {name: value for name, value in group.attrs.items() if name != "sha256"}
-    arrays = {name: array.attrs["sha256"] for name, array in group.arrays()}
-    return hashlib.sha256(json.dumps([attributes, arrays], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([attributes, checksums], sort_keys=True).encode()).hexdigest()

@@ -11,16 +11,19 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Int
-from transformers import PreTrainedTokenizerBase
 
 from selfrepair.errors import UserError
 from selfrepair.paths import HELD_OUT_TEXT
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 SEPARATOR = b"---"
-#: Bytes of the longest document: a tokenizer reads it in one piece, which takes two hundred times as much memory.
+#: Bytes of the longest document: a tokenizer reads it in one piece, in two hundred times as much memory.
 LONGEST_DOCUMENT = 1 << 24
 #: Characters that are tokenised at once, or one document.
 CHARACTERS_AT_ONCE = 1 << 20
@@ -34,7 +37,8 @@ def read_documents(path: str | Path) -> list[str]:
     In a file, a line that holds exactly ``---`` ends one document and begins the next.
 
     Raises:
-        UserError: nothing there, no text file in the folder, a file that is not UTF-8 text, or too long a document.
+        UserError: nothing there, no text file in the folder, a file that is not UTF-8 text, or too long a
+            document.
     """
     path = Path(path)
     if path.is_dir():
@@ -53,7 +57,8 @@ def read_documents(path: str | Path) -> list[str]:
 
 
 def _documents(file: Path) -> Iterator[str]:
-    """What lies between a file's separators; a file that is no text, or never ends, is not read further than need be."""
+    """What lies between a file's separators; a file that is no text, or never ends, is not read further than
+    need be."""
     lines: list[bytes] = []
     start = end = 0
     try:
@@ -64,7 +69,10 @@ def _documents(file: Path) -> Iterator[str]:
                     yield _decoded(file, b"".join(lines), start)
                     lines, start = [], end
                 elif end - start > LONGEST_DOCUMENT:
-                    raise UserError(f"{file}: a document of more than {LONGEST_DOCUMENT >> 20} MiB; divide it by lines that hold only ---")
+                    raise UserError(
+                        f"{file}: a document of more than {LONGEST_DOCUMENT >> 20} MiB; "
+                        "divide it by lines that hold only ---"
+                    )
                 else:
                     lines.append(line)
     except (OSError, EOFError, zlib.error) as error:
@@ -134,12 +142,16 @@ def load_tokens(
     which order, is drawn from ``seed``. Without ``n_prompts``, all of them (one fewer if odd).
 
     Raises:
-        UserError: more than one source; ``n_prompts`` odd, negative or more than there are; missing or malformed file.
+        UserError: more than one source; ``n_prompts`` odd, negative or more than there are; missing or
+            malformed file.
     """
     if sum(source is not None for source in (text, dataset, tokens)) > 1:
         raise UserError("give one of a token file, a text or a dataset, not several")
     if n_prompts is not None and (n_prompts < 2 or n_prompts % 2):
-        raise UserError(f"n_prompts must be a positive even number (prompts are each other's donors in pairs), not {n_prompts}")
+        raise UserError(
+            "n_prompts must be a positive even number (prompts are each other's donors in pairs), "
+            f"not {n_prompts}"
+        )
     if not 2 <= prompt_len <= LONGEST_PROMPT:
         raise UserError(f"prompt_len must be from 2 to {LONGEST_PROMPT}, not {prompt_len}")
     if tokens is not None:
@@ -154,7 +166,8 @@ def load_tokens(
     available = len(rows) - len(rows) % 2
     if available < max(2, n_prompts or 2):
         raise UserError(
-            f"{source}: gives {len(rows)} prompts of {rows.shape[1]} tokens; {n_prompts or 2} were asked for: lower n_prompts or add text"
+            f"{source}: gives {len(rows)} prompts of {rows.shape[1]} tokens; {n_prompts or 2} were asked "
+            "for: lower n_prompts or add text"
         )
     order = np.random.Generator(np.random.PCG64(seed)).permutation(len(rows))
     return Prompts(rows[order[: n_prompts or available]], source)
@@ -191,7 +204,9 @@ def _load_ids(path: Path) -> Int[np.ndarray, "prompt position"]:
     if ids.ndim != 2 or ids.dtype.kind not in "iu" or ids.shape[1] < 2:
         raise UserError(f"{path}: must hold integer token ids [n_prompts, prompt_len], prompt_len at least 2")
     if rest:
-        raise UserError(f"{path}: damaged: longer than its {ids.shape[0]} prompts of {ids.shape[1]} {ids.dtype} token ids")
+        raise UserError(
+            f"{path}: damaged: longer than its {ids.shape[0]} prompts of {ids.shape[1]} {ids.dtype} token ids"
+        )
     if ids.size and not 0 <= ids.min() <= ids.max() <= np.iinfo(np.int64).max:
         raise UserError(f"{path}: holds a negative token id, or one that is too large")
     return ids.astype(np.int64)
@@ -203,7 +218,10 @@ def _pack_until(
     """Packs documents, tokenising no more of them than ``n_rows`` rows need (plus a few)."""
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if bos is None:
-        raise UserError(f"{tokenizer.name_or_path}: its tokenizer has no BOS and no EOS token to begin prompts with; give a token file")
+        raise UserError(
+            f"{tokenizer.name_or_path}: its tokenizer has no BOS and no EOS token to begin prompts with; "
+            "give a token file"
+        )
     encoded: list[list[int]] = []
     n_tokens = 0
     while batch := list(itertools.islice(documents, 100)):
@@ -218,7 +236,9 @@ def _pack_until(
 def _parts(documents: list[str]) -> Iterator[list[str]]:
     """The documents in order, in lists of about ``CHARACTERS_AT_ONCE``."""
     ends = itertools.accumulate(map(len, documents))
-    for _, part in itertools.groupby(zip(ends, documents, strict=True), lambda item: item[0] // CHARACTERS_AT_ONCE):
+    for _, part in itertools.groupby(
+        zip(ends, documents, strict=True), lambda item: item[0] // CHARACTERS_AT_ONCE
+    ):
         yield [document for _, document in part]
 
 
@@ -233,6 +253,6 @@ def _dataset_documents(name: str) -> Iterator[str]:
         raise UserError(f"dataset {name}: has no column 'text'") from error
     except Exception as error:  # the hub's libraries raise many types when a name or the network is missing
         raise UserError(
-            f"dataset {name}: the Hugging Face hub gave nothing for it ({type(error).__name__}); check the name and the "
-            "network, or use a local text; the default held-out prose needs no network"
+            f"dataset {name}: the Hugging Face hub gave nothing for it ({type(error).__name__}); "
+            "check the name and the network, or use a local text; the default held-out prose needs no network"
         ) from error

@@ -1,7 +1,7 @@
 """Prompts that ask for a fact, and which of them a model answers: what the Hydra effect is measured on.
 
-McGrath et al. 2023, §2: factual recall, read at the last position of the prompt. Prompts are not padded: those
-of one length in tokens are run together, and are each other's donors.
+McGrath et al. 2023, §2: factual recall, read at the last position of the prompt. Prompts are not padded:
+those of one length in tokens are run together, and are each other's donors.
 """
 
 from __future__ import annotations
@@ -12,21 +12,22 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 import yaml
 from jaxtyping import Bool, Int
-from transformers import PreTrainedTokenizerBase
 
+from selfrepair.errors import NotMeasurable, UserError
 from selfrepair.models.checkpoints import model_folder, training_metrics
-from selfrepair.errors import UserError
 from selfrepair.text.gazetteer import Gazetteer
-from selfrepair.models.loading import Model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from selfrepair.models.loading import Model
 
 OWN_FACTS = Path(__file__).with_name("facts.yaml")
-#: Prompts that a model is measured on, unless the reader says how many.
-N_FACTS = 200
 #: Prompts that are asked for each one wanted: more, because some are answered wrongly.
 ASKED_PER_PROMPT = 3
 #: Most prompts of one length that are run together and draw donors from each other.
@@ -38,7 +39,8 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class AskedFact:
-    """A prompt that ends right before its answer; ``answer`` begins with the space that joins it to the prompt.
+    """A prompt that ends right before its answer; ``answer`` begins with the space that joins it to the
+    prompt.
 
     ``phrasing`` is ``trained`` or ``held out`` for planted facts, else where the prompt is from.
     """
@@ -54,7 +56,8 @@ class FactPrompts:
     """Facts to measure on, their tokens (BOS first) and the first token of each answer.
 
     ``groups`` are indices of prompts of one length. ``n_asked`` were drawn, ``n_answered`` of them answered
-    correctly (all, where wrong answers are kept too), and ``n_alone`` dropped for want of a second one of their length.
+    correctly (all, where wrong answers are kept too), and ``n_alone`` dropped for want of a second one of
+    their length.
     """
 
     facts: list[AskedFact]
@@ -65,14 +68,6 @@ class FactPrompts:
     n_answered: int
     n_alone: int
 
-    def of_phrasing(self, phrasing: str) -> Bool[np.ndarray, " prompt"]:
-        """Which prompts are phrased so."""
-        return np.array([fact.phrasing == phrasing for fact in self.facts])
-
-    @property
-    def sha256(self) -> str:
-        return hashlib.sha256(json.dumps([self.tokens, self.answers.tolist()]).encode()).hexdigest()
-
 
 def training_config(name: str) -> dict[str, object] | None:
     """How an embedded model (or a folder trained as they are) was trained; ``None`` for other models."""
@@ -81,8 +76,8 @@ def training_config(name: str) -> dict[str, object] | None:
 
 
 def facts_for(name: str, source: str | None = None) -> list[AskedFact]:
-    """What to ask the model ``name``: ``source`` if given (see :func:`counterfact_facts`), else the facts that were
-    planted in its training text, else our own list.
+    """What to ask the model ``name``: ``source`` if given (see :func:`counterfact_facts`), else the facts
+    that were planted in its training text, else our own list.
 
     Raises:
         UserError: as :func:`counterfact_facts`.
@@ -93,16 +88,36 @@ def facts_for(name: str, source: str | None = None) -> list[AskedFact]:
     return own_facts() if config is None else gazetteer_facts(int(config["gazetteer_seed"]))
 
 
+def facts_identity(name: str, source: str | None = None) -> dict[str, object]:
+    """What determines :func:`facts_for`, beside code and the files that come with it.
+
+    Raises:
+        UserError: ``source`` is a file that cannot be read.
+    """
+    if source is None:
+        config = training_config(name)
+        return {"gazetteer_seed": None if config is None else int(config["gazetteer_seed"])}
+    if source.endswith(".json"):
+        return {"facts_sha256": hashlib.sha256(_read(Path(source))).hexdigest()}
+    return {}
+
+
 def own_facts() -> list[AskedFact]:
     """The hand-written list of ``facts.yaml``."""
     relations = yaml.safe_load(OWN_FACTS.read_text())
-    return [AskedFact(text, f" {answer}", name, "our own list") for name, facts in relations.items() for text, answer in facts]
+    return [
+        AskedFact(text, f" {answer}", name, "our own list")
+        for name, facts in relations.items()
+        for text, answer in facts
+    ]
 
 
 def gazetteer_facts(seed: int) -> list[AskedFact]:
     """The planted facts of one seed, in trained and held-out phrasings."""
     return [
-        AskedFact(prompt.text, prompt.answer, prompt.fact.relation, "held out" if prompt.held_out else "trained")
+        AskedFact(
+            prompt.text, prompt.answer, prompt.fact.relation, "held out" if prompt.held_out else "trained"
+        )
         for prompt in Gazetteer(seed).prompts()
     ]
 
@@ -117,14 +132,18 @@ def counterfact_facts(source: str) -> list[AskedFact]:
         UserError: it cannot be read or has other fields; says which record.
     """
     facts = []
-    for number, record in enumerate(_local_records(Path(source)) if source.endswith(".json") else _hub_records(source)):
+    for number, record in enumerate(
+        _local_records(Path(source)) if source.endswith(".json") else _hub_records(source)
+    ):
         try:
             rewrite = record["requested_rewrite"]
             text = rewrite["prompt"].format(rewrite["subject"]).rstrip()
             answer = rewrite["target_true"]["str"].strip()
             relation = str(rewrite.get("relation_id", "fact"))
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-            raise UserError(f"{source}: record {number} is no CounterFact record ({type(error).__name__}: {error})") from error
+            raise UserError(
+                f"{source}: record {number} is no CounterFact record ({type(error).__name__}: {error})"
+            ) from error
         if not text or not answer:
             raise UserError(f"{source}: record {number} has an empty prompt or answer")
         facts.append(AskedFact(text, f" {answer}", relation, "CounterFact"))
@@ -133,12 +152,20 @@ def counterfact_facts(source: str) -> list[AskedFact]:
     return facts
 
 
-def _local_records(path: Path) -> list[object]:
+def _read(path: Path) -> bytes:
     try:
-        records = json.loads(path.read_text(encoding="utf-8"))
+        return path.read_bytes()
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _local_records(path: Path) -> list[object]:
+    content = _read(path)
+    try:
+        records = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({' '.join(str(error).split())})") from error
     if not isinstance(records, list):
         raise UserError(f"{path}: must hold a list of CounterFact records")
@@ -152,35 +179,47 @@ def _hub_records(name: str) -> Iterable[object]:
         return datasets.load_dataset(name, split="train")
     except Exception as error:  # the hub's libraries raise many types when a name or the network is missing
         raise UserError(
-            f"facts {name}: the Hugging Face hub gave nothing for it ({type(error).__name__}); check the name and the network, "
-            "or give a local CounterFact .json; without one, facts that ship with the repository are used"
+            f"facts {name}: the Hugging Face hub gave nothing for it ({type(error).__name__}); "
+            "check the name and the network, or give a local CounterFact .json; "
+            "without one, facts that ship with the repository are used"
         ) from error
 
 
-def choose_prompts(model: Model, facts: Sequence[AskedFact], n_prompts: int, seed: int = 0, only_answered: bool = True) -> FactPrompts:
-    """Up to ``n_prompts`` of the facts, relations and phrasings drawn in turn, for which the first token of the answer
-    is the model's most likely next token (or all, if not ``only_answered``).
+def choose_prompts(
+    model: Model, facts: Sequence[AskedFact], n_prompts: int, seed: int = 0, only_answered: bool = True
+) -> FactPrompts:
+    """Up to ``n_prompts`` of the facts, relations and phrasings drawn in turn, for which the first token of
+    the answer is the model's most likely next token (or all, if not ``only_answered``).
 
     Three times as many are asked. Few prompts are kept to the most common lengths, so that each has donors.
 
     Raises:
-        UserError: fewer than two answered prompts of any one length, or ``n_prompts`` below 2.
+        NotMeasurable: fewer than two answered prompts of any one length.
+        UserError: ``n_prompts`` below 2.
     """
     if n_prompts < 2:
         raise UserError(f"n_prompts must be at least 2 (a prompt's donor is another prompt), not {n_prompts}")
-    asked = [facts[i] for i in _in_turn([(fact.relation, fact.phrasing) for fact in facts], seed)[: ASKED_PER_PROMPT * n_prompts]]
+    asked = [
+        facts[i]
+        for i in _in_turn([(fact.relation, fact.phrasing) for fact in facts], seed)[
+            : ASKED_PER_PROMPT * n_prompts
+        ]
+    ]
     tokens, answers = _encode(model.tokenizer, asked)
     usable = (answers >= 0) & np.array([len(ids) <= model.context_length for ids in tokens])
-    kept = np.flatnonzero(usable & (most_likely(model, tokens, usable) == answers) if only_answered else usable)
+    kept = np.flatnonzero(
+        usable & (most_likely(model, tokens, usable) == answers) if only_answered else usable
+    )
     n_answered = len(kept)
     common = Counter(len(tokens[i]) for i in kept).most_common(max(1, n_prompts // PER_LENGTH))
     kept = [i for i in kept if len(tokens[i]) in dict(common)][:n_prompts]
     count = Counter(len(tokens[i]) for i in kept)
     chosen = [i for i in kept if count[len(tokens[i])] > 1]
     if not chosen:
-        raise UserError(
-            f"{model.name}: answers {n_answered} of {len(asked)} facts, no two of them of one length in tokens, "
-            "so none has a donor: raise n_prompts, or ask facts that it knows (facts = a CounterFact .json)"
+        raise NotMeasurable(
+            f"{model.name}: answers {n_answered} of {len(asked)} facts, "
+            "no two of them of one length in tokens, so none has a donor: "
+            "raise n_prompts, or ask facts that it knows (facts = a CounterFact .json)"
         )
     return FactPrompts(
         facts=[asked[i] for i in chosen],
@@ -194,7 +233,8 @@ def choose_prompts(model: Model, facts: Sequence[AskedFact], n_prompts: int, see
 
 
 def _in_turn(strata: Sequence[tuple[str, str]], seed: int) -> Int[np.ndarray, " fact"]:
-    """A random order in which the strata take turns, so that any beginning of it holds about as many of each."""
+    """A random order in which the strata take turns, so that any beginning of it holds about as many of
+    each."""
     order = np.random.Generator(np.random.PCG64(seed)).permutation(len(strata))
     seen: Counter[tuple[str, str]] = Counter()
     turns = np.zeros(len(strata), dtype=np.int64)
@@ -204,20 +244,30 @@ def _in_turn(strata: Sequence[tuple[str, str]], seed: int) -> Int[np.ndarray, " 
     return order[np.argsort(turns, kind="stable")]
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, facts: Sequence[AskedFact]) -> tuple[list[list[int]], Int[np.ndarray, " fact"]]:
-    """Tokens of the prompts, BOS first, and of the answers' beginnings; -1 where the answer changes the prompt's own tokens."""
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, facts: Sequence[AskedFact]
+) -> tuple[list[list[int]], Int[np.ndarray, " fact"]]:
+    """Tokens of the prompts, BOS first, and of the answers' beginnings; -1 where the answer changes the
+    prompt's own tokens."""
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     prompts, whole = (
         tokenizer(texts, add_special_tokens=False)["input_ids"]
         for texts in ([fact.text for fact in facts], [fact.text + fact.answer for fact in facts])
     )
-    answers = [full[len(ids)] if full[: len(ids)] == ids and len(full) > len(ids) else -1 for ids, full in zip(prompts, whole, strict=True)]
+    answers = [
+        full[len(ids)] if full[: len(ids)] == ids and len(full) > len(ids) else -1
+        for ids, full in zip(prompts, whole, strict=True)
+    ]
     return [[bos, *ids] for ids in prompts], np.array(answers, dtype=np.int64)
 
 
-@torch.no_grad()
-def most_likely(model: Model, tokens: Sequence[Sequence[int]], usable: Bool[np.ndarray, " prompt"]) -> Int[np.ndarray, " prompt"]:
-    """The most likely token after each usable prompt; -2 for the others. Only the last position is unembedded."""
+def most_likely(
+    model: Model, tokens: Sequence[Sequence[int]], usable: Bool[np.ndarray, " prompt"]
+) -> Int[np.ndarray, " prompt"]:
+    """The most likely token after each usable prompt; -2 for the others. Only the last position is
+    unembedded."""
+    import torch
+
     by_length: dict[int, list[int]] = defaultdict(list)
     for i in np.flatnonzero(usable):
         by_length[len(tokens[i])].append(int(i))
@@ -225,7 +275,9 @@ def most_likely(model: Model, tokens: Sequence[Sequence[int]], usable: Bool[np.n
     for indices in by_length.values():
         for chunk in (indices[i : i + BATCH] for i in range(0, len(indices), BATCH)):
             batch = torch.tensor([tokens[i] for i in chunk], device=model.device)
-            found[chunk] = model.hf(input_ids=batch, use_cache=False, logits_to_keep=1).logits[:, -1].argmax(-1).cpu().numpy()
+            with torch.no_grad():
+                logits = model.hf(input_ids=batch, use_cache=False, logits_to_keep=1).logits[:, -1]
+            found[chunk] = logits.argmax(-1).cpu().numpy()
     return found
 
 
@@ -239,7 +291,8 @@ def _groups(lengths: Sequence[int]) -> list[Int[np.ndarray, " _"]]:
 
 
 def draw_donors(answers: Int[np.ndarray, " prompt"], n_donors: int, seed: int) -> Int[np.ndarray, "pair 2"]:
-    """``(prompt, donor)`` pairs within one group: up to ``n_donors`` different donors for each prompt, in random order.
+    """``(prompt, donor)`` pairs within one group: up to ``n_donors`` different donors for each prompt, in
+    random order.
 
     A donor has another answer, but where no other prompt has; a prompt is never its own.
     """

@@ -1,20 +1,26 @@
-"""Faster ways to compute what a model's modules compute, for float32 on a CPU; LayerNorms that take wider inputs.
+"""GELU in one kernel, and linear maps by oneDNN where a model multiplies in float32 on a CPU.
 
 PyTorch hands float32 matrix products to MKL, which leaves AMD processors' AVX-512 unused; oneDNN, which
 PyTorch also ships and uses for narrower types, is about twice as fast there and computes GELU on the way.
-Weights laid out as it wants them save it the work of doing so in every product.
+Weights laid out as it wants them save it the work of doing so in every product. Its operators are private
+ones of PyTorch's, so that this file may need an edit when PyTorch is replaced; the plain path does not.
 """
 
 from __future__ import annotations
 
-import ctypes
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation
 from transformers.pytorch_utils import Conv1D
+
+from selfrepair.engine.hooks import standing_in
+from selfrepair.models.parts import weight_out_in
 
 #: Activation modules that are exactly GELU, and the name of the formula.
 GELUS: dict[type[nn.Module], str] = {GELUActivation: "none", NewGELUActivation: "tanh", GELUTanh: "tanh"}
@@ -24,63 +30,62 @@ PACKED_FROM_ROWS = 256
 MLP_PARTS = (("c_fc", "act"), ("dense_h_to_4h", "act"))
 
 
-def use_fast_kernels(module: nn.Module) -> None:
-    """Replaces the ``forward`` of every linear map inside ``module``, and fuses GELUs into them where it can.
+@contextmanager
+def faster_modules(module: nn.Module) -> Iterator[None]:
+    """Inside, GELUs of ``module`` are one kernel instead of eight, and linear maps oneDNN's, GELU on the way.
 
-    Weights stay where they are and may change later; those of large products are kept in a second layout
-    too. Outside float32 on a CPU, and while gradients are recorded, the modules' own code runs, but for
-    GELU, which is always one kernel instead of eight. ``fused_gelu`` says which GELU, if any, a linear map
-    computes on the way.
+    Weights stay where they are and may change; those of large products are kept in a second layout too, as
+    long as their module lives. Outside float32 on a CPU, and while gradients are recorded, linear maps run
+    their own code. ``fused_gelu`` says which GELU, if any, a linear map computes on the way.
     """
+    with ExitStack() as swapped:
+        for part in list(module.modules()):
+            for name, child in part.named_children():
+                if type(child) in GELUS:
+                    swapped.enter_context(standing_in(part, name, nn.GELU(approximate=GELUS[type(child)])))
+        if _has_onednn():
+            gelus = {id(linear): gelu for linear, gelu in _fuse_gelus(module, swapped)}
+            for part in module.modules():
+                if type(part) in (nn.Linear, Conv1D) and not _is_swapped(part):
+                    faster = partial(_linear, part, _PACKED.setdefault(part, _Packed()), gelus.get(id(part)))
+                    swapped.enter_context(forward_by(part, faster))
+        yield
+
+
+def _fuse_gelus(module: nn.Module, swapped: ExitStack) -> list[tuple[nn.Module, nn.GELU]]:
+    """Takes the GELUs out that a linear map can compute on the way; gives these maps and their GELUs."""
+    fused = []
     for part in list(module.modules()):
-        for name, child in part.named_children():
-            if type(child) in GELUS:
-                part._modules[name] = nn.GELU(approximate=GELUS[type(child)])
-        if type(part) is nn.LayerNorm:
-            part.forward = partial(_layer_norm, part)
-    _keep_freed_memory()
-    if not _has_onednn():
-        return
-    fused = {}
-    for part in module.modules():
+        children = dict(part.named_children())
         for linear, activation in MLP_PARTS:
-            children = part._modules
-            if type(children.get(activation)) is nn.GELU and linear in children:
-                fused[id(children[linear])] = children[activation]
-                children[activation] = nn.Identity()
-    for part in module.modules():
-        if type(part) in (nn.Linear, Conv1D):
-            part.forward = partial(_linear, part, _Packed(), fused.get(id(part)))
+            if linear in children and type(children.get(activation)) is nn.GELU:
+                fused.append((children[linear], children[activation]))
+                swapped.enter_context(standing_in(part, activation, nn.Identity()))
+    return fused
 
 
-def _keep_freed_memory() -> None:
-    """Makes glibc keep freed blocks for the next operation, where it would give them back and take them page by page again."""
-    if hasattr(ctypes.CDLL(None), "mallopt"):
-        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
-        ctypes.CDLL(None).mallopt(trim_threshold, 2**31 - 1)
-        ctypes.CDLL(None).mallopt(mmap_threshold, 2**25)
-
-
-def compile_norms(module: nn.Module) -> None:
-    """Makes one kernel of every norm inside ``module`` by ``torch.compile``: RMSNorm is six otherwise.
-
-    Only they are compiled: the engine hooks into blocks, which compiled code would not notice.
-    """
-    for part in module.modules():
-        if "Norm" in type(part).__name__:
-            part.forward = torch.compile(part.forward)
+@contextmanager
+def forward_by(module: nn.Module, forward: object) -> Iterator[None]:
+    """Gives ``module`` another ``forward``."""
+    own = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
 
 
 def fused_gelu(linear: nn.Module) -> nn.GELU | None:
-    """The GELU that ``linear`` computes on its output since :func:`use_fast_kernels`, if any."""
+    """The GELU that ``linear`` computes on its output, if any."""
+    return linear.forward.args[2] if _is_swapped(linear) else None
+
+
+def _is_swapped(linear: nn.Module) -> bool:
     forward = linear.__dict__.get("forward")
-    return forward.args[2] if isinstance(forward, partial) else None
-
-
-def _layer_norm(module: nn.LayerNorm, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-    """The module's, for inputs wider than its weights too."""
-    weight, bias = (None if parameter is None else parameter.to(x.dtype) for parameter in (module.weight, module.bias))
-    return nn.functional.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
+    return isinstance(forward, partial) and forward.func is _linear
 
 
 class _Packed:
@@ -97,8 +102,14 @@ class _Packed:
         return self._packed
 
 
+#: Kept from one use of the fast path to the next.
+_PACKED: WeakKeyDictionary[nn.Module, _Packed] = WeakKeyDictionary()
+
+
 def linear_map(
-    x: Float[Tensor, "*batch d_in"], weight: Float[Tensor, "d_out d_in"], bias: Float[Tensor, " d_out"] | None = None
+    x: Float[Tensor, "*batch d_in"],
+    weight: Float[Tensor, "d_out d_in"],
+    bias: Float[Tensor, " d_out"] | None = None,
 ) -> Float[Tensor, "*batch d_out"]:
     """``x Wᵀ + b`` by the faster kernel where there is one."""
     if _is_fast(x, weight):
@@ -106,11 +117,13 @@ def linear_map(
     return nn.functional.linear(x, weight, bias)
 
 
-def _linear(module: nn.Module, packed: _Packed, gelu: nn.GELU | None, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+def _linear(
+    module: nn.Module, packed: _Packed, gelu: nn.GELU | None, x: Float[Tensor, "*batch d_in"]
+) -> Float[Tensor, "*batch d_out"]:
     if not _is_fast(x, module.weight):
         output = type(module).forward(module, x)
         return output if gelu is None else gelu(output)
-    weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+    weight = weight_out_in(module)
     rows = x.shape[:-1].numel()
     if rows >= PACKED_FROM_ROWS:
         weight = packed(weight, rows)
@@ -119,7 +132,8 @@ def _linear(module: nn.Module, packed: _Packed, gelu: nn.GELU | None, x: Float[T
 
 
 def _is_fast(x: Tensor, weight: Tensor) -> bool:
-    return _has_onednn() and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and not torch.is_grad_enabled()
+    on_cpu = _has_onednn() and x.device.type == "cpu"
+    return on_cpu and x.dtype == weight.dtype == torch.float32 and not torch.is_grad_enabled()
 
 
 def _has_onednn() -> bool:

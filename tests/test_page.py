@@ -16,7 +16,8 @@ from PIL import Image
 
 from selfrepair.errors import UserError
 from selfrepair.paths import NOTEBOOKS
-from selfrepair.run.page import HEADINGS, VERDICTS, write_summary
+from selfrepair.analysis.claims import COLUMNS, load_claims, load_statistics, write_claims
+from selfrepair.run.page import HEADINGS, MARKS, write_page
 
 HOSTILE = """</script><script>alert(1)</script><img src="http://example.org/x" onerror='alert(2)'>&amp; "NA" [1]"""
 FIGURES = ("01_self_repair_by_depth", "01_effect_against_change", "03_frozen_norm", "05_not_in_a_notebook", "99_of_no_notebook", "<&>")
@@ -68,18 +69,26 @@ def heads(model, n_layers=2, n_heads=12, seed=0):
     return table.assign(n_tokens=np.arange(len(table)) * 7 % 50)
 
 
-def claim(number, verdict, measured, published=""):
-    return {
-        "id": f"claim-{number}",
-        "notebook": f"{number % 3 + 1:02}",
-        "source": "R&N 2024, Fig. 1",
-        "claim": f"Claim {number} is <as it is>.",
-        "statistic": f"statistic {number}",
-        "holds if": "≥ 0",
-        "published": published,
-        "measured": measured,
-        "verdict": verdict,
-    }
+#: What is shown of each claim: our numbers (model, estimate, low, high, what they say of it), then published ones.
+CLAIMS = [
+    ("partly", [("pocket-a", 0.068, 0.055, 0.079, "yes"), (HOSTILE, -0.09, -0.10, 0.10, "open")], [("gpt2-small", 0.25), ("pythia-160m", 0.20)]),
+    ("not reproduced", [("pocket-a", -2.34, -2.71, -2.04, "no")], []),
+    ("reproduced", [("pocket-a", 1.0, np.nan, np.nan, "yes")], []),
+    ("not testable here", [("pocket-a", np.nan, np.nan, np.nan, "")], []),
+    ("reproduced", [("NA", 0.5, 0.4, 0.6, "yes")], []),
+]
+
+
+def long_table():
+    """Claims as notebooks keep them, with the verdicts that ``CLAIMS`` names."""
+    rows = []
+    for claim, (_, measured, published) in zip(load_claims(), CLAIMS, strict=False):
+        unit = load_statistics()[claim.statistic].unit
+        for model, estimate, low, high, holds in measured:
+            rows.append((claim.id, claim.notebook, model, "measured", claim.statistic, unit, estimate, low, high, holds, np.nan))
+        for model, estimate in published:
+            rows.append((claim.id, claim.notebook, model, "published", claim.statistic, unit, estimate, np.nan, np.nan, "", np.nan))
+    return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
 @pytest.fixture
@@ -90,14 +99,8 @@ def results(tmp_path):
     for number, name in enumerate(FIGURES):
         image = Image.new("RGBA", (300 + 400 * number, 200), (40 * number, 80, 120, 255))
         image.save(folder / "figures" / f"{name}.png")
-    claims = [
-        claim(0, "partly", f"pocket-a 0.068 [0.055, 0.079] yes; {HOSTILE} -0.09 [-0.10, 0.10] open", "gpt2-small 0.25; pythia-160m 0.20"),
-        claim(1, "not reproduced", "pocket-a -2.34 [-2.71, -2.04] no"),
-        claim(2, "reproduced", "pocket-a 1.00 [nan, nan] yes"),
-        claim(3, "not testable here", ""),
-        claim(4, "reproduced", "pocket-a 0.5 [0.4, 0.6] yes"),
-    ]
-    pd.DataFrame(claims).to_csv(folder / "figures" / "claims.csv", index=False)
+    for _, table in long_table().groupby("notebook"):
+        write_claims(table, folder)
     for seed, ablation in enumerate(("mean", "resample", "zero")):
         tables = [heads("pocket-a", seed=seed), heads(HOSTILE, n_heads=2, seed=seed), heads("NA", n_heads=3)]
         pd.concat(tables).to_csv(folder / f"heads_{ablation}.csv", index=False, float_format="%.6g")
@@ -118,7 +121,7 @@ def results(tmp_path):
 
 @pytest.fixture
 def page(results):
-    return Elements(write_summary(results).read_text(encoding="utf-8"))
+    return Elements(write_page(results).read_text(encoding="utf-8"))
 
 
 # --- what the page holds -------------------------------------------------------------------------------------------
@@ -160,20 +163,22 @@ def test_a_notebooks_text_is_shown_as_text_with_emphasis(results, tmp_path, monk
     ]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "01_x.ipynb")
     monkeypatch.setattr("selfrepair.run.page.NOTEBOOKS", tmp_path)
-    page = Elements(write_summary(results).read_text())
+    page = Elements(write_page(results).read_text())
     assert page.faults == []
     assert len(page.all("em")) == 1
     assert f"{HOSTILE} Is it {HOSTILE}? Self repair by depth" in page.text
 
 
 def test_every_claim_is_there(page):
-    for number, verdict in enumerate(("partly", "not reproduced", "reproduced", "not testable here", "reproduced")):
-        assert f"Claim {number} is <as it is>. R&N 2024, Fig. 1 {verdict}" in page.text
-        assert f"statistic {number}; ≥ 0 {number % 3 + 1:02}" in page.text
+    statistics = load_statistics()
+    for claim, (verdict, *_) in zip(load_claims(), CLAIMS, strict=False):
+        assert f"{claim.claim} {claim.source} {verdict}" in page.text
+        assert f"{statistics[claim.statistic].sentence}; {claim.rule} {claim.notebook}" in page.text
     assert "pocket-a 0.068 [0.055, 0.079] yes" in page.text
-    assert f"{HOSTILE} -0.09 [-0.10, 0.10] open gpt2-small 0.25 pythia-160m 0.20 statistic 0" in page.text
+    first = statistics[load_claims()[0].statistic].sentence
+    assert f"{HOSTILE} -0.09 [-0.10, 0.10] open gpt2-small 0.25 pythia-160m 0.20 {first}" in page.text
     assert "1 not reproduced 1 not testable here" in page.text
-    marks = Counter(mark for span in page.all("span") for mark in (span.get("class") or "").split() if mark in VERDICTS.values())
+    marks = Counter(mark for span in page.all("span") for mark in (span.get("class") or "").split() if mark in MARKS.values())
     assert marks == {"yes": 3, "partly": 2, "no": 2, "untested": 2}, "each verdict in its row and in the tally"
 
 
@@ -218,8 +223,8 @@ def test_nothing_is_fetched(page, results):
 
 
 def test_same_results_same_bytes(results, tmp_path):
-    first = write_summary(results).read_bytes()
-    assert write_summary(results, tmp_path / "elsewhere" / "page.html") == tmp_path / "elsewhere" / "page.html"
+    first = write_page(results).read_bytes()
+    assert write_page(results, tmp_path / "elsewhere" / "page.html") == tmp_path / "elsewhere" / "page.html"
     assert (tmp_path / "elsewhere" / "page.html").read_bytes() == first
 
 
@@ -238,7 +243,7 @@ PARTS = {
 def test_what_is_missing_is_left_out(results, part):
     for name in PARTS[part]:
         (results / name).unlink()
-    page = Elements(write_summary(results).read_text())
+    page = Elements(write_page(results).read_text())
     assert page.faults == []
     sections = [section["id"] for section in page.all("section")]
     assert {other for other in PARTS if any(id.startswith(other) for id in sections)} == set(PARTS) - {part}
@@ -251,7 +256,7 @@ def test_nothing_to_show_is_one_line(tmp_path, made):
     if made:
         folder.mkdir()
     with pytest.raises(UserError, match=r"none: holds no figures.*run 'selfrepair notebooks'") as raised:
-        write_summary(folder)
+        write_page(folder)
     assert "\n" not in str(raised.value)
     assert not (folder / "index.html").exists()
 
@@ -262,7 +267,7 @@ def test_a_damaged_file_is_named_in_one_line(results, name, content):
     (results / "index.html").write_text("of an earlier run")
     (results / name).write_bytes(content)
     with pytest.raises(UserError, match=r"cannot be read \(\w+\); delete it") as raised:
-        write_summary(results)
+        write_page(results)
     assert str(results / name) in str(raised.value)
     assert "\n" not in str(raised.value)
     assert (results / "index.html").read_text() == "of an earlier run"
@@ -282,7 +287,7 @@ def browser(tmp_path_factory):
 @pytest.fixture
 def shown(browser, results):
     """The page of a run in the browser, whose list of complaints and requests is then empty."""
-    path = write_summary(results)
+    path = write_page(results)
     browser.complaints.clear()
     browser.requests.clear()
     browser.open(path)

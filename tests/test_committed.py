@@ -3,7 +3,7 @@
 import nbformat
 import pytest
 
-from selfrepair.run import committed as update
+from selfrepair.run import committed, notebooks
 from selfrepair.errors import UserError
 from selfrepair.run.study import Study
 
@@ -18,9 +18,10 @@ def repository(tmp_path, monkeypatch):
     (out / "figures" / "01_a.png").write_bytes(b"new")
     (out / "figures" / "claims.md").write_text("| claim |\n")
     (tmp_path / "README.md").write_text(README)
-    for name, value in (("NOTEBOOKS", "notebooks"), ("FIGURES", "figures"), ("README", "README.md")):
-        monkeypatch.setattr(update, name, tmp_path / value)
-    monkeypatch.setattr(update, "summarise", lambda study, profile: (study.out_dir / "index.html").write_text(profile))
+    monkeypatch.setattr(notebooks, "NOTEBOOKS", tmp_path / "notebooks")
+    for name, value in (("FIGURES", "figures"), ("README", "README.md")):
+        monkeypatch.setattr(committed, name, tmp_path / value)
+    monkeypatch.setattr(committed, "summarise", lambda study: (study.out_dir / "index.html").write_text(study.profile.name))
     return tmp_path
 
 
@@ -32,7 +33,7 @@ def write(repository, name, source):
 
 def test_everything_is_refreshed(repository):
     write(repository, "01_works", "import os\nprint(2 + 3, os.path.basename(os.getcwd()))")
-    update.update_committed(Study.of("pocket", out_dir=repository / "results" / "pocket"), "pocket")
+    committed.update_committed(Study.of("pocket", out_dir=repository / "results" / "pocket"))
     cell = nbformat.read(repository / "notebooks" / "01_works.ipynb", 4).cells[0]
     assert cell.outputs[0].text == "5 notebooks\n" and cell.execution_count == 1 and not cell.metadata
     figures = repository / "figures" / "pocket"
@@ -45,11 +46,11 @@ def test_a_failing_notebook_changes_nothing(repository):
     write(repository, "02_breaks", "1 / 0")
     before = {path: path.read_bytes() for path in repository.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match="02_breaks: ZeroDivisionError"):
-        update.update_committed(Study.of("pocket", out_dir=repository / "results" / "pocket"), "pocket")
+        committed.update_committed(Study.of("pocket", out_dir=repository / "results" / "pocket"))
     assert {path: path.read_bytes() for path in repository.rglob("*") if path.is_file()} == before
 
 
 def test_a_readme_without_claims_is_said(repository):
     (repository / "README.md").write_text("# Title\n")
     with pytest.raises(UserError, match="no section 'Claims'"):
-        update.update_committed(Study.of("pocket", out_dir=repository / "results" / "pocket"), "pocket")
+        committed.update_committed(Study.of("pocket", out_dir=repository / "results" / "pocket"))

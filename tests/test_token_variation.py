@@ -1,4 +1,4 @@
-"""Notebook 02's numbers against plain loops over float64 forward passes, repeated samples and textbook formulas."""
+"""Notebook 02's numbers against plain loops over float64 passes, repeated samples and textbook formulas."""
 
 import itertools
 import math
@@ -18,15 +18,18 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from selfrepair.analysis import token_variation as noise
-from selfrepair.analysis.claims import claims_table, load_claims
-from selfrepair.text.corpora import Prompts
+from selfrepair.analysis.claims import claims_table, load_claims, verdicts
+from selfrepair.analysis.estimates import draws
+from selfrepair.analysis.examples import _decode, examples_text, pick_examples
+from selfrepair.analysis.head_table import with_self_repair
+from selfrepair.analysis.published import published_heads
 from selfrepair.errors import UserError
+from selfrepair.measure import heads, pairs, probabilities
+from selfrepair.measure.tokens import of_prompts
 from selfrepair.models.loading import load_model
 from selfrepair.paths import MODELS
 from selfrepair.plots import token_variation as plots
-from selfrepair.analysis.published import published_heads
-from selfrepair.store.datasets import open_store
-from selfrepair.measure.heads import sweep
+from selfrepair.text.corpora import Prompts
 
 FRACTION = 0.25
 
@@ -41,11 +44,29 @@ def no_warnings():
 
 def fake_sweep(layers=4, heads=3, prompts=8, positions=40, seed=0, shift=0.0):
     rng = np.random.default_rng(seed)
-    names = ("direct_effect", "ablated_direct_effect", "logit_change", "self_repair_heads", "self_repair_mlps")
-    data = {name: (("layer", "head", "prompt", "position"), rng.normal(size=(layers, heads, prompts, positions))) for name in names}
+    names = (
+        "direct_effect",
+        "ablated_direct_effect",
+        "logit_change",
+        "self_repair_heads",
+        "self_repair_mlps",
+    )
+    data = {
+        name: (("layer", "head", "prompt", "position"), rng.normal(size=(layers, heads, prompts, positions)))
+        for name in names
+    }
     data["direct_effect"] = (data["direct_effect"][0], data["direct_effect"][1] + shift)
     made = xr.Dataset(data, attrs={"model": "fake", "ablation": "resample"})
-    return noise.with_self_repair(made).assign(probability=(("prompt", "position"), rng.uniform(size=(prompts, positions))))
+    return with_self_repair(made).assign(
+        probability=(("prompt", "position"), rng.uniform(size=(prompts, positions)))
+    )
+
+
+def measured_sweep(model, tokens, ablation):
+    """As the sweep and the probabilities of a model on such prompts give it."""
+    inputs = {"tokens": of_prompts(Prompts(tokens, "random"))}
+    sweep = heads.MEASUREMENT.compute(model, {"ablation": ablation}, inputs, 0).assign_attrs(model=model.name)
+    return noise.with_probability(sweep, probabilities.MEASUREMENT.compute(model, {}, inputs, 0))
 
 
 def made_tokens(prompts=6, seed=0, sizes=(1, 7)):
@@ -71,7 +92,7 @@ def spearman(x, y):
 
 
 def plain_components(groups):
-    """Between and within variance by sums of squares written out (one-way, random effects, unequal groups)."""
+    """Variance between and within by sums of squares, written out (one-way, random effects, any sizes)."""
     everything = list(itertools.chain(*groups))
     k, n, grand = len(groups), len(everything), statistics.fmean(everything)
     inside = sum((x - statistics.fmean(group)) ** 2 for group in groups for x in group) / (n - k)
@@ -81,10 +102,12 @@ def plain_components(groups):
 
 
 def plain_noise(tokens):
-    """Every quantity of one head from lists, tokens being (prompt, position, direct effect, repair, probability)."""
+    """Every quantity of one head, tokens being (prompt, position, direct effect, repair, probability)."""
     prompts, positions, effects, repairs, probabilities = map(list, zip(*tokens, strict=True))
     mean = statistics.fmean(effects)
-    between, within = plain_components([[t[3] for t in tokens if t[0] == prompt] for prompt in sorted(set(prompts))])
+    between, within = plain_components(
+        [[t[3] for t in tokens if t[0] == prompt] for prompt in sorted(set(prompts))]
+    )
     return {
         "share": sum(repairs) / sum(effects),
         "spread": statistics.pstdev(repairs) / mean,
@@ -99,26 +122,36 @@ def plain_noise(tokens):
     }
 
 
+def at_threshold(value):
+    return int(np.abs(noise.THRESHOLDS - value).argmin())
+
+
 @pytest.mark.parametrize("name", ALL_FAMILIES)
-def test_equals_plain_loops_over_full_forward_passes(family, name, tmp_path):
+def test_equals_plain_loops_over_full_forward_passes(family, name):
     model, hf = family(name)
     tokens = random_tokens(8)
-    found = open_store(sweep(model, Prompts(tokens.numpy(), "random"), "resample", tmp_path, progress=False))
-    measured = noise.token_noise(noise.with_probability(found, model), FRACTION, n_bootstrap=3)
+    sweep = measured_sweep(model, tokens.numpy(), "resample")
+    measured = noise.TokenNoise.of_sweep(sweep, FRACTION, n_bootstrap=3)
     with torch.no_grad():
         probabilities = hf(tokens).logits.softmax(-1)
-    assert list(measured["layer"].values) == [2]
+    assert list(measured.layers) == [2]
     for head in range(model.n_heads):
         wanted = reference.ablate(hf, tokens, 2, head, "resample")
         effect = wanted["direct_effect"]
         repair = wanted["logit_change"] - wanted["ablated_direct_effect"] + effect
-        places = sorted(itertools.product(range(8), range(11)), key=lambda at: -effect[at])[:22]  # a quarter of 88
+        places = sorted(itertools.product(range(8), range(11)), key=lambda at: -effect[at])[
+            :22
+        ]  # a quarter of 88
         assert effect[places[-1]] > 0
-        plain = [(b, k, effect[b, k].item(), repair[b, k].item(), probabilities[b, k, tokens[b, k + 1]].item()) for b, k in places]
+        plain = [
+            (b, k, effect[b, k].item(), repair[b, k].item(), probabilities[b, k, tokens[b, k + 1]].item())
+            for b, k in places
+        ]
         for quantity, value in plain_noise(plain).items():
-            assert measured[quantity][0, head, 0].item() == pytest.approx(value, rel=1e-4, abs=1e-4), quantity
+            found = measured.quantities[quantity][0, head].value
+            assert found == pytest.approx(value, rel=1e-4, abs=1e-4), quantity
         below = sum(r / e <= 0.5 for _, _, e, r, _ in plain) / 22
-        assert measured["share_at_most"].sel(threshold=0.5, method="nearest")[0, head].item() == pytest.approx(below)
+        assert measured.share_at_most[0, head, at_threshold(0.5)] == pytest.approx(below)
 
 
 @pytest.mark.parametrize("name", ALL_FAMILIES)
@@ -127,15 +160,38 @@ def test_probability_is_the_softmax_whatever_the_batch(family, name, monkeypatch
     tokens = random_tokens(5)
     with torch.no_grad():
         wanted = hf(tokens).logits.softmax(-1)[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0].numpy()
-    whole = noise.correct_probability(model, tokens.numpy())
+    whole = probabilities.correct_probability(model, tokens).numpy()
     sizes = []
-    hook = model.hf.register_forward_pre_hook(lambda _, __, named: sizes.append(len(named["input_ids"])), with_kwargs=True)
-    monkeypatch.setattr(noise, "LOGIT_BYTES", 2 * 4 * tokens.shape[1] * len(model.W_U))
-    few = noise.correct_probability(model, tokens.numpy())
+    hook = model.hf.register_forward_pre_hook(
+        lambda _, __, named: sizes.append(len(named["input_ids"])), with_kwargs=True
+    )
+    monkeypatch.setattr(probabilities, "LOGIT_BYTES", 2 * 4 * tokens.shape[1] * len(model.W_U))
+    few = probabilities.correct_probability(model, tokens).numpy()
     hook.remove()
     assert sizes == [2, 2, 1]
     for found in (whole, few):
         assert found == pytest.approx(wanted, rel=1e-4, abs=1e-9)
+
+
+def test_probabilities_are_those_of_the_sweeps_prompts(family, monkeypatch):
+    """However prompts are divided into shards and in whatever order they come."""
+    model, _ = family("gpt2")
+    tokens = random_tokens(10)
+    wanted = probabilities.correct_probability(model, tokens).numpy()
+    monkeypatch.setattr(pairs, "SHARD_PAIRS", 2)
+    inputs = {"tokens": of_prompts(Prompts(tokens.numpy(), "random"))}
+    first_pairs = probabilities.MEASUREMENT.shards({"n_prompts": 10})
+    assert list(first_pairs) == [0, 2, 4]
+    shards = [probabilities.MEASUREMENT.compute(model, {}, inputs, first) for first in first_pairs]
+    assert [shard["prompt"].values.tolist() for shard in shards] == [[0, 1, 5, 6], [2, 3, 7, 8], [4, 9]]
+    whole = xr.concat(shards, "prompt")
+    sweep = fake_sweep(prompts=10, positions=11).drop_vars("probability").assign_coords(prompt=np.arange(10))
+    np.testing.assert_allclose(noise.with_probability(sweep, whole)["probability"], wanted, rtol=1e-6)
+    few = noise.with_probability(sweep.isel(prompt=[7, 3]), whole)
+    np.testing.assert_allclose(few["probability"], wanted[[7, 3]], rtol=1e-6)
+    assert few["self_repair"].equals(sweep["self_repair"].isel(prompt=[7, 3]))
+    with pytest.raises(KeyError):
+        noise.with_probability(sweep, whole.isel(prompt=slice(1, None)))
 
 
 @settings(max_examples=40, deadline=None)
@@ -144,7 +200,7 @@ def test_a_sample_equals_its_tokens_written_out(seed, prompts):
     tokens = made_tokens(prompts, seed)
     rng = np.random.default_rng(seed)
     weights = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=4).astype(float)
-    found = noise.head_noise(tokens, weights)
+    found = {name: estimate.drawn for name, estimate in noise.head_noise(tokens, weights).items()}
     for sample, drawn in enumerate(weights):
         copies = [
             tokens[tokens["prompt"] == prompt].assign(prompt=100 * prompt + copy)
@@ -155,7 +211,9 @@ def test_a_sample_equals_its_tokens_written_out(seed, prompts):
         if not len(written) > written["prompt"].nunique() or written["prompt"].nunique() < 2:
             assert math.isnan(found["within"][sample]) and math.isnan(found["between_share"][sample])
             continue
-        rows = written[["prompt", "position", "direct_effect", "self_repair", "probability"]].itertuples(index=False)
+        rows = written[["prompt", "position", "direct_effect", "self_repair", "probability"]].itertuples(
+            index=False
+        )
         for quantity, value in plain_noise([tuple(row) for row in rows]).items():
             assert found[quantity][sample] == pytest.approx(value, rel=1e-9, abs=1e-9, nan_ok=True), quantity
 
@@ -169,11 +227,11 @@ def test_ranks_are_those_of_the_repeated_values(pairs):
 
 
 def test_in_chunks_as_in_one(monkeypatch):
-    tokens, weights = made_tokens(), noise.bootstrap_weights(6, 50)
+    tokens, weights = made_tokens(), draws(6, 50)
     whole = noise.head_noise(tokens, weights)
     monkeypatch.setattr(noise, "SAMPLE_BYTES", 8 * 7 * len(tokens))
-    for name, samples in noise.head_noise(tokens, weights).items():
-        np.testing.assert_allclose(samples, whole[name], rtol=1e-12, err_msg=name)
+    for name, estimate in noise.head_noise(tokens, weights).items():
+        np.testing.assert_allclose(estimate.drawn, whole[name].drawn, rtol=1e-12, err_msg=name)
 
 
 def test_head_noise_by_hand():
@@ -186,7 +244,7 @@ def test_head_noise_by_hand():
             "probability": [0.4, 0.3, 0.1, 0.2],
         }
     )
-    found = {name: samples[0] for name, samples in noise.head_noise(tokens, np.ones((1, 2))).items()}
+    found = {name: estimate.value for name, estimate in noise.head_noise(tokens, np.ones((1, 2))).items()}
     assert found["share"] == 0.5
     assert found["spread"] == pytest.approx(math.sqrt(3.5) / 2)  # squared deviations from 1: 4, 0, 9, 1
     assert (found["over_corrected"], found["made_worse"]) == (0.25, 0.25)
@@ -228,8 +286,8 @@ def test_only_tokens_on_which_the_head_helps():
 
 @pytest.mark.parametrize(("fraction", "shift"), [(1.0, 0.0), (0.001, 0.0), (1.0, -100.0)])
 def test_all_tokens_one_token_and_none_give_no_infinity(fraction, shift):
-    measured = {"fake": noise.token_noise(fake_sweep(prompts=2, shift=shift), fraction, n_bootstrap=20)}
-    table = noise.noise_table(measured)
+    sweep = fake_sweep(prompts=2, shift=shift)
+    table = noise.TokenNoise.of_sweep(sweep, fraction, n_bootstrap=20).table()
     values = table.set_index("quantity")["estimate"]
     assert not np.isinf(table[["estimate", "low", "high"]].to_numpy()).any()
     if fraction == 1.0 and shift == 0:
@@ -242,34 +300,36 @@ def test_all_tokens_one_token_and_none_give_no_infinity(fraction, shift):
 
 def test_noise_of_a_sweep_is_that_of_its_later_heads_over_prompts():
     sweep = fake_sweep(layers=5)
-    measured = noise.token_noise(sweep, 0.05, n_bootstrap=200)
-    assert list(measured["layer"].values) == [2, 3, 4] and measured.sizes["head"] == 3 and measured.sizes["sample"] == 201
+    measured = noise.TokenNoise.of_sweep(sweep, 0.05, n_bootstrap=200)
+    assert list(measured.layers) == [2, 3, 4]
+    assert {found.drawn.shape for found in measured.quantities.values()} == {(3, 3, 201)}
     spreads = []
     for layer, head in itertools.product((2, 3, 4), range(3)):
         tokens = noise.selected_tokens(sweep, 0.05, layer, head)
         spreads.append(np.std(tokens["self_repair"]) / np.mean(tokens["direct_effect"]))
-        curve = measured["share_at_most"].sel(layer=layer, head=head)
+        curve = measured.share_at_most[layer - 2, head]
         for threshold in (-1.0, 0.25, 2.0):
-            got = curve.sel(threshold=threshold, method="nearest").item()
-            assert got == pytest.approx((tokens["share"] <= threshold).mean())
-    samples = noise.noise_statistics(measured)["spread of self-repair between tokens over mean direct effect"]
-    assert samples[0] == pytest.approx(np.mean(spreads))
-    row = noise.noise_table({"fake": measured}).set_index("quantity").loc["spread"]
-    assert (row["low"], row["high"]) == pytest.approx(tuple(np.quantile(samples[1:], [0.025, 0.975])))
+            assert curve[at_threshold(threshold)] == pytest.approx((tokens["share"] <= threshold).mean())
+    spread = measured.statistics()["self-repair-spread"]
+    assert spread.value == pytest.approx(np.mean(spreads))
+    row = measured.table().set_index("quantity").loc["spread"]
+    assert (row["low"], row["high"]) == pytest.approx(tuple(np.quantile(spread.samples, [0.025, 0.975])))
     assert row["low"] < row["estimate"] and row["low"] < row["high"]
 
 
 def test_statistics_are_those_of_the_claims():
-    measured = noise.token_noise(fake_sweep(), 0.05, n_bootstrap=20)
-    found = noise.noise_statistics(measured)
+    measured = noise.TokenNoise.of_sweep(fake_sweep(), 0.05, n_bootstrap=20)
+    found = measured.statistics()
     assert set(found) == {claim.statistic for claim in load_claims() if claim.notebook == "02"}
-    assert set(claims_table("02", {"fake": found})["verdict"]) <= {"reproduced", "partly", "not reproduced"}
-    exact = measured["made_worse"].isel(sample=0).mean().item()
-    assert found["share of tokens with negative self-repair"][0] == pytest.approx(exact)
-    assert found["share of tokens with self-repair above the direct effect"][0] == measured["over_corrected"].isel(sample=0).mean().item()
+    judged = verdicts(claims_table("02", {"fake": found}))
+    assert len(judged) == 3 and set(judged.values()) <= {"reproduced", "partly", "not reproduced"}
+    for name, quantity in (("made-worse-tokens", "made_worse"), ("over-corrected-tokens", "over_corrected")):
+        assert found[name].value == pytest.approx(measured.quantities[quantity].value.mean())
 
 
-@pytest.mark.parametrize(("layers", "expected"), [(2, [0, 1]), (4, [0, 1, 2, 3]), (6, [2, 3, 4, 5]), (12, [6, 8, 9, 11])])
+@pytest.mark.parametrize(
+    ("layers", "expected"), [(2, [0, 1]), (4, [0, 1, 2, 3]), (6, [2, 3, 4, 5]), (12, [6, 8, 9, 11])]
+)
 def test_strongest_heads(layers, expected):
     sweep = fake_sweep(layers, 3, 2, 50)
     found = noise.strongest_heads(sweep, 0.1)
@@ -284,7 +344,9 @@ def test_head_shares_of_the_published_later_half():
     rows = published_heads().query("model == 'gpt2-small' and layer >= 6")
     assert found["gpt2-small"] == pytest.approx((rows["self_repair"] / rows["direct_effect"]).to_numpy())
     assert len(found["gpt2-small"]) == 72 and len(found["pythia-410m"]) == 192
-    with_negative = pd.DataFrame({"model": "m", "layer": [0, 1, 1], "direct_effect": [1.0, -1.0, 2.0], "self_repair": [1.0, 1.0, 1.0]})
+    with_negative = pd.DataFrame(
+        {"model": "m", "layer": [0, 1, 1], "direct_effect": [1.0, -1.0, 2.0], "self_repair": [1.0, 1.0, 1.0]}
+    )
     assert noise.head_shares(with_negative)["m"].tolist() == [0.5]
 
 
@@ -299,7 +361,13 @@ def tokenizer():
 def example_rows(shares, prompts):
     n = len(shares)
     zero = np.zeros(n)
-    columns = {"layer": 3, "head": 1, "prompt": prompts, "position": np.arange(n) + 30, "direct_effect": zero + 2.0}
+    columns = {
+        "layer": 3,
+        "head": 1,
+        "prompt": prompts,
+        "position": np.arange(n) + 30,
+        "direct_effect": zero + 2.0,
+    }
     return pd.DataFrame(
         {
             **columns,
@@ -316,24 +384,27 @@ def test_examples_follow_the_rule(tokenizer):
     shares = [0.55, 0.6, 0.7, 0.8, 0.95, 0.4, 0.0, 1.0, 1.2, 3.0, 1.4, -0.1, -0.2, -0.3, -4.0, -5.0]
     tokens = example_rows(shares, [0, 1, 2, 3, 2, 0, 0, 0, 5, 6, 5, 0, 1, 2, 3, 2])
     ids = np.tile(np.arange(300, 350), (7, 1))
-    chosen = noise.examples(tokens, ids, tokenizer)
+    chosen = pick_examples(tokens, ids, tokenizer)
     picked = chosen.groupby("kind", sort=False)["share"].apply(list).to_dict()
     # median 0.7; 90 % quantile 0.89 is nearest to 0.95, which is of the first one's prompt, so 0.8
     assert picked["strongly repaired"] == [0.7, 0.8]
     assert picked["over-repaired"] == [1.4, 3.0]
-    assert picked["made worse"] == [-0.3, -4.0]  # sizes: median 0.3; 90 % at 4.6, nearest −5 is of the same prompt
-    again = noise.examples(tokens, ids, tokenizer)
+    assert picked["made worse"] == [
+        -0.3,
+        -4.0,
+    ]  # sizes: median 0.3; 90 % at 4.6, nearest −5 is of the same prompt
+    again = pick_examples(tokens, ids, tokenizer)
     pd.testing.assert_frame_equal(chosen, again)
 
 
 def test_examples_of_a_kind_that_is_not_there(tokenizer):
     tokens = example_rows([0.1, 0.7], [0, 0])
     ids = np.tile(np.arange(300, 350), (1, 1))
-    text = noise.examples_text(noise.examples(tokens, ids, tokenizer))
+    text = examples_text(pick_examples(tokens, ids, tokenizer))
     assert "OVER-REPAIRED: no such token here" in text and "MADE WORSE: no such token here" in text
     assert text.count("STRONGLY REPAIRED: L3H1, prompt 0, position 31") == 1
     assert text.count("⟦") == 1
-    nothing = noise.examples_text(noise.examples(tokens.iloc[:0], ids, tokenizer))
+    nothing = examples_text(pick_examples(tokens.iloc[:0], ids, tokenizer))
     assert nothing.count("no such token") == 3
 
 
@@ -341,20 +412,20 @@ def test_the_marked_token_is_the_one_predicted(tokenizer):
     text = "One morning the ferry was late.\nNobody on the quay — not even the café’s owner — said a word."
     ids = np.array(tokenizer(text)["input_ids"])
     for at in range(1, len(ids)):
-        before, token = noise._decode(tokenizer, ids, at, 25)
+        before, token = _decode(tokenizer, ids, at, 25)
         assert before + token == tokenizer.decode(ids[max(0, at - 25) : at + 1])
         assert tokenizer.decode(ids[max(0, at - 25) : at]).startswith(before)
         plain = tokenizer.decode(ids[at])
         assert token == plain or "\ufffd" in plain  # part of a character
     row = example_rows([0.7], [0]).assign(position=9)
-    chosen = noise.examples(row, ids[None], tokenizer)
+    chosen = pick_examples(row, ids[None], tokenizer)
     assert chosen["token"].tolist() == [tokenizer.decode(ids[10])]
     assert chosen["before"].tolist() == [tokenizer.decode(ids[:10])]
 
 
 def test_examples_text_shows_numbers_and_line_ends():
     row = example_rows([1.5], [4]).assign(kind="over-repaired", before="a line\nanother", token=" end\n")
-    text = noise.examples_text(row)
+    text = examples_text(row)
     assert "… a line ↵ another⟦\u00a0end↵⟧" in text
     for part in (
         "L3H1, prompt 4, position 30",
@@ -373,7 +444,9 @@ def test_examples_text_shows_numbers_and_line_ends():
 
 def test_scatter_shows_every_token_in_the_colour_of_its_outcome():
     sweep = fake_sweep()
-    tokens = pd.concat([noise.selected_tokens(sweep, 0.1, layer, 0) for layer in (1, 2, 3)], ignore_index=True)
+    tokens = pd.concat(
+        [noise.selected_tokens(sweep, 0.1, layer, 0) for layer in (1, 2, 3)], ignore_index=True
+    )
     figure = plots.effect_against_change_per_token(tokens, "fake")
     assert [axis.get_title().split(":")[0] for axis in figure.axes] == ["L1H0", "L2H0", "L3H0"]
     for axis, (_, here) in zip(figure.axes, tokens.groupby("layer"), strict=True):
@@ -381,17 +454,21 @@ def test_scatter_shows_every_token_in_the_colour_of_its_outcome():
         assert len(over) + len(partly) + len(worse) == len(here)
         wanted = here[here["self_repair"] > here["direct_effect"]]
         assert over == pytest.approx(wanted[["direct_effect", "logit_change"]].to_numpy())
-        assert worse == pytest.approx(here[here["self_repair"] < 0][["direct_effect", "logit_change"]].to_numpy())
+        assert worse == pytest.approx(
+            here[here["self_repair"] < 0][["direct_effect", "logit_change"]].to_numpy()
+        )
     figure.canvas.draw()
 
 
 def test_distributions_cross_at_the_shares():
-    measured = {"fake": noise.token_noise(fake_sweep(), 0.1, n_bootstrap=5)}
+    measured = {"fake": noise.TokenNoise.of_sweep(fake_sweep(), 0.1, n_bootstrap=5)}
     figure = plots.share_distributions(
-        measured, {"measured": {"fake": np.array([0.3, 0.1])}, "published": noise.head_shares(published_heads())}, "fake"
+        measured,
+        {"measured": {"fake": np.array([0.3, 0.1])}, "published": noise.head_shares(published_heads())},
+        "fake",
     )
     curve = figure.axes[0].lines[0].get_xydata()
-    table = noise.noise_table(measured).set_index("quantity")["estimate"]
+    table = measured["fake"].table().set_index("quantity")["estimate"]
     assert np.interp(0, *curve.T) == pytest.approx(table["made_worse"], abs=1e-9)
     assert 1 - np.interp(1, *curve.T) == pytest.approx(table["over_corrected"], abs=1e-9)
     assert figure.axes[1].lines[0].get_xydata().tolist() == [[0.1, 0.0], [0.1, 0.5], [0.3, 1.0]]
@@ -400,23 +477,28 @@ def test_distributions_cross_at_the_shares():
 
 
 def test_intervals_show_the_table():
-    measured = {name: noise.token_noise(fake_sweep(seed=seed), 0.1, n_bootstrap=30) for seed, name in enumerate(("a", "b"))}
-    table = noise.noise_table(measured)
+    measured = {
+        name: noise.TokenNoise.of_sweep(fake_sweep(seed=seed), 0.1, n_bootstrap=30)
+        for seed, name in enumerate(("a", "b"))
+    }
+    tables = {name: found.table().set_index("quantity") for name, found in measured.items()}
     panels = {
         plots.spread: ["spread", "over_corrected", "made_worse"],
         plots.within_and_between: ["within", "between", "between_share"],
         plots.correlations: ["correlation_direct_effect", "correlation_probability", "correlation_position"],
     }
     for draw, quantities in panels.items():
-        figure = draw(table, measured, "fake")
+        figure = draw(measured, "fake")
         for axis, quantity in zip(figure.axes, quantities, strict=True):
-            for y, model in enumerate(measured):
-                row = table[(table["model"] == model) & (table["quantity"] == quantity)].iloc[0]
+            for y, (model, found) in enumerate(measured.items()):
+                row = tables[model].loc[quantity]
                 bar, point = axis.lines[2 * y : 2 * y + 2]
-                assert bar.get_xdata() == pytest.approx([row["low"], row["high"]]) and point.get_xdata()[0] == row["estimate"]
-                assert axis.collections[y].get_offsets()[:, 0].data == pytest.approx(measured[model][quantity][..., 0].values.ravel())
+                assert bar.get_xdata() == pytest.approx([row["low"], row["high"]])
+                assert point.get_xdata()[0] == row["estimate"]
+                single = axis.collections[y].get_offsets()[:, 0].data
+                assert single == pytest.approx(found.quantities[quantity].value.ravel())
         figure.canvas.draw()
-    marked = [axis.lines[-1].get_xdata()[0] for axis in plots.spread(table, measured, "fake").axes]
+    marked = [axis.lines[-1].get_xdata()[0] for axis in plots.spread(measured, "fake").axes]
     assert marked == [claim.at_least for claim in load_claims() if claim.notebook == "02"]
 
 
@@ -424,16 +506,18 @@ def test_prompts_stand_in_the_order_of_their_means():
     tokens = made_tokens()
     axis = plots.by_prompt(tokens, "fake").axes[0]
     means = axis.lines[0].get_ydata()
-    assert sorted(means) == list(means) and means == pytest.approx(sorted(tokens.groupby("prompt")["self_repair"].mean()))
+    assert sorted(means) == list(means) and means == pytest.approx(
+        sorted(tokens.groupby("prompt")["self_repair"].mean())
+    )
     places = axis.collections[0].get_offsets().data
     assert len(places) == len(tokens)
     for x, mean in zip(axis.lines[0].get_xdata(), means, strict=True):
         assert places[places[:, 0] == x, 1].mean() == pytest.approx(mean)
 
 
-def test_top_tokens_of_a_trained_model_all_have_a_positive_direct_effect(tmp_path):
+def test_top_tokens_of_a_trained_model_all_have_a_positive_direct_effect():
     model = load_model("pocket-pythia-small", device="cpu")
     tokens = np.random.default_rng(0).integers(4, 4096, (4, 128))
-    found = noise.with_probability(open_store(sweep(model, Prompts(tokens, "random"), "zero", tmp_path, progress=False)), model)
+    found = measured_sweep(model, tokens, "zero")
     for layer, head in noise.strongest_heads(found, 0.02):
         assert len(noise.selected_tokens(found, 0.02, layer, head)) == math.ceil(0.02 * 4 * 127)

@@ -1,0 +1,36 @@
+"""One layer earlier: do heads change alike with the previous layer's input and when it lacks a head?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import xarray as xr
+
+from selfrepair.analysis.estimates import Estimate, draws
+
+
+@dataclass(frozen=True)
+class MeanChanges:
+    """Of direct effects (logits), ``[later_layer, head]``: fed the earlier input, and under ablation."""
+
+    earlier: Estimate
+    ablated: Estimate
+
+
+def mean_changes(changes: xr.Dataset, n_bootstrap: int = 1000, seed: int = 0) -> MeanChanges:
+    """Of a model's ``earlier_input``, over the tokens it was summed over; samples draw whole prompts."""
+    weights = draws(changes.sizes["prompt"], n_bootstrap, seed).T
+    counts = (changes["count"].values @ weights)[:, None]
+    return MeanChanges(
+        *(Estimate(changes[name].values @ weights) / Estimate(counts) for name in ("earlier", "ablated"))
+    )
+
+
+def correlation(changes: MeanChanges) -> Estimate:
+    """Pearson's correlation over all heads; NaN where a sample has no token of some layer."""
+    x, y = (
+        drawn.reshape(-1, drawn.shape[-1]) - drawn.mean((0, 1))
+        for drawn in (changes.earlier.drawn, changes.ablated.drawn)
+    )
+    return Estimate((x * y).sum(0) / np.sqrt((x * x).sum(0) * (y * y).sum(0)))

@@ -1,0 +1,7 @@
+"""``python -m selfrepair.cli``."""
+
+import sys
+
+from selfrepair.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,213 @@
+"""What each command does. Imports of torch and transformers wait until it needs them: bad arguments answer at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from selfrepair.errors import UserError
+from selfrepair.models.checkpoints import find_model, training_metrics
+from selfrepair.run.profiles import load_profile
+from selfrepair.store.disk_full import disk_full_is_said
+
+if TYPE_CHECKING:
+    from selfrepair.run.study import Study
+
+
+def _study(options: argparse.Namespace) -> Study:
+    """The run that a stage belongs to. What is wrong with its arguments is said before seconds of imports."""
+    if options.seed < 0:
+        raise UserError(f"seed must not be negative, not {options.seed}")
+    profile = load_profile(options.profile)
+    if "model" in options:
+        if options.model not in profile.models:
+            raise UserError(f"{options.model}: not a model of {options.profile}; it has {', '.join(profile.models)}")
+        find_model(options.model)
+    from selfrepair.run.study import Study
+
+    return Study.of(options.profile, seed=options.seed, device=options.device, out_dir=options.out)
+
+
+def plan(options: argparse.Namespace) -> None:
+    import json
+
+    from selfrepair.run.workflow import forget_stale, plan
+
+    study = _study(options)
+    planned = plan(study)
+    forget_stale(study.out_dir, planned)
+    print(json.dumps(planned, indent=1))
+
+
+def measure(options: argparse.Namespace) -> None:
+    from selfrepair.run import workflow
+
+    study = _study(options)
+    with disk_full_is_said(study.out_dir):
+        if options.units:
+            workflow.compute_units(study, options.model, options.units, options.job)
+        else:
+            workflow.measure(study, options.model, options.stage)
+
+
+def notebook(options: argparse.Namespace) -> None:
+    from selfrepair.run.notebooks import run_notebook_of
+
+    study = _study(options)
+    with disk_full_is_said(study.out_dir):
+        run_notebook_of(study, options.profile, options.number, options.key)
+
+
+def summary(options: argparse.Namespace) -> None:
+    from selfrepair.run.record import summarise
+
+    study = _study(options)
+    with disk_full_is_said(study.out_dir):
+        print(summarise(study, options.key))
+
+
+def update(options: argparse.Namespace) -> None:
+    from selfrepair.run.committed import update_committed
+    from selfrepair.run.study import Study
+
+    study = Study.of("pocket")
+    if not (study.out_dir / "index.html").is_file():
+        raise UserError(f"{study.out_dir}: holds no finished run; ./run_all.sh --update makes one first")
+    update_committed(study)
+
+
+def train(options: argparse.Namespace) -> None:
+    if options.out.exists() and not options.overwrite:
+        raise UserError(f"{options.out}: exists already; choose another --out or give --overwrite")
+    from transformers.utils import logging
+
+    from selfrepair.models.devices import resolve_device
+    from selfrepair.paths import cache_dir
+    from selfrepair.training.card import finish
+    from selfrepair.training.config import load_config
+    from selfrepair.training.data import prepare
+    from selfrepair.training.loop import train
+
+    logging.disable_progress_bar()
+    config = load_config(options.config)
+    device = resolve_device(options.device)
+    work = options.out.with_name(options.out.name + ".training")
+    with disk_full_is_said(work, cache_dir()):
+        print(f"{config.name}: reading {options.text} (tokenized once, then cached)", file=sys.stderr)
+        data = prepare(config, options.text)
+        model = train(config, data, work, device)
+        print(f"{config.name}: measuring", file=sys.stderr)
+        metrics = finish(model, config, data, work, options.text, options.out)
+    print(
+        f"held-out prose {metrics['loss_held_out_prose']:.3f} nats/token (trigram {metrics['trigram_loss_held_out_prose']:.3f}), "
+        f"facts {metrics['fact_recall_held_out_phrasings']:.0%}",
+        file=sys.stderr,
+    )
+    print(options.out)
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    kept = training_metrics(Path(find_model(options.model)))  # the n-gram models' losses among them
+    from transformers.utils import logging
+
+    from selfrepair.models.devices import resolve_device
+    from selfrepair.models.loading import load_hf
+    from selfrepair.training.card import render_table
+    from selfrepair.training.evaluate import evaluate
+
+    logging.disable_progress_bar()
+    model, tokenizer = load_hf(options.model, resolve_device(options.device))
+    seed = kept["config"]["gazetteer_seed"] if kept else 0
+    print(render_table({options.model: kept | evaluate(model, tokenizer, seed)}))
+
+
+def sweep(options: argparse.Namespace) -> None:
+    if options.seed < 0:
+        raise UserError(f"seed must not be negative, not {options.seed}")
+    if options.tokens is not None and options.prompt_len is not None:
+        raise UserError("--prompt-len is not for --tokens, whose rows are taken as long as they are")
+    find_model(options.model)  # what is wrong with the name is said before seconds of imports
+    from transformers.utils import logging
+
+    from selfrepair.engine.fast import compile_norms
+    from selfrepair.measure.task import Task
+    from selfrepair.models.devices import all_devices, set_precision
+    from selfrepair.models.loading import load_model
+    from selfrepair.text.corpora import load_tokens
+
+    logging.disable_progress_bar()
+    devices = all_devices(options.device)
+    dtype = set_precision(options.dtype, devices[0])
+    models = [load_model(options.model, device, dtype) for device in devices]
+    if options.compile:
+        for model in models:
+            compile_norms(model.hf)
+    source = {
+        "text": None if options.text is None else str(options.text.resolve()),
+        "dataset": options.dataset,
+        "tokens": None if options.tokens is None else str(options.tokens.resolve()),
+        "seed": options.seed,
+    }
+    prompt_len = 128 if options.prompt_len is None else options.prompt_len
+    prompts = load_tokens(models[0].tokenizer, **source, n_prompts=options.n_prompts, prompt_len=prompt_len).tokens
+    amount = {"n_prompts": len(prompts), "prompt_len": prompts.shape[1]}
+    wanted = {**source, **amount, "dtype": options.dtype, "ablation": options.ablation}
+    with disk_full_is_said(options.out):
+        print(Task("heads", options.model, wanted, options.out).merge(models, progress=True))
+
+
+def heads(options: argparse.Namespace) -> None:
+    from selfrepair.analysis.head_table import heads_table
+    from selfrepair.store.files import write_atomically
+    from selfrepair.store.stores import open_store
+
+    store = open_store(options.store)
+    if "self_repair_heads" not in store:
+        raise UserError(f"{options.store}: no sweep of heads; give a store that 'selfrepair sweep' wrote")
+    table = heads_table(store, options.fraction).to_csv(index=False, float_format="%.6g")
+    if options.csv is None:
+        print(table, end="")
+    else:
+        with disk_full_is_said(options.csv.parent):
+            write_atomically(options.csv, table.encode())
+
+
+def verify(options: argparse.Namespace) -> None:
+    from transformers.utils import logging
+
+    from selfrepair.run.verify import verify
+
+    logging.disable_progress_bar()
+    findings = []
+    for finding in verify(options.results, options.device):
+        findings.append(finding)
+        print(finding, flush=True)
+    differing = sum(finding.agrees is False for finding in findings)
+    if differing:
+        raise UserError(f"{options.results}: {differing} of {len(findings)} checks differ; what differs is named above")
+    print("all that was checked agrees")
+
+
+def notebooks(options: argparse.Namespace) -> None:
+    if options.jobs < 1:
+        raise UserError(f"jobs must be at least 1, not {options.jobs}")
+    for model in load_profile(options.profile).models if options.model is None else [options.model]:
+        find_model(model)
+    from selfrepair.analysis.comparison import report
+    from selfrepair.run.notebooks import run_notebooks
+    from selfrepair.run.study import Study
+    from selfrepair.run.workflow import measure
+
+    study = Study.of(options.profile, options.model, out_dir=options.out)
+    out, profile = study.out_dir, study.profile
+    parameters = {} if options.model is None else {"model": options.model}
+    with disk_full_is_said(out):
+        if not options.only:  # what notebooks read, made once, with all cores
+            for model_name in profile.models:
+                measure(study, model_name)
+        run_notebooks(options.profile, out, parameters, options.jobs, options.only)
+        if not options.only:
+            print(report(out, profile.ablations, profile.fraction, profile.amount, profile.dataset))
+    print(out)

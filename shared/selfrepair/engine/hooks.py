@@ -1,0 +1,102 @@
+"""Every hook and stand-in of the library, each gone again after its ``with`` block.
+
+For whatever watches modules or changes what they get: ``forward`` and ``head_ablation`` beside this file,
+``measure/layers.py`` and ``measure/neuron_effects.py``; ``measure/self_feeding.py`` and
+``measure/earlier_input.py`` by way of ``forward.attention_z`` and ``z_reached``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+#: Positional and named arguments of a module.
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@contextmanager
+def before(
+    modules: Sequence[nn.Module], change: Callable[[int, tuple[Any, ...], dict[str, Any]], Arguments | None]
+) -> Iterator[None]:
+    """Calls ``change(index, positional, named)`` before one of ``modules`` runs.
+
+    If it returns arguments, the module is given these.
+    """
+
+    def hook(index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Arguments | None]:
+        return lambda _, positional, named: change(index, positional, named)
+
+    with ExitStack() as handles:
+        for index, module in enumerate(modules):
+            handles.callback(module.register_forward_pre_hook(hook(index), with_kwargs=True).remove)
+        yield
+
+
+@contextmanager
+def watching(modules: Sequence[nn.Module], see: Callable[[int, Tensor, Tensor], object]) -> Iterator[None]:
+    """Calls ``see(index, input, output)`` whenever one of ``modules`` has run; returns count as nothing."""
+
+    def hook(index: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        def call(_: nn.Module, positional: tuple[Any, ...], output: Tensor) -> None:
+            see(index, positional[0], output)
+
+        return call
+
+    with ExitStack() as handles:
+        for index, module in enumerate(modules):
+            handles.callback(module.register_forward_hook(hook(index)).remove)
+        yield
+
+
+class _Reached(Exception):
+    def __init__(self, given: Tensor):
+        self.given = given
+
+
+def input_of(module: nn.Module, run: Callable[[], object]) -> Tensor:
+    """What ``module`` is given in ``run()``, which is broken off there: the rest would be in vain.
+
+    Raises:
+        RuntimeError: the module did not run.
+    """
+
+    def stop(_: int, positional: tuple[Any, ...], __: dict[str, Any]) -> None:
+        raise _Reached(positional[0])
+
+    with before([module], stop):
+        try:
+            run()
+        except _Reached as reached:
+            return reached.given
+    raise RuntimeError(f"{type(module).__name__} did not run")
+
+
+@contextmanager
+def standing_in(parent: nn.Module, name: str, module: nn.Module) -> Iterator[None]:
+    """Puts ``module`` in the place of the child ``name`` of ``parent``."""
+    own = getattr(parent, name)
+    setattr(parent, name, module)
+    try:
+        yield
+    finally:
+        setattr(parent, name, own)
+
+
+@contextmanager
+def widened_norms(module: nn.Module) -> Iterator[None]:
+    """Lets the LayerNorms inside ``module`` compute in float32, with copies of their narrower weights.
+
+    PyTorch's LayerNorm takes no input that is wider than its weights; RMSNorms take any.
+    """
+    norms = [part for part in module.modules() if isinstance(part, nn.LayerNorm)]
+    narrow = [(norm, name, weight) for norm in norms for name, weight in norm.named_parameters()]
+    try:
+        for norm, name, weight in narrow:
+            setattr(norm, name, nn.Parameter(weight.float(), weight.requires_grad))
+        yield
+    finally:
+        for norm, name, weight in narrow:
+            setattr(norm, name, weight)

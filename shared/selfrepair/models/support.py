@@ -1,0 +1,121 @@
+"""What is measured and what is refused, decided from the configuration before any weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from selfrepair.errors import UserError
+from selfrepair.models.architectures import ARCHITECTURES, CONDITIONS, SUPPORTED, Architecture
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why architectures, given as ``model_type: well-known models``, break the definitions."""
+
+    reason: str
+    models: Mapping[str, str]
+
+
+#: Architectures that were looked at and break the definitions.
+REFUSALS: tuple[Refusal, ...] = tuple(
+    Refusal(**row) for row in yaml.safe_load(Path(__file__).with_name("refusals.yaml").read_text("utf-8"))
+)
+
+#: What every configuration gives, by these names or others that stand for them.
+SIZES = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size", "max_position_embeddings")
+UNKNOWN = "its definitions were not checked"
+SHORT_WINDOW = "only prompts that lie within the sliding window were checked"
+
+
+def find_architecture(model_type: str | None, model_name: str) -> Architecture:
+    """The record of an architecture, by its ``model_type`` in config.json.
+
+    Raises:
+        UserError: it breaks the definitions or was not checked; says why.
+    """
+    if model_type not in SUPPORTED:
+        reasons = [refusal.reason for refusal in REFUSALS if model_type in refusal.models]
+        raise _refused(model_name, model_type, reasons[0] if reasons else UNKNOWN)
+    return SUPPORTED[model_type]
+
+
+def check_supported(config: PretrainedConfig, model_name: str) -> None:
+    """Refuses a model for which direct effects and self-repair are not what the definitions say.
+
+    Raises:
+        UserError: the architecture or a setting of it breaks the definitions, or a size is none; says which.
+    """
+    architecture = find_architecture(config.model_type, model_name)
+    _check_sizes(config, architecture, model_name)
+    for condition in (*architecture.conditions, *CONDITIONS):
+        if condition.breaks(config):
+            setting = condition.setting.replace("`", "")
+            raise _refused(model_name, config.model_type, f"with {setting}: {condition.reason}")
+
+
+def _check_sizes(config: PretrainedConfig, architecture: Architecture, model_name: str) -> None:
+    for setting in SIZES:
+        size = getattr(config, setting, None)
+        if type(size) is not int or size < 1:
+            raise UserError(
+                f"{model_name}: {setting} must be a positive whole number, in its config.json it is {size!r}"
+            )
+    heads, width = config.num_attention_heads, getattr(config, "head_dim", None)
+    if width is None and config.hidden_size % heads:
+        raise UserError(
+            f"{model_name}: not a loadable causal language model "
+            f"(hidden_size {config.hidden_size} is no multiple of num_attention_heads {heads})"
+        )
+    groups = getattr(config, "num_key_value_heads", None)
+    plain = width in (None, config.hidden_size // heads) and groups in (None, heads)
+    if not (plain or architecture.any_heads):
+        raise UserError(
+            f"{model_name}: head_dim and num_key_value_heads in its config.json are none of a "
+            f"'{config.model_type}': take them out"
+        )
+
+
+def check_window(config: PretrainedConfig, prompt_len: int, model_name: str) -> None:
+    """Refuses prompts that are longer than the model's sliding attention window.
+
+    Raises:
+        UserError: they are; says how long prompts may be.
+    """
+    window = getattr(config, "sliding_window", None)
+    if window is not None and not (type(window) is int and prompt_len <= window):
+        raise UserError(
+            f"{model_name}: its attention looks back {window} tokens and {SHORT_WINDOW}: "
+            f"give --prompt-len {window} or less"
+        )
+
+
+def _refused(model_name: str, model_type: str | None, reason: str) -> UserError:
+    return UserError(
+        f"{model_name}: architecture '{model_type}' is not supported: {reason}; "
+        f"supported are {', '.join(sorted(SUPPORTED))}"
+    )
+
+
+def support_table() -> str:
+    """Markdown table of what is supported and what is refused, why."""
+    known = sorted(ARCHITECTURES, key=lambda architecture: architecture.model_type)
+    rows = [("`model_type`", "models", "supported"), ("---", "---", "---")]
+    rows += [(f"`{one.model_type}`", one.models, f"yes: {one.blocks}") for one in known]
+    windowed = ", ".join(f"`{one.model_type}`" for one in known if one.sliding_window)
+    rows.append((f"{windowed} with `sliding_window` shorter than the prompts", "", f"no: {SHORT_WINDOW}"))
+    conditions = [(f"`{one.model_type}`", condition) for one in known for condition in one.conditions]
+    for kind, condition in [*conditions, *(("any", condition) for condition in CONDITIONS)]:
+        rows.append((f"{kind} with {condition.setting}", condition.models, f"no: {condition.reason}"))
+    for refusal in REFUSALS:
+        kinds, models = (f"`{kind}`" for kind in refusal.models), dict.fromkeys(refusal.models.values())
+        rows.append((", ".join(kinds), ", ".join(models), f"no: {refusal.reason}"))
+    rows.append(("any other", "", f"no: {UNKNOWN}"))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

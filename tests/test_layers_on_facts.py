@@ -1,0 +1,180 @@
+"""Facts, layers and layers over training as a study measures them, on the smallest embedded model."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from transformers import AutoModelForCausalLM
+
+from selfrepair.analysis.layers import FactRun, over_training, prompts_table, worked_prompt, worked_table
+from selfrepair.measure import facts, layers, layers_over_training
+from selfrepair.measure.layers_over_training import checkpoints
+from selfrepair.models.loading import load_model
+from selfrepair.paths import MODELS
+from selfrepair.run.study import Study
+from selfrepair.run.verify import verify
+from selfrepair.store.manifest import manifest_of
+from selfrepair.text.facts import choose_prompts, facts_for
+
+MODEL = "pocket-pythia-small"
+
+
+def study(folder, **changes):
+    return Study.of(**{"model": MODEL, "device": "cpu", "out_dir": folder, "n_facts": 12, **changes})
+
+
+@pytest.fixture(scope="module")
+def facts_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("layers")
+    here = study(folder)
+    return FactRun.of(here.measured("facts")[MODEL], here.measured("layers")[MODEL]), folder
+
+
+def test_the_data_set_holds_the_chosen_prompts(facts_run):
+    run, _ = facts_run
+    prompts = choose_prompts(load_model(MODEL, "cpu"), facts_for(MODEL), 12)
+    assert [len(members) for members in prompts.groups] == [
+        len(group.prompts) for group in facts.prompt_groups(run.facts)
+    ]
+    for members, group in zip(prompts.groups, facts.prompt_groups(run.facts), strict=True):
+        np.testing.assert_array_equal(group.prompts, members)
+        assert group.tokens.tolist() == [prompts.tokens[i] for i in members]
+        np.testing.assert_array_equal(group.answers, prompts.answers[members])
+    for i, tokens in enumerate(prompts.tokens):
+        padded = run.facts["token"].values[i]
+        assert padded.tolist() == tokens + [-1] * (len(padded) - len(tokens)) and run.facts["length"][
+            i
+        ] == len(tokens)
+    about = run.facts.attrs
+    said = zip(about["texts"], about["answers"], about["relations"], about["phrasings"], strict=True)
+    assert list(said) == [(fact.text, fact.answer, fact.relation, fact.phrasing) for fact in prompts.facts]
+    counts = (about["n_asked"], about["n_answered"], about["n_alone"])
+    assert counts == (prompts.n_asked, prompts.n_answered, prompts.n_alone)
+
+
+def test_read_from_disk_instead_of_measured_again(facts_run, monkeypatch):
+    run, folder = facts_run
+    monkeypatch.setattr(layers, "ablate_layers", lambda *_: pytest.fail("measured again"))
+    xr.testing.assert_identical(study(folder).measured("layers")[MODEL].load(), run.effects)
+    with pytest.raises(pytest.fail.Exception, match="measured again"):
+        study(folder, seed=1).measured("layers")
+
+
+def test_a_damaged_store_is_measured_again_and_has_a_manifest(facts_run, tmp_path):
+    run, folder = facts_run
+    here = study(tmp_path)
+    stores = [study(folder).task(name, MODEL).path for name in ("facts", "layers")]
+    for store in stores:
+        shutil.copytree(store, tmp_path / "measured" / store.name)
+        shutil.copy(manifest_of(store), tmp_path / "measured")
+    noted = json.loads(manifest_of(stores[1]).read_text())
+    assert noted["source"] == MODEL and noted["seed"] == 0 and noted["trained_without_dropout"] is True
+    assert noted["inputs_sha256"] == {"facts": run.facts.attrs["sha256"]}
+    assert all(finding.agrees for finding in verify(tmp_path, "cpu"))
+    (tmp_path / "measured" / stores[1].name / "effect" / "zarr.json").unlink()
+    found = {finding.what: finding.agrees for finding in verify(tmp_path, "cpu")}
+    assert (found[stores[0].name], found[stores[1].name]) == (True, False)
+    np.testing.assert_array_equal(here.measured("layers")[MODEL]["token"], run.effects["token"])
+    assert all(finding.agrees for finding in verify(tmp_path, "cpu"))
+
+
+def test_a_store_is_merged_of_its_shards(facts_run):
+    run, _ = facts_run
+    whole = layers.ablate_layers(load_model(MODEL, "cpu"), run.facts, "resample", 0)
+    assert run.effects["made_in_shard"].values.tolist() == [0, 1] * (len(whole["ablated"]) // 2)
+    for name, values in whole.variables.items():
+        np.testing.assert_allclose(run.effects[name], values, rtol=1e-5, atol=1e-5, err_msg=name)
+    np.testing.assert_array_equal(run.effects["prompt"], run.facts["prompt"])
+
+
+def test_run_of_known_facts(facts_run):
+    run, _ = facts_run
+    assert run.effects["answered"].all() and (run.effects["token"].values == run.facts["answer"].values).all()
+    (row,) = prompts_table([run]).to_dict("records")
+    assert (row["asked"], row["measured"]) == (36, run.facts.sizes["prompt"]) and row[
+        "spread between donors"
+    ] > 0
+    phrasings = run.by_phrasing().set_index("phrasing")
+    assert phrasings["prompts"].sum() == run.facts.sizes["prompt"] and set(phrasings.index) == {
+        "held out",
+        "trained",
+    }
+    weighted = (phrasings["compensation"] * phrasings["prompts"]).sum() / phrasings["prompts"].sum()
+    assert weighted == pytest.approx(run.means.compensation.value[run.means.later_attention()].sum())
+
+
+@pytest.mark.parametrize(("name", "known"), [(MODEL, True), ("pocket-gpt2-dropout", False), ("gpt2", False)])
+def test_trained_without_dropout(name, known):
+    assert layers.MEASUREMENT.fingerprint({"model_name": name}) == {"trained_without_dropout": known}
+
+
+def test_worked_prompt_adds_up(facts_run):
+    run, _ = facts_run
+    worked = worked_prompt(run)
+    here, component = run.effects.isel(prompt=worked.prompt), worked.component
+    table = worked_table(run, worked)
+    assert table["clean"].sum() == pytest.approx(float(here["clean_logit"]))
+    ablated_logit = float(here["clean_logit"] - here["total_effect"][component])
+    assert table["ablated"].sum() == pytest.approx(ablated_logit, abs=1e-4)
+    assert list(table["part"][1:4]) == ["attention 0", "MLP 0", "attention 1"]
+    compensation = run.effects["compensation"].values[component]
+    assert sorted(compensation).index(float(here["compensation"][component])) == len(compensation) // 2
+    assert component == 2 * max(range(3), key=lambda layer: run.means.direct_effect.value[2 * layer])
+    assert (worked.text, worked.answer) == tuple(
+        run.facts.attrs[what][worked.prompt] for what in ("texts", "answers")
+    )
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """The model with two checkpoints: of step 2 with random weights, of step 100 as it is."""
+    folder = tmp_path / "trained"
+    shutil.copytree(MODELS / MODEL, folder)
+    for step in ("000100", "000002"):
+        shutil.copytree(
+            MODELS / MODEL, folder / "checkpoints" / f"step-{step}", ignore=lambda *_: ["metrics.json"]
+        )
+    untrained = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        for weight in untrained.state_dict().values():
+            if weight.ndim > 1:
+                weight.copy_(0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+    untrained.save_pretrained(folder / "checkpoints" / "step-000002")
+    return folder
+
+
+def test_over_training(trained, tmp_path):
+    assert [saved.step for saved in checkpoints(str(trained))] == [2, 100, 2465]
+    assert json.loads((trained / "metrics.json").read_text())["steps"] == 2465
+    assert checkpoints(MODEL) == [] == checkpoints("gpt2")
+    assert not layers_over_training.MEASUREMENT.applies_to(MODEL)
+    here = study(tmp_path / "out", model=str(trained), n_facts=10)
+    (effects,) = here.measured("layers_over_training").values()
+    assert effects["step"].values.tolist() == effects["made_in_shard"].values.tolist() == [2, 100, 2465]
+    table = over_training(effects)
+    assert set(table["model"]) == {"trained"} and set(table["prompts"]) == {effects.sizes["prompt"]}
+    estimate = table.pivot(index="step", columns="quantity", values="estimate")
+    assert estimate.loc[100].equals(estimate.loc[2465])
+    assert estimate.loc[2, "answered"] == 0 < 0.3 < estimate.loc[100, "answered"] <= 1
+    assert abs(estimate.loc[2, "direct effect"]) < 0.05 < estimate.loc[100, "direct effect"]
+    assert (table["low"] <= table["estimate"] + 1e-9).all() and (
+        table["estimate"] <= table["high"] + 1e-9
+    ).all()
+
+
+def test_other_checkpoints_are_another_store(trained, tmp_path):
+    here = study(tmp_path / "out", model=str(trained))
+    names = [here.task("layers_over_training", str(trained)).path]
+    config = trained / "checkpoints" / "step-000100" / "config.json"
+    config.write_text(config.read_text() + "\n")
+    names.append(here.task("layers_over_training", str(trained)).path)
+    metrics = json.loads((trained / "metrics.json").read_text())
+    for change in ({"steps": 2466}, {"config": {**metrics["config"], "gazetteer_seed": 5}}):
+        (trained / "metrics.json").write_text(json.dumps({**metrics, **change}))
+        names.append(here.task("layers_over_training", str(trained)).path)
+    assert len(set(names)) == 4
+    shutil.rmtree(trained / "checkpoints")
+    assert not layers_over_training.MEASUREMENT.applies_to(str(trained))
