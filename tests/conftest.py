@@ -6,6 +6,8 @@ import subprocess
 import pytest
 from jaxtyping import install_import_hook
 
+pytest_plugins = ["pytester"]
+
 # No test may reach the network: the embedded models and locally made checkpoints must be enough.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -68,7 +70,9 @@ def loaded_families(tmp_path_factory):
     def load(name, dtype=torch.float32):
         folder = tmp_path_factory.mktemp(name)
         model = load_family(name, folder, dtype)
-        hf = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float64)  # not eager attention, which computes in float32
+        hf = AutoModelForCausalLM.from_pretrained(
+            folder / name, dtype=torch.float64
+        )  # not eager attention, which computes in float32
         hf = reference.in_float64(hf.eval())
         return model, hf, state_of(model.hf), state_of(hf)
 
@@ -90,11 +94,17 @@ def family(loaded_families):
 
 
 def state_of(hf):
-    """Hash of weights and buffers, and the hooks and swapped ``forward``\ s of every module."""
+    """Hash of weights and buffers, and the hooks and swapped ``forward`` of every module."""
     import torch
 
-    weights = {name: (tensor.data_ptr(), hash(tensor.contiguous().view(torch.uint8).numpy().tobytes())) for name, tensor in hf.state_dict().items()}
-    modules = {name: (len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in vars(m)) for name, m in hf.named_modules()}
+    weights = {
+        name: (tensor.data_ptr(), hash(tensor.flatten().contiguous().view(torch.uint8).numpy().tobytes()))
+        for name, tensor in hf.state_dict().items()
+    }
+    modules = {
+        name: (len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in vars(m))
+        for name, m in hf.named_modules()
+    }
     return weights, modules
 
 

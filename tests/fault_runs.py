@@ -2,8 +2,10 @@
 
 Each line of the input is a JSON list of runs, which are started at once; the answer is a line with what came of each.
 A run has ``arguments`` and may have ``kill_after`` (seconds of its processor time: other work on the machine does not
-shift the moment), ``kill_when`` (a file that there will be), ``notebooks`` (their folder) and ``backwards`` (true: every
-look at the clock shows an hour less than the one before). The parent runs nothing of torch.
+shift the moment), ``kill_before_shard`` or ``kill_after_shard`` (a shard, ``label:number``, that is about to be computed, or is
+computed and not on the disk yet), ``kill_when`` (a file that there will be), ``only`` (measurements: no others are made
+but what they need), ``notebooks`` (their folder) and ``backwards`` (true: every look at the clock shows an hour less
+than the one before). Shards are of few prompts. The parent runs nothing of torch.
 """
 
 import itertools
@@ -20,13 +22,23 @@ from pathlib import Path
 
 import transformers.models.gpt2.modeling_gpt2  # noqa: F401 (what loading a model of that kind imports)
 
-import selfrepair.analysis.head_table
 import selfrepair.analysis.comparison
+import selfrepair.analysis.head_table  # noqa: F401 (what commands import)
 import selfrepair.run.notebooks
-import selfrepair.run.workflow
 import selfrepair.run.study
-import selfrepair.measure.heads
+import selfrepair.run.workflow
 from selfrepair.cli import main
+from selfrepair.measure import pairs
+from selfrepair.measure.measurement import find_measurement, measurement_names
+from selfrepair.measure.task import Task
+
+for name in measurement_names():
+    find_measurement(name)
+pairs.SHARD_PAIRS = 4
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def kill_once(is_time: Callable[[], bool]) -> None:
@@ -35,7 +47,7 @@ def kill_once(is_time: Callable[[], bool]) -> None:
     def watch() -> None:
         while not is_time():
             time.sleep(0.001)
-        os.kill(os.getpid(), signal.SIGKILL)
+        die()
 
     threading.Thread(target=watch, daemon=True).start()
 
@@ -46,17 +58,22 @@ def turn_the_clock_back() -> None:
     time.time_ns = lambda: int(time.time() * 1e9)
 
 
-def note_computed_shards(file: Path) -> None:
-    """Appends the first pair of every shard that is computed to a file, as soon as it is."""
-    real = selfrepair.measure.heads._ablate_pairs
+def note_computed_shards(file: Path, die_before: str | None, die_after: str | None) -> None:
+    """Appends ``label:number`` of every shard that is computed to a file, as soon as it is; dies at one of them."""
+    real = Task._measured
 
-    def noted(model, tokens, pairs, *rest):
-        shard = real(model, tokens, pairs, *rest)
+    def noted(task, model, inputs, shard):
+        unit = f"{task.label}:{shard}"
+        if unit == die_before:
+            die()
+        made = real(task, model, inputs, shard)
         with file.open("a") as lines:
-            lines.write(f"{int(pairs[0])}\n")
-        return shard
+            lines.write(f"{unit}\n")
+        if unit == die_after:
+            die()
+        return made
 
-    selfrepair.measure.heads._ablate_pairs = noted
+    Task._measured = noted
 
 
 def start(run: dict[str, object], folder: Path) -> int:
@@ -70,7 +87,7 @@ def start(run: dict[str, object], folder: Path) -> int:
         os.setpgid(0, 0)
         for number, name in ((0, os.devnull), (1, folder / "stdout"), (2, folder / "stderr")):
             os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), number)
-        note_computed_shards(folder / "computed")
+        note_computed_shards(folder / "computed", run.get("kill_before_shard"), run.get("kill_after_shard"))
         begun = time.process_time()
         if "kill_after" in run:
             kill_once(lambda: time.process_time() - begun > run["kill_after"])
@@ -78,6 +95,8 @@ def start(run: dict[str, object], folder: Path) -> int:
             kill_once(lambda: os.path.exists(run["kill_when"]))
         if run.get("backwards"):
             turn_the_clock_back()
+        if "only" in run:
+            selfrepair.run.study.measurement_names = lambda: run["only"]
         if "notebooks" in run:
             selfrepair.run.notebooks.NOTEBOOKS = Path(run["notebooks"])
         status = main(run["arguments"])
@@ -91,10 +110,10 @@ def start(run: dict[str, object], folder: Path) -> int:
 
 
 def outcome(child: int, folder: Path) -> dict[str, object]:
-    """Exit status (negative: killed by that signal), first pairs of the shards computed, lines said, and processor time in seconds."""
+    """Exit status (negative: killed by that signal), shards computed in order, lines said, and processor time in seconds."""
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     lines = {file.name: file.read_text().splitlines() for file in folder.iterdir()}
-    computed = sorted(map(int, lines.pop("computed", [])))
+    computed = lines.pop("computed", [])
     seconds = float(lines.pop("seconds", ["nan"])[0])
     return {"status": status, "computed": computed, "seconds": seconds, **lines}
 

@@ -2,9 +2,9 @@
 
 Usage: kill_sweep.py FOLDER MODEL TOKENS every|amid [SHARDS...]
 
-``every``: before and after each of its steps on the disk (its prompts are there), each time in FOLDER/<moment>. ``amid``: in FOLDER as soon
-as so many shards are whole, then to its end, then once without a kill. Each run is a fork, so that imports and the
-model are paid for once; PyTorch must have one thread, as other threads are lost in a fork.
+``every``: before and after each of its steps on the disk (its prompts are there), each time in FOLDER/<moment>.
+``amid``: in FOLDER as soon as so many shards are whole, then to its end, then once without a kill. Each run is a
+fork, so that imports and the model are paid for once; PyTorch must have one thread, as others are lost in a fork.
 """
 
 import json

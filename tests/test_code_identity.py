@@ -11,12 +11,24 @@ from selfrepair.store import code_identity
 from selfrepair.store.code_identity import code_files, code_version, imported_files, module_file
 
 
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory):
+    here = tmp_path_factory.mktemp("package") / "copy"
+    return shutil.copytree(PACKAGE, here, ignore=shutil.ignore_patterns("__pycache__"))
+
+
 @pytest.fixture
-def package(tmp_path, monkeypatch):
-    """A copy of the package, which code versions are taken of."""
-    copy = shutil.copytree(PACKAGE, tmp_path / "copy", ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(code_identity, "PACKAGE", copy)
-    return copy
+def package(copied, monkeypatch):
+    """A copy of the package, which code versions are taken of; each test gets it unchanged."""
+    monkeypatch.setattr(code_identity, "PACKAGE", copied)
+    yield copied
+    shutil.rmtree(copied / "made", ignore_errors=True)
+    for file in (file for file in copied.rglob("*") if file.is_file()):
+        original = PACKAGE / file.relative_to(copied)
+        if not original.exists():
+            file.unlink()
+        elif file.stat().st_mtime_ns != original.stat().st_mtime_ns:
+            shutil.copy2(original, file)
 
 
 def write(package, name, text):

@@ -3,8 +3,8 @@
 import nbformat
 import pytest
 
-from selfrepair.run import committed, notebooks
 from selfrepair.errors import UserError
+from selfrepair.run import committed, notebooks
 from selfrepair.run.study import Study
 
 README = "# Title\n\n## Claims\n\nold\n\nThe rules behind the verdicts\nend\n"

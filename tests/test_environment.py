@@ -19,7 +19,11 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-LOCK_LINES = [line for line in (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+LOCK_LINES = [
+    line
+    for line in (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+    if not line.startswith("#")
+]
 ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
 SCRIPT = (ROOT / "run_all.sh").read_text(encoding="utf-8")
 
@@ -31,7 +35,11 @@ def locked() -> dict[str, Version]:
 
 def needed() -> list[str]:
     project = PYPROJECT["project"]
-    return project["dependencies"] + project["optional-dependencies"]["dev"] + PYPROJECT["build-system"]["requires"]
+    return (
+        project["dependencies"]
+        + project["optional-dependencies"]["dev"]
+        + PYPROJECT["build-system"]["requires"]
+    )
 
 
 def drift(requirement: str, pins: Mapping[str, Version]) -> str | None:
@@ -49,7 +57,11 @@ def drift(requirement: str, pins: Mapping[str, Version]) -> str | None:
 
 
 def test_lock_holds_sorted_exact_pins_only():
-    assert [line for line in LOCK_LINES if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*==[0-9][A-Za-z0-9.]*", line)] == []
+    assert [
+        line
+        for line in LOCK_LINES
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*==[0-9][A-Za-z0-9.]*", line)
+    ] == []
     assert LOCK_LINES == sorted(LOCK_LINES, key=str.lower)
     assert len(locked()) == len(LOCK_LINES), "a package is pinned twice"
     assert "wheel" in locked(), "the package is installed without build isolation"
@@ -84,7 +96,9 @@ def test_environment_yml_takes_its_versions_from_the_lock():
     pins = locked()
     for part in (part for part in ENVIRONMENT["dependencies"] if isinstance(part, str)):
         name, *version = re.split(r"=+", part)
-        assert name in ("python", "pip") or version == [str(pins[canonicalize_name(name)])], f"{part} differs from requirements.lock"
+        assert name in ("python", "pip") or version == [str(pins[canonicalize_name(name)])], (
+            f"{part} differs from requirements.lock"
+        )
 
 
 def test_python_version_bounds_agree():
@@ -141,15 +155,32 @@ class Clone:
         self.stand_in = programs / "python3.11"
         self.stand_in.write_text(STAND_IN)
         self.stand_in.chmod(0o755)
-        hidden = ("SELFREPAIR_USE_ACTIVE", "VIRTUAL_ENV", "CONDA_PREFIX", "TORCH_INDEX_URL", "OMP_NUM_THREADS")
+        hidden = (
+            "SELFREPAIR_USE_ACTIVE",
+            "VIRTUAL_ENV",
+            "CONDA_PREFIX",
+            "TORCH_INDEX_URL",
+            "OMP_NUM_THREADS",
+        )
         self.environment = {name: value for name, value in os.environ.items() if name not in hidden}
-        self.environment |= {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "CALLS": str(self.calls_file)}
+        self.environment |= {
+            "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+            "CALLS": str(self.calls_file),
+        }
 
-    def run(self, *options: str, script: str = "run_all.sh", **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *options: str, script: str = "run_all.sh", **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         self.calls_file.write_text("")
         command = ["bash", str(self.root / script), *options]
         return subprocess.run(
-            command, cwd=self.elsewhere, env=self.environment | environment, capture_output=True, text=True, timeout=60, check=False
+            command,
+            cwd=self.elsewhere,
+            env=self.environment | environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
         )
 
     @property
@@ -180,14 +211,20 @@ def clone(tmp_path) -> Clone:
     return Clone(tmp_path)
 
 
-WORKERS = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+WORKERS = min(4, len(os.sched_getaffinity(0)))
 SIDE_BY_SIDE = f"-n {WORKERS} --dist loadscope"
 TESTS = [f"-m pytest {SIDE_BY_SIDE} -m not slurm tests", "-m pytest -m slurm tests"]
 NBVAL = "--nbval-lax --nbval-current-env --nbval-cell-timeout=1200"
 
 
-def workflow(where: str) -> str:
+def workflow(clone: Clone, cores: int = len(os.sched_getaffinity(0))) -> str:
+    """A run of the pocket profile on this machine."""
+    where = f"--workflow-profile {clone.root}/workflow/default --cores {cores}"
     return f"-m snakemake --logger selfrepair {where} --config profile=pocket out=results/pocket"
+
+
+def checks_of_notebooks(clone: Clone) -> list[str]:
+    return [workflow(clone), f"-m pytest {SIDE_BY_SIDE} {NBVAL} notebooks/"]
 
 
 @needs_bash
@@ -219,6 +256,8 @@ def test_help_lists_every_option_from_any_folder(clone):
         ["--profile", "no-such-profile"],
         ["--test", "--lab"],
         ["--update", "--test"],
+        ["--test=quick"],
+        ["--test="],
         ["--slurm=/nowhere"],
         ["--update", "--profile", "paper"],
     ],
@@ -239,7 +278,7 @@ def test_an_unknown_profile_is_answered_with_those_there_are(clone):
 @needs_bash
 def test_first_run_installs_and_second_does_not(clone):
     assert clone.run("--jobs", "3").returncode == 0
-    main_job = "-m snakemake --logger selfrepair --cores 3 --config profile=pocket out=results/pocket"
+    main_job = workflow(clone, 3)
     assert clone.calls == [clone.making, *clone.installation, main_job]
     done = clone.run("--jobs=3")
     assert (done.returncode, done.stderr) == (0, "")
@@ -253,9 +292,9 @@ def test_a_changed_list_is_installed_into_the_same_environment(clone, changed):
     with (clone.root / changed).open("a") as file:
         file.write("# changed\n")
     assert clone.run("--test").returncode == 0
-    assert clone.calls == [*clone.installation, TESTS]
+    assert clone.calls == [*clone.installation, *TESTS]
     clone.run("--test")
-    assert clone.calls == [TESTS]
+    assert clone.calls == TESTS
 
 
 @needs_bash
@@ -267,7 +306,7 @@ def test_a_failed_set_up_stops_and_is_made_anew(clone, step):
     assert "the set-up failed" in done.stderr
     assert clone.calls == [clone.making, *clone.installation[: step + 1]]
     assert clone.run("--test").returncode == 0
-    assert clone.calls == [clone.making, *clone.installation, TESTS]
+    assert clone.calls == [clone.making, *clone.installation, *TESTS]
 
 
 @needs_bash
@@ -286,7 +325,7 @@ def test_a_killed_set_up_is_made_anew(clone):
     process.wait()
     assert clone.calls == [clone.making, clone.installation[0]]
     assert clone.run("--test").returncode == 0
-    assert clone.calls == [clone.making, *clone.installation, TESTS]
+    assert clone.calls == [clone.making, *clone.installation, *TESTS]
 
 
 @needs_bash
@@ -295,14 +334,17 @@ def test_two_set_ups_at_once_install_once(clone):
     command = ["bash", str(clone.root / "run_all.sh"), "--test"]
     both = [subprocess.Popen(command, env=clone.environment, stderr=subprocess.DEVNULL) for _ in range(2)]
     assert [process.wait(timeout=60) for process in both] == [0, 0]
-    assert sorted(clone.calls) == sorted([clone.making, *clone.installation, TESTS, TESTS])
+    assert sorted(clone.calls) == sorted([clone.making, *clone.installation, *TESTS, *TESTS])
 
 
 @needs_bash
 def test_torch_alone_comes_from_its_own_index(clone):
     clone.run("--test", TORCH_INDEX_URL="file:///an/index")
     torch, *others = clone.installation
-    assert clone.calls[1:4] == [torch.replace("version-check", "version-check --index-url file:///an/index"), *others]
+    assert clone.calls[1:4] == [
+        torch.replace("version-check", "version-check --index-url file:///an/index"),
+        *others,
+    ]
 
 
 @needs_bash
@@ -315,12 +357,15 @@ def test_the_active_environment_is_used_only_if_asked_for(clone, tmp_path, varia
     assert clone.making in clone.calls
     shutil.rmtree(clone.root / ".venv")
 
-    assert clone.run("--test", SELFREPAIR_USE_ACTIVE="1", FAIL_AT="-r ", **{variable: str(active)}).returncode == 1
+    assert (
+        clone.run("--test", SELFREPAIR_USE_ACTIVE="1", FAIL_AT="-r ", **{variable: str(active)}).returncode
+        == 1
+    )
     assert clone.run("--test", SELFREPAIR_USE_ACTIVE="1", **{variable: str(active)}).returncode == 0
-    assert clone.calls == [*clone.installation, TESTS], "an environment that is not ours is never made anew"
+    assert clone.calls == [*clone.installation, *TESTS], "an environment that is not ours is never made anew"
     assert not (clone.root / ".venv").exists()
     clone.run("--test", SELFREPAIR_USE_ACTIVE="1", **{variable: str(active)})
-    assert clone.calls == [TESTS]
+    assert clone.calls == TESTS
 
 
 @needs_bash
@@ -336,19 +381,31 @@ def test_without_a_recent_python_it_says_so_in_one_line(clone, tmp_path):
 
 
 @needs_bash
-@pytest.mark.parametrize("failing, status", [("nothing", 0), (TESTS, 3), ("--nbval-lax", 3)])
-def test_tests_and_notebook_tests_both_run_and_either_failing_fails(clone, failing, status):
+@pytest.mark.parametrize(
+    "failing, status",
+    [("nothing", 0), ("-m not slurm", 3), ("-m slurm", 3), ("snakemake", 3), ("--nbval-lax", 3)],
+)
+def test_tests_and_notebook_tests_all_run_and_any_failing_fails(clone, failing, status):
     clone.add_notebook()
     assert clone.run("--test", FAIL_AT=failing).returncode == status
-    assert clone.calls[-2:] == [TESTS, NOTEBOOK_TESTS]
+    assert clone.calls[-4:] == [*TESTS, *checks_of_notebooks(clone)]
+
+
+@needs_bash
+def test_the_quick_loop_is_the_quick_tests_alone(clone):
+    clone.add_notebook()
+    assert clone.run("--test=fast", "--jobs", "7").returncode == 0
+    assert clone.calls[-1] == "-m pytest -n 7 --dist loadscope -m fast tests"
+    assert clone.run("--test=fast", FAIL_AT="-m fast").returncode == 3
+    assert len(clone.calls) == 1
 
 
 @needs_bash
 def test_ci_runs_the_tests(clone):
     clone.add_notebook()
     assert clone.run(script=".ci/run").returncode == 0
-    assert clone.calls[-2:] == [TESTS, NOTEBOOK_TESTS]
-    assert clone.run(script=".ci/run", FAIL_AT=TESTS).returncode == 3
+    assert clone.calls[-4:] == [*TESTS, *checks_of_notebooks(clone)]
+    assert clone.run(script=".ci/run", FAIL_AT="-m not slurm").returncode == 3
 
 
 @needs_bash
@@ -359,21 +416,28 @@ def test_lab_opens_the_notebooks(clone):
 
 @needs_bash
 def test_slurm_and_update_run_the_workflow(clone):
-    folder = clone.root / "profiles" / "slurm"
-    folder.mkdir()
+    folder = clone.root / "workflow" / "slurm"
+    folder.mkdir(parents=True)
     (folder / "config.yaml").touch()
     assert clone.run("--jobs", "7", "--slurm").returncode == 0
-    workflow = "-m snakemake --logger selfrepair {} --config profile=pocket out=results/pocket"
-    assert clone.calls[-1] == workflow.format(f"--workflow-profile {folder.resolve()} --jobs 7")
+    where = f"--workflow-profile {folder.resolve()} --jobs 7"
+    assert (
+        clone.calls[-1]
+        == f"-m snakemake --logger selfrepair {where} --config profile=pocket out=results/pocket"
+    )
     assert clone.run("--update", "--jobs=3").returncode == 0
-    assert clone.calls[-2:] == [workflow.format("--cores 3"), "-m selfrepair.cli update"]
-    assert clone.run("--update", "--jobs=3", FAIL_AT=workflow.format("--cores 3")).returncode == 3
-    assert clone.calls[-1] == workflow.format("--cores 3"), "nothing is refreshed from a run that failed"
+    assert clone.calls[-2:] == [workflow(clone, 3), "-m selfrepair.cli update"]
+    assert clone.run("--update", "--jobs=3", FAIL_AT="--cores 3").returncode == 3
+    assert clone.calls[-1] == workflow(clone, 3), "nothing is refreshed from a run that failed"
 
 
 @needs_bash
 def test_run_ends_with_what_its_summary_said(clone):
-    (log,) = re.findall(r"^rule summary:.*?^    log:\n +OUT / (.+?),\n", (ROOT / "Snakefile").read_text(), flags=re.MULTILINE | re.DOTALL)
+    (log,) = re.findall(
+        r"^rule summary:.*?^    log:\n +OUT / (.+?),\n",
+        (ROOT / "Snakefile").read_text(),
+        flags=re.MULTILINE | re.DOTALL,
+    )
     file = clone.root.joinpath("results", "pocket", *re.findall(r'"(.+?)"', log))
     file.parent.mkdir(parents=True)
     file.write_text("gpt2: correlation 0.99\n")
@@ -389,7 +453,9 @@ def test_scripts_are_executable():
 
 def test_citation_names_this_version_and_both_papers():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    version = re.search(r'__version__ = "(.*)"', (ROOT / "shared/selfrepair/__init__.py").read_text(encoding="utf-8"))[1]
+    version = re.search(
+        r'__version__ = "(.*)"', (ROOT / "shared/selfrepair/__init__.py").read_text(encoding="utf-8")
+    )[1]
     assert str(citation["version"]) == version
     assert citation["license"] == PYPROJECT["project"]["license"]
     papers = {paper["identifiers"][0]["value"]: paper["year"] for paper in citation["references"]}

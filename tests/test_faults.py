@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -17,8 +18,20 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from selfrepair.paths import MODELS
+from selfrepair.store.stores import open_store, write_store
 
-STARTS = [0, 16, 32]  # first pairs of the three shards of 96 prompts
+pytestmark = pytest.mark.slow(
+    "no kill, damaged file, full disk, second run or clock set back loses or changes a result"
+)
+
+#: What is measured here, and the shards of it in the order in which a run computes them.
+MEASURED = ["cosines", "heads", "neurons"]
+NEEDED = ["tokens:0", "constants-mean:0"]
+OF_COSINES, OF_HEADS, OF_NEURONS = (
+    [f"{label}:{first}" for first in (0, 4, 8)] for label in ("cosines", "heads-mean", "neurons-mean")
+)
+SHARDS = [NEEDED[0], *OF_COSINES, NEEDED[1], *OF_HEADS, *OF_NEURONS]
+LABELS = {shard.partition(":")[0] for shard in SHARDS}
 YEAR = 365 * 24 * 3600
 
 
@@ -28,27 +41,32 @@ def profile(tmp_path_factory):
     folder = tmp_path_factory.mktemp("profile")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(MODELS / "pocket-gpt2")
     torch.manual_seed(0)
-    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_layer=2, n_head=2, n_embd=8, n_positions=16)).save_pretrained(folder / "tiny")
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_layer=2, n_head=2, n_embd=8, n_positions=16, bos_token_id=0, eos_token_id=0
+    )
+    GPT2LMHeadModel(config).save_pretrained(folder / "tiny")
     tokenizer.save_pretrained(folder / "tiny")
-    content = {"models": [str(folder / "tiny")], "ablations": ["mean"], "n_prompts": 96, "prompt_len": 12}
+    content = {"models": [str(folder / "tiny")], "ablations": ["mean"], "n_prompts": 24, "prompt_len": 12}
     (folder / "tiny.yaml").write_text(json.dumps(content))
     return folder / "tiny.yaml"
 
 
 @pytest.fixture(scope="module")
 def run(profile):
-    """``run(out, stage, *more, **fault)``: what came of one command; ``run.at_once([...])``: of several, each such a tuple and a dict."""
+    """``run(out, stage, *more, **fault)``: what came of one command; ``run.at_once(...)``: of several, each given as
+    such a tuple."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     script = [sys.executable, str(Path(__file__).with_name("fault_runs.py"))]
-    server = subprocess.Popen(script, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    server = subprocess.Popen(
+        script, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
     model = json.loads(profile.read_text())["models"][0]
 
     def described(out, stage, *more, **fault):
         arguments = [stage, "--profile", str(profile), "--out", str(out), *more]
-        if stage in ("tokens", "shard", "merge"):
+        if stage == "measure":
             arguments += ["--device", "cpu", "--model", model]
-        if stage in ("shard", "merge"):
-            arguments += ["--ablation", "mean"]
+            fault = {"only": MEASURED, **fault}
         return {"arguments": arguments, **fault}
 
     def at_once(*runs):
@@ -69,17 +87,18 @@ def run(profile):
 def undisturbed(tmp_path_factory, run):
     """The results folder of a run that nothing befell."""
     out = tmp_path_factory.mktemp("undisturbed") / "out"
-    done = run(out, "merge")
-    assert (done["status"], done["computed"]) == (0, STARTS)
+    done = run(out, "measure")
+    assert (done["status"], done["computed"]) == (0, SHARDS), done
     return out
 
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory, run):
-    """A results folder between the stages shard and merge."""
+    """A results folder where all shards are computed, and what other measurements need is merged."""
     out = tmp_path_factory.mktemp("sharded") / "out"
-    done = run(out, "shard", "--first", *map(str, STARTS))
-    assert (done["status"], done["computed"]) == (0, STARTS)
+    done = run(out, "measure", "--units", *OF_COSINES, *OF_HEADS, *OF_NEURONS)
+    assert (done["status"], done["computed"]) == (0, SHARDS)
+    assert {label: len(files) for label, files in shards_in(out).items()} == {"cosines": 3, "neurons-mean": 3}
     return out
 
 
@@ -88,30 +107,46 @@ def copy_of(tmp_path):
     return lambda out: shutil.copytree(out, tmp_path / "out")
 
 
-def store_in(out: Path) -> Path:
-    (store,) = (out / "sweeps").glob("*.zarr")
-    return store
+def label_of(path: Path) -> str:
+    """What a store, or a folder of shards, is of: ``heads-mean``."""
+    return re.fullmatch(r"tiny-(.+)-[0-9a-f]{12}", path.stem)[1]
+
+
+def stores_in(out: Path) -> dict[str, Path]:
+    """The stores of a results folder by what they are of."""
+    return {label_of(store): store for store in (out / "measured").glob("[!.]*.zarr")}
+
+
+def shards_in(out: Path) -> dict[str, list[Path]]:
+    """Shards that are there, by what they are of."""
+    folders = (out / "measured").glob("*.shards")
+    return {label_of(folder): sorted(folder.glob("[0-9]*.zarr")) for folder in folders}
+
+
+def finished(out: Path) -> list[str]:
+    """The shards whose numbers are on the disk, in stores or by themselves."""
+    whole = stores_in(out)
+    apart = {f"{label}:{int(file.stem)}" for label, files in shards_in(out).items() for file in files}
+    return [shard for shard in SHARDS if shard.partition(":")[0] in whole or shard in apart]
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    return {
+        str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()
+    }
 
 
-def finished_shards(out: Path) -> list[int]:
-    """All of them, if the store is there."""
-    if list((out / "sweeps").glob("*.zarr")):
-        return STARTS
-    sums = sorted((out / "sweeps").glob("*.shards/[0-9]*.sha256"))
-    return [int(sum.stem) for sum in sums if sum.read_text() == hashlib.sha256(sum.with_suffix(".npz").read_bytes()).hexdigest()]
+def contents(out: Path, labels: set[str] = LABELS) -> dict[str, dict[str, bytes]]:
+    """All bytes of some stores."""
+    return {store.name: content(store) for label, store in stores_in(out).items() if label in labels}
 
 
-def merged_again(run, out, undisturbed, *, computing, **fault):
-    """Merges; asserts what was computed and that nothing tells the store from an undisturbed run's."""
-    done = run(out, "merge", **fault)
+def measured_again(run, out, undisturbed, *, computing, labels=LABELS, **fault):
+    """Measures; asserts what was computed and that nothing tells the stores from an undisturbed run's."""
+    done = run(out, "measure", **fault)
     assert (done["status"], done["computed"]) == (0, computing), done
-    assert store_in(out).name == store_in(undisturbed).name
-    assert content(store_in(out)) == content(store_in(undisturbed))
-    assert not list((out / "sweeps").glob("*.shards")) and not list((out / "sweeps").glob(".*"))
+    assert contents(out) == contents(undisturbed, labels)
+    assert not list((out / "measured").glob("*.shards")) and not list((out / "measured").glob(".*"))
 
 
 def flip_a_bit(file: Path) -> None:
@@ -124,57 +159,67 @@ def truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-20])
 
 
+def largest_chunk(store: Path) -> Path:
+    """Of a whole store, or of a shard; what lies along the prompts, not the prompts' numbers."""
+    return max((file for file in store.rglob("c*") if file.is_file()), key=lambda file: file.stat().st_size)
+
+
 # --- killed -------------------------------------------------------------------------------------------------------------
 
 
 def test_killed_at_20_random_moments_loses_no_finished_shard(tmp_path, run, undisturbed):
     moments, kills, found = random.Random(0), 0, set()
-    stages = (["merge"], ["shard", "--first", *map(str, STARTS)])
-    whole = []
-    for stage in stages:
-        shutil.copytree(undisturbed / "tokens", tmp_path / stage[0] / "tokens")
-        whole.append(run(tmp_path / stage[0], *stage)["seconds"])
+    stages = (["measure"], ["measure", "--units", *OF_COSINES, *OF_HEADS, *OF_NEURONS])
+    whole = [run(tmp_path / f"whole-{len(stage)}", *stage)["seconds"] for stage in stages]
     for number in range(60):  # a run may end before its moment, which was drawn from how long another took
         if kills == 20:
             break
         out = tmp_path / str(number)
-        shutil.copytree(undisturbed / "tokens", out / "tokens")
         killed = run(out, *stages[number % 2], kill_after=moments.uniform(0, 1) * whole[number % 2])
         if killed["status"] == 0:
             continue
         assert killed["status"] == -signal.SIGKILL
         kills += 1
-        finished = finished_shards(out)
-        assert set(killed["computed"][:-1]) <= set(finished)  # at most the last one was computed and not yet saved
-        found.add(len(finished))
-        merged_again(run, out, undisturbed, computing=[start for start in STARTS if start not in finished])
-    assert kills == 20 and len(found) > 1, (kills, found)
+        kept = finished(out)
+        assert set(killed["computed"][:-1]) <= set(kept)  # at most the last one was computed and not yet saved
+        found.add(len(kept))
+        measured_again(run, out, undisturbed, computing=[shard for shard in SHARDS if shard not in kept])
+        shutil.rmtree(out)
+    assert kills == 20 and len(found) > 3, (kills, found)
+
+
+@pytest.mark.parametrize("moment", ["kill_before_shard", "kill_after_shard"])
+@pytest.mark.parametrize("shard", [OF_COSINES[1], OF_HEADS[1], OF_NEURONS[1], OF_NEURONS[2]])
+def test_killed_amid_any_measurement_loses_no_finished_shard(tmp_path, run, undisturbed, shard, moment):
+    """Also of the measurements that it needs, and of those before it."""
+    out, kept = tmp_path / "out", SHARDS[: SHARDS.index(shard)]
+    killed = run(out, "measure", **{moment: shard})
+    assert killed["status"] == -signal.SIGKILL and finished(out) == kept
+    assert killed["computed"] == kept + [shard] * (moment == "kill_after_shard")
+    measured_again(run, out, undisturbed, computing=SHARDS[len(kept) :])
 
 
 def test_killed_while_prompts_are_drawn(tmp_path, run, undisturbed):
-    whole = run(tmp_path / "whole", "tokens")["seconds"]
+    whole = run(tmp_path / "whole", "measure", "--stage", "0", only=["tokens"])["seconds"]
     statuses = []
     for number, share in enumerate((0.3, 0.6, 0.9, 0.99)):
         out = tmp_path / str(number)
-        statuses.append(run(out, "tokens", kill_after=share * whole)["status"])
-        assert run(out, "tokens")["status"] == 0
-        assert content(out / "tokens") == content(undisturbed / "tokens")
+        fault = {"only": ["tokens"], "kill_after": share * whole}
+        statuses.append(run(out, "measure", "--stage", "0", **fault)["status"])
+        assert run(out, "measure", "--stage", "0", only=["tokens"])["status"] == 0
+        assert contents(out) == contents(undisturbed, {"tokens"})
     assert -signal.SIGKILL in statuses
 
 
 # --- damaged ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("label", ["cosines", "neurons-mean"])
 @pytest.mark.parametrize("damage", [truncate, flip_a_bit])
-def test_damaged_shard_is_computed_again_and_no_other(run, sharded, undisturbed, copy_of, damage):
+def test_damaged_shard_is_computed_again_and_no_other(run, sharded, undisturbed, copy_of, label, damage):
     out = copy_of(sharded)
-    (shard,) = (out / "sweeps").glob("*.shards/000016.npz")
-    damage(shard)
-    merged_again(run, out, undisturbed, computing=[16])
-
-
-def largest_chunk(store: Path) -> Path:
-    return max((store / "logit_change" / "c").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
+    damage(largest_chunk(shards_in(out)[label][1]))
+    measured_again(run, out, undisturbed, computing=[f"{label}:4"])
 
 
 def folder_in_place_of_chunk(store: Path) -> None:
@@ -189,37 +234,83 @@ def future_format(store: Path) -> None:
     (store / "zarr.json").write_text(json.dumps(group))
 
 
-@pytest.mark.parametrize(
-    ("damage", "said"),
-    [
-        (lambda store: truncate(largest_chunk(store)), "damaged"),
-        (lambda store: flip_a_bit(largest_chunk(store)), "damaged"),
-        (folder_in_place_of_chunk, "damaged"),
-        (lambda store: (store / "zarr.json").write_bytes(b""), "damaged"),
-        (future_format, "format 99"),
-    ],
-    ids=["truncated", "bit", "folder", "emptied", "future"],
-)
-def test_unreadable_store_is_one_line_and_made_again(run, undisturbed, copy_of, damage, said):
-    out = copy_of(undisturbed)
-    damage(store_in(out))
-    read = run.heads(store_in(out))
+#: Damage to a store, and what is said of it.
+DAMAGE = {
+    "truncated": (lambda store: truncate(largest_chunk(store)), "damaged"),
+    "bit": (lambda store: flip_a_bit(largest_chunk(store)), "damaged"),
+    "folder": (folder_in_place_of_chunk, "damaged"),
+    "emptied": (lambda store: (store / "zarr.json").write_bytes(b""), "damaged"),
+    "future": (future_format, "format 99"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_unreadable_store_is_one_line_and_made_again(run, undisturbed, copy_of, kind):
+    out, (damage, said) = copy_of(undisturbed), DAMAGE[kind]
+    store = stores_in(out)["heads-mean"]
+    damage(store)
+    read = run.heads(store)
     assert read["status"] == 1 and read["stdout"] == [] and len(read["stderr"]) == 1
-    assert str(store_in(out)) in read["stderr"][0] and said in read["stderr"][0]
-    merged_again(run, out, undisturbed, computing=STARTS)
+    assert str(store) in read["stderr"][0] and said in read["stderr"][0]
+    measured_again(run, out, undisturbed, computing=OF_HEADS)
+
+
+def test_damaged_stores_of_every_measurement_are_made_again_and_no_other(tmp_path, run):
+    """What was made of one is kept, as it comes out the same."""
+    out = tmp_path / "out"
+    everything = run(out, "measure", only=EVERY_MEASUREMENT)
+    assert everything["status"] == 0
+    whole, stores = contents(out, EVERY_LABEL), stores_in(out)
+    assert stores.keys() == EVERY_LABEL
+    for number, (label, store) in enumerate(sorted(stores.items())):
+        damage, _ = list(DAMAGE.values())[number % len(DAMAGE)]
+        damage(store)
+        measured = "heads" if label == "constants-mean" else label.removesuffix("-mean")
+        again = run(out, "measure", only=[measured])
+        wanted = [shard for shard in everything["computed"] if shard.partition(":")[0] == label]
+        assert (again["status"], again["computed"]) == (0, wanted), (label, again)
+        assert contents(out, EVERY_LABEL) == whole, label
+    assert run(out, "measure", only=EVERY_MEASUREMENT)["computed"] == []
+
+
+#: All that can be measured of a model that knows no facts and has no training checkpoints.
+EVERY_MEASUREMENT = [
+    *("alignment", "cosines", "earlier_input", "heads", "neurons", "probabilities", "self_feeding", "tokens"),
+]
+EVERY_LABEL = {
+    *("tokens", "constants-mean", "heads-mean", "alignment", "cosines", "probabilities"),
+    *("earlier_input-mean", "neurons-mean", "self_feeding-mean"),
+}
+
+
+def test_what_is_made_of_other_numbers_is_made_again(run, sharded, undisturbed, copy_of):
+    """Shards and stores of neurons follow the heads that they were chosen by; what does not read those stays."""
+    out = copy_of(sharded)
+    heads = stores_in(out)["heads-mean"]
+    other = open_store(heads).load().drop_encoding().drop_attrs(deep=False)
+    other = other.assign_attrs({k: v for k, v in open_store(heads).attrs.items() if k != "sha256"})
+    other["direct_effect"] = other["direct_effect"].copy(data=other["direct_effect"].values[:, ::-1])
+    write_store([other], heads)
+    done = run(out, "measure")
+    assert (done["status"], done["computed"]) == (0, OF_NEURONS), done
+    neurons = content(stores_in(out)["neurons-mean"])
+    assert neurons != content(stores_in(undisturbed)["neurons-mean"])
+    assert contents(out, {"cosines"}) == contents(undisturbed, {"cosines"})
+    assert run(out, "measure")["computed"] == []
+    shutil.rmtree(heads)
+    measured_again(run, out, undisturbed, computing=OF_HEADS + OF_NEURONS)
 
 
 # --- two at once --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stages", [["merge", "merge"], ["shard", "shard"]], ids=lambda stages: stages[0])
-def test_two_at_once_compute_each_shard_once(tmp_path, run, undisturbed, stages):
+@pytest.mark.parametrize("more", [[], ["--units", *OF_COSINES, *OF_HEADS, *OF_NEURONS]], ids=["whole", "shards"])
+def test_two_at_once_compute_each_shard_once(tmp_path, run, undisturbed, more):
     out = tmp_path / "out"
-    more = ["--first", *map(str, STARTS)]
-    done = run.at_once(*((out, stage, *(more if stage == "shard" else [])) for stage in stages))
+    done = run.at_once((out, "measure", *more), (out, "measure", *more))
     assert [one["status"] for one in done] == [0, 0], done
-    assert sorted(done[0]["computed"] + done[1]["computed"]) == STARTS
-    merged_again(run, out, undisturbed, computing=[])
+    assert sorted(done[0]["computed"] + done[1]["computed"]) == sorted(SHARDS)
+    measured_again(run, out, undisturbed, computing=[])
 
 
 # --- clock --------------------------------------------------------------------------------------------------------------
@@ -232,13 +323,14 @@ def set_times(folder: Path, moment: float) -> None:
 
 def test_clock_set_back_makes_nothing_again(tmp_path, run, undisturbed):
     out = tmp_path / "out"
-    assert run(out, "shard", "--first", "0", "16")["computed"] == [0, 16]
+    assert run(out, "measure", "--units", *OF_HEADS[:2])["computed"] == [*NEEDED, *OF_HEADS[:2]]
     set_times(out, time.time() + YEAR)
-    merged_again(run, out, undisturbed, computing=[32], backwards=True)
-    (manifest,) = (out / "sweeps").glob("*.manifest.json")
-    assert 0 <= json.loads(manifest.read_text())["seconds"] < 60
+    rest = OF_COSINES + OF_HEADS[2:] + OF_NEURONS
+    measured_again(run, out, undisturbed, computing=rest, backwards=True)
+    for manifest in (out / "measured").glob("*.manifest.json"):
+        assert 0 <= json.loads(manifest.read_text())["seconds"] < 60
     set_times(out, time.time() + YEAR)
-    merged_again(run, out, undisturbed, computing=[], backwards=True)
+    measured_again(run, out, undisturbed, computing=[], backwards=True)
 
 
 # --- disk full ----------------------------------------------------------------------------------------------------------
@@ -267,12 +359,13 @@ def disk(small_disk):
 def test_disk_full_while_merging(run, sharded, undisturbed, disk, leave):
     out = shutil.copytree(sharded, disk.folder / "out")
     disk.fill(leave)
-    full = run(out, "merge")
+    full = run(out, "measure")
     (error,) = [line for line in full["stderr"] if line.startswith("selfrepair: error: ")]
-    assert full["status"] == 1 and "disk full" in error and full["stderr"][-1] == error and "Traceback" not in "".join(full["stderr"])
-    assert full["computed"] == [] and finished_shards(out) == STARTS
+    assert full["status"] == 1 and "disk full" in error and full["stderr"][-1] == error
+    assert "Traceback" not in "".join(full["stderr"])
+    assert full["computed"] == [] and finished(out) == SHARDS
     disk.free()
-    merged_again(run, out, undisturbed, computing=[])
+    measured_again(run, out, undisturbed, computing=[])
 
 
 # --- notebooks ----------------------------------------------------------------------------------------------------------

@@ -32,13 +32,13 @@ from hypothesis.extra import numpy as nps
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-import selfrepair.text.corpora
 import selfrepair.models.loading
+import selfrepair.text.corpora
 from selfrepair.choices import ABLATIONS, PRECISIONS
-from selfrepair.text.corpora import Prompts
+from selfrepair.measure.heads import sweep
 from selfrepair.paths import MODELS
 from selfrepair.store.datasets import FORMAT, open_store, write_store
-from selfrepair.measure.heads import sweep
+from selfrepair.text.corpora import Prompts
 
 
 def cases_of(n):

@@ -18,8 +18,8 @@ from selfrepair.engine.identity_check import IDENTITY_POSITIONS
 from selfrepair.errors import UserError
 from selfrepair.measure import heads as heads_module
 from selfrepair.measure import pairs
-from selfrepair.models.support import check_supported
 from selfrepair.models.loading import load_model
+from selfrepair.models.support import check_supported
 from selfrepair.paths import PUBLISHED
 from selfrepair.store.stores import open_store
 
@@ -99,6 +99,7 @@ def test_store_equals_the_reference_for_every_prompt(tmp_path, folder, measured,
 
 
 @pytest.mark.parametrize("kind", ABLATIONS)
+@pytest.mark.slow("numbers do not depend on how many prompts go through a model at once")
 def test_independent_of_the_batch_size(tmp_path, measured, kind, monkeypatch):
     stores = []
     for at_once in (1, 4, 16):
@@ -256,6 +257,7 @@ def test_unsupported_architectures_are_refused_by_name_before_weights(tmp_path, 
         check_supported(OPTConfig(word_embed_proj_dim=8), "narrow")
 
 
+@pytest.mark.slow("a full disk is said in one line, and nothing computed is lost")
 def test_full_disk_is_one_line_and_the_run_goes_on_later(tmp_path, small_disk, folder, capsys):
     disk = small_disk(2)
     prompts = tmp_path / "many.npy"

@@ -3,8 +3,8 @@
 import re
 from collections import Counter
 
-from selfrepair.text.corpora import read_documents
 from selfrepair.paths import HELD_OUT_TEXT
+from selfrepair.text.corpora import read_documents
 
 FILES = sorted(HELD_OUT_TEXT.glob("*.txt"))
 PASSAGES = read_documents(HELD_OUT_TEXT)

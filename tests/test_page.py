@@ -14,9 +14,9 @@ import pytest
 from browser import PROGRAM, Page
 from PIL import Image
 
+from selfrepair.analysis.claims import COLUMNS, load_claims, load_statistics, write_claims
 from selfrepair.errors import UserError
 from selfrepair.paths import NOTEBOOKS
-from selfrepair.analysis.claims import COLUMNS, load_claims, load_statistics, write_claims
 from selfrepair.run.page import HEADINGS, MARKS, write_page
 
 HOSTILE = """</script><script>alert(1)</script><img src="http://example.org/x" onerror='alert(2)'>&amp; "NA" [1]"""

@@ -6,15 +6,15 @@ import json
 import pytest
 from PIL import Image
 
-from selfrepair.run import verify
-from selfrepair.text.corpora import hash_documents, read_documents
 from selfrepair.errors import UserError
-from selfrepair.store.manifest import manifest_of
 from selfrepair.models.loading import load_model
 from selfrepair.paths import HELD_OUT_TEXT
-from selfrepair.store.datasets import open_store
-from selfrepair.run.workflow import merge_shards, plan, summarise
+from selfrepair.run import verify
 from selfrepair.run.study import Study
+from selfrepair.run.workflow import merge_shards, plan, summarise
+from selfrepair.store.datasets import open_store
+from selfrepair.store.manifest import manifest_of
+from selfrepair.text.corpora import hash_documents, read_documents
 
 MODEL = "pocket-pythia-small"
 

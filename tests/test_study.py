@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from selfrepair.analysis import iterative
-from selfrepair.store.manifest import manifest_of
 from selfrepair.run.study import Study
 from selfrepair.run.verify import verify
+from selfrepair.store.manifest import manifest_of
 
 MODEL = "pocket-pythia-small"
 MEASURES = {

@@ -344,6 +344,7 @@ def killed(out, folder, tokens, *how):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow("a killed run loses no more than the shard at work")
 def test_killed_while_computing_goes_on_to_the_same_bytes(tmp_path, folder):
     tokens = tmp_path / "many.npy"
     np.save(tokens, np.tile(TOKENS, (5, 1)))
@@ -356,6 +357,7 @@ def test_killed_while_computing_goes_on_to_the_same_bytes(tmp_path, folder):
     assert open_store(last["store"]).identical(open_store(whole["store"]))
 
 
+@pytest.mark.slow("a run killed at any moment leaves nothing half written and goes on to the same bytes")
 def test_killed_around_every_step_on_the_disk(tmp_path, folder):
     tokens, n_shards = tmp_path / "many.npy", 2
     np.save(tokens, np.tile(TOKENS, (2, 1)))

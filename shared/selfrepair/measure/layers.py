@@ -1,4 +1,4 @@
-"""The Hydra effect: what each layer does for the most likely token, and what later ones do once it is ablated.
+"""The Hydra effect: what each layer does for the likeliest token, and what later ones do without it.
 
 Everything is at the last position of a prompt, for the token ``t*`` that the clean model finds most likely
 there, in centred logits. A *component* is the attention or the MLP of a layer, biases of its output
@@ -53,7 +53,7 @@ ATTENTION, MLP = 0, 1
 
 
 class Layers(Measurement):
-    """The variables of :func:`ablate_layers`; attribute ``trained_without_dropout``: it is known to have been."""
+    """What :func:`ablate_layers` gives; attribute ``trained_without_dropout``: true where that is known."""
 
     name: ClassVar[str] = "layers"
     uses: ClassVar[tuple[str, ...]] = ("model_name", "dtype", "ablation", "seed")

@@ -1,4 +1,4 @@
-"""What a measurement is: a name, the settings that determine its numbers, what it reads, its shards, and how one is computed."""
+"""What a measurement is: a name, settings that determine its numbers, what it reads, and how a shard is computed."""
 
 from __future__ import annotations
 

@@ -193,7 +193,7 @@ class Task:
         )  # each time anew: what was read of it does not stay in memory
 
     def _parts(self, attributes: Mapping[str, object]) -> Iterator[xr.Dataset]:
-        """What lies along the shards, in the order of its places; then, shard by shard, what is one for each."""
+        """What lies along the shards, in order of its places; then, shard by shard, what is one for each."""
         along = self.measurement.along
         for shard, places in self._runs():
             run = (
@@ -210,7 +210,7 @@ class Task:
             yield self._shard(shard).drop_dims(along, errors="ignore")
 
     def _runs(self) -> list[tuple[int, slice]]:
-        """Runs of consecutive places, in order: the shard that holds each, and where in it. There is one at least."""
+        """Runs of consecutive places, in order: the shard that holds each, and where in it; one at least."""
         runs: list[tuple[int, int, slice]] = []
         for number, shard in enumerate(self.shards):
             data = self._shard(shard)

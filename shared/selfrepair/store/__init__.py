@@ -1,4 +1,4 @@
-"""What was measured, on disk: labelled stores with checksums, their names and manifests, and which code made them."""
+"""What was measured, on disk: labelled stores with checksums, their names, manifests and the code that made them."""
 
 import lazy_loader
 

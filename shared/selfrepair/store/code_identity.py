@@ -1,4 +1,4 @@
-"""Which code makes a result: the modules that it imports, directly or through others, and the data files that they name."""
+"""Which code makes a result: modules that it imports, directly or through others, and data files that they name."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def module_file(module: str) -> Path:
 
 
 def imported_files(file: Path) -> list[Path]:
-    """Files of this package that a module of it imports when it runs; imports for type checkers alone do not count."""
+    """Files of this package that a module of it imports when it runs, not for type checkers alone."""
     return list(_read(file).imports)
 
 
@@ -119,7 +119,7 @@ def _find(module: str) -> Path | None:
 
 
 def _defining_module(module: str, name: str) -> str:
-    """The module that ``from module import name`` gets its code from: ``module`` may be a package that hands names on."""
+    """The module that ``from module import name`` gets its code from, through packages that hand names on."""
     if _find(f"{module}.{name}") is not None:
         return f"{module}.{name}"
     file = _find(module)

@@ -29,7 +29,8 @@ def disk_full_is_said(*folders: Path) -> Iterator[None]:
         if isinstance(error, UserError) or not full:
             raise
         raise UserError(
-            f"{full[0]}: disk full; free some space and run the same command again: it goes on from what is saved"
+            f"{full[0]}: disk full; free some space and run the same command again: "
+            "it goes on from what is saved"
         ) from error
 
 

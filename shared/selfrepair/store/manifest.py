@@ -1,4 +1,4 @@
-"""What made a result, written beside it: code, packages, machine, command, times, and hashes of everything."""
+"""What made a result, written beside it: code, packages, machine, command, times, hashes of everything."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def manifest_of(measured: Path) -> Path:
 
 
 def write_manifest(path: Path, seconds: float, **made_from: object) -> None:
-    """Writes the manifest of a result that took ``seconds`` to make; ``made_from`` is what determines its numbers."""
+    """Writes the manifest of a result that took ``seconds``; ``made_from`` is what determines its numbers."""
     content = {
         **made_from,
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),

@@ -1,4 +1,4 @@
-"""Labelled, checksummed data on disk: one format for whatever is measured, for its shards and for what is merged of them."""
+"""Labelled, checksummed data on disk: one format for whatever is measured, in shards and merged."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FORMAT = 4
 #: Dimension of what is one value for each shard, beside the dimension that shards divide.
 SHARD = "shard"
 PROMPTS_IN_CHUNK = 64
-#: Attributes that are of the store, not of what was measured: checksums of its variables by name, and of it all.
+#: Attributes of the store, not of what was measured: checksums of its variables by name, and of it all.
 CHECKSUMS, CHECKSUM = "variables_sha256", "sha256"
 
 
@@ -124,7 +124,7 @@ def kept(
     compute: Callable[[], xr.Dataset],
     is_current: Callable[[xr.Dataset], bool] = lambda found: True,
 ) -> xr.Dataset:
-    """What ``compute()`` gives: from the store ``path`` if it is there whole and current, else computed and kept there.
+    """What ``compute()`` gives: from the store ``path`` if that is whole and current, else computed and kept there.
 
     Others who want the same wait meanwhile.
     """
@@ -184,7 +184,7 @@ _seen_whole: dict[Path, int] = {}
 
 
 def _damaged(path: Path) -> list[str]:
-    """The variables of a store whose values are not those that were written, read unless no file has changed since."""
+    """Variables of a store whose values are not those that were written; unread if no file changed since."""
     state = _state(path)
     if _seen_whole.get(path) == state:
         return []
