@@ -249,7 +249,7 @@ case "$MODE" in
         ;;
     update)
         run_workflow
-        exec "$PYTHON" -m selfrepair.cli update
+        exec "$PYTHON" -m selfrepair.cli.main update
         ;;
     lab)
         exec "$PYTHON" -m jupyterlab notebooks

@@ -12,7 +12,10 @@ from pathlib import Path
 import websocket
 
 PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-QUIET = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
+QUIET = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run"
+    " --disable-background-networking --disable-component-update --disable-sync"
+)
 PATIENCE = 60  # seconds
 
 
@@ -33,12 +36,24 @@ class Page:
     def __enter__(self) -> Page:
         self.folder.mkdir(parents=True)
         with (self.folder / "log").open("wb") as log:
-            command = [PROGRAM, *QUIET.split(), "--remote-debugging-port=0", f"--user-data-dir={self.folder}", "about:blank"]
+            command = [
+                PROGRAM,
+                *QUIET.split(),
+                "--remote-debugging-port=0",
+                f"--user-data-dir={self.folder}",
+                "about:blank",
+            ]
             self._process = subprocess.Popen(command, stdout=log, stderr=log)
         try:
-            self._socket = websocket.create_connection(self._address(), timeout=PATIENCE, suppress_origin=True)
-            (target,) = [found for found in self.call("Target.getTargets")["targetInfos"] if found["type"] == "page"]
-            self._session = self.call("Target.attachToTarget", targetId=target["targetId"], flatten=True)["sessionId"]
+            self._socket = websocket.create_connection(
+                self._address(), timeout=PATIENCE, suppress_origin=True
+            )
+            (target,) = [
+                found for found in self.call("Target.getTargets")["targetInfos"] if found["type"] == "page"
+            ]
+            self._session = self.call("Target.attachToTarget", targetId=target["targetId"], flatten=True)[
+                "sessionId"
+            ]
             for domain in ("Page", "Runtime", "Log", "Network"):
                 self.call(f"{domain}.enable")
         except BaseException:
@@ -60,7 +75,9 @@ class Page:
         deadline = time.monotonic() + PATIENCE
         while not (note.is_file() and len(note.read_text().splitlines()) == 2):
             if self._process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"{PROGRAM} did not start: {(self.folder / 'log').read_text(errors='replace')[-2000:]}")
+                raise RuntimeError(
+                    f"{PROGRAM} did not start: {(self.folder / 'log').read_text(errors='replace')[-2000:]}"
+                )
             time.sleep(0.05)
         port, path = note.read_text().splitlines()
         return f"ws://127.0.0.1:{port}{path}"
@@ -87,14 +104,25 @@ class Page:
             self.complaints.append(str(report["args"]))
         elif event == "Log.entryAdded" and report["entry"]["level"] in ("error", "warning"):
             self.complaints.append(report["entry"]["text"])
-        elif event == "Network.requestWillBeSent" and not report["request"]["url"].startswith(("file:", "data:")):
+        elif event == "Network.requestWillBeSent" and not report["request"]["url"].startswith(
+            ("file:", "data:")
+        ):
             self.requests.append(report["request"]["url"])
 
     def open(self, path: Path, width: int = 1280, height: int = 900, dark: bool = False) -> None:
         """Shows a file in a window of that many CSS pixels, as a phone would below 600."""
         phone = width < 600
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=2 if phone else 1, mobile=phone)
-        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=2 if phone else 1,
+            mobile=phone,
+        )
+        self.call(
+            "Emulation.setEmulatedMedia",
+            features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}],
+        )
         self._loaded = False
         self.call("Page.navigate", url=path.resolve().as_uri())
         while not self._loaded:
@@ -113,7 +141,10 @@ class Page:
         """Clicks the middle of the first element of that CSS selector, as a mouse does."""
         found = f"document.querySelector({json.dumps(selector)})"
         self.run(f"{found}.scrollIntoView({{block: 'center', inline: 'center', behavior: 'instant'}})")
-        x, y = self.run(f"(() => {{ const b = {found}.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2]; }})()")
+        x, y = self.run(
+            f"(() => "
+            f"{{ const b = {found}.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2]; }})()"
+        )
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
@@ -121,7 +152,9 @@ class Page:
         """Presses a key (its name and Windows code) on what has the focus."""
         for kind in ("keyDown", "keyUp"):
             typed = {"text": text} if text and kind == "keyDown" else {}
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **typed)
+            self.call(
+                "Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **typed
+            )
 
     def screenshot(self, path: Path, whole: bool = False) -> None:
         path.write_bytes(b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=whole)["data"]))

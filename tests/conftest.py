@@ -12,7 +12,8 @@ pytest_plugins = ["pytester"]
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-# Every annotated shape and type of the library is checked while the tests run: before it is imported anywhere.
+# Every annotated shape and type of the library is checked while the tests run: before it is imported
+# anywhere.
 install_import_hook("selfrepair", "typechecker.typechecker")
 
 
@@ -81,7 +82,8 @@ def loaded_families(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def family(loaded_families):
-    """(model, the same in Hugging Face float64) by family and dtype, loaded once; no test may leave them changed."""
+    """(model, the same in Hugging Face float64) by family and dtype, loaded once; no test may leave them
+    changed."""
     used = {}
 
     def load(*which):

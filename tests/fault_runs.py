@@ -8,6 +8,7 @@ but what they need), ``notebooks`` (their folder) and ``backwards`` (true: every
 than the one before). Shards are of few prompts. The parent runs nothing of torch.
 """
 
+import functools
 import itertools
 import json
 import os
@@ -23,7 +24,8 @@ from pathlib import Path
 import transformers.models.gpt2.modeling_gpt2  # noqa: F401 (what loading a model of that kind imports)
 
 import selfrepair.analysis.comparison
-import selfrepair.analysis.head_table  # noqa: F401 (what commands import)
+import selfrepair.analysis.head_table
+import selfrepair.measure.task
 import selfrepair.run.notebooks
 import selfrepair.run.study
 import selfrepair.run.workflow
@@ -32,8 +34,11 @@ from selfrepair.measure import pairs
 from selfrepair.measure.measurement import find_measurement, measurement_names
 from selfrepair.measure.task import Task
 
+#: The sources as they are now, whoever edits them while the tests run.
+selfrepair.measure.task.code_version = functools.cache(selfrepair.measure.task.code_version)
 for name in measurement_names():
     find_measurement(name)
+    selfrepair.measure.task.code_version(f"selfrepair.measure.{name}", "selfrepair.engine.fast.switch")
 pairs.SHARD_PAIRS = 4
 
 

@@ -21,7 +21,9 @@ from selfrepair.cli import main
 #: A command that takes longer on these tiny inputs is taken to hang.
 SECONDS = 60
 #: What a command that fails later on may leave: locks, and finished pieces of work that the next run takes up.
-FINISHED_WORK = re.compile(r"/out$|/out/sweeps$|\.lock$|\.shards(/[^./]+\.(npz|sha256))?$|/tokens(/[^./][^/]*\.(npz|sha256))?$|/cache(/|$)")
+FINISHED_WORK = re.compile(
+    r"/out$|/results(/profile)?$|/measured$|/done$|\.lock$|\.shards$|/[^./][^/]*\.zarr(/|$)|/[^./][^/]*\.manifest\.json$|/cache(/|$)"
+)
 #: Python shows these to nobody unless asked.
 SILENT = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)
 
@@ -77,15 +79,23 @@ class Cases:
         return outcome
 
 
-#: What is said before a failure: what training reads, and how far a sweep came.
-PROGRESS = re.compile(r"^[^\n]+: reading [^\n]+ \(tokenized once, then cached\)\n|^(\r[^\n]* \d+/\d+ [^\n]*)+\n")
+#: What is said before a failure: what training reads, and how far measurements came.
+PROGRESS = re.compile(
+    r"^[^\n]+: reading [^\n]+ \(tokenized once, then cached\)\n|^((\r[^\n]* \d+/\d+ [^\n]*)+\n)+"
+)
 
 
 def is_one_line(err: str) -> bool:
     """Whether it is one printable line, progress aside, that begins with the program's name and says something."""
     line = PROGRESS.sub("", err).removesuffix("\n")
     program, found, message = line.partition("error: ")
-    return bool(found and line.isprintable() and program.startswith("selfrepair") and len(message) > 12 and err.endswith("\n"))
+    return bool(
+        found
+        and line.isprintable()
+        and program.startswith("selfrepair")
+        and len(message) > 12
+        and err.endswith("\n")
+    )
 
 
 def _tree(folder: Path) -> set[tuple[str, int]]:
@@ -111,18 +121,26 @@ def _captured() -> Iterator[tuple[_Text, _Text]]:
         for file, errors in zip(files, ("strict", "backslashreplace"), strict=True)
     ]
     saved = [os.dup(number) for number in (1, 2)]
-    handlers = [h for name in ("", *logging.root.manager.loggerDict) for h in logging.getLogger(name).handlers]
+    handlers = [
+        h for name in ("", *logging.root.manager.loggerDict) for h in logging.getLogger(name).handlers
+    ]
     handlers = [(h, h.stream) for h in handlers if type(h) is logging.StreamHandler]
     try:
         for number, file in zip((1, 2), files, strict=True):
             os.dup2(file.fileno(), number)
         for handler, _ in handlers:
             handler.setStream(streams[1])
-        with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]), warnings.catch_warnings():
+        with (
+            contextlib.redirect_stdout(streams[0]),
+            contextlib.redirect_stderr(streams[1]),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("always")
             for kind in SILENT:
                 warnings.simplefilter("ignore", kind)
-            warnings.showwarning = lambda *shown, **_: print(warnings.formatwarning(*shown[:4]), file=sys.stderr)
+            warnings.showwarning = lambda *shown, **_: print(
+                warnings.formatwarning(*shown[:4]), file=sys.stderr
+            )
             yield texts
     finally:
         for handler, stream in handlers:

@@ -11,7 +11,13 @@ import numpy as np
 import xarray as xr
 
 from selfrepair.measure import task as task_module
-from selfrepair.measure.measurement import Inputs, Measurement, Settings
+from selfrepair.measure.measurement import (
+    Inputs,
+    Measurement,
+    Settings,
+    find_measurement,
+    measurement_names,
+)
 from selfrepair.measure.task import Task
 
 
@@ -25,6 +31,13 @@ def wanted_settings(tokens: Path, **changes: object) -> dict[str, object]:
 
 def heads_task(model: Path, tokens: Path, out: Path, **changes: object) -> Task:
     return Task("heads", str(model), wanted_settings(tokens, **changes), out)
+
+
+def of_prompts() -> tuple[str, ...]:
+    """Measurements of prompts: all that can be measured of a model that knows no facts."""
+    kind = {"ablation": "resample"}
+    names = (name for name in measurement_names() if not find_measurement(name).on_demand)
+    return tuple(name for name in names if "tokens" in find_measurement(name).needs(kind))
 
 
 class Made(Measurement):

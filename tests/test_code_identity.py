@@ -36,7 +36,8 @@ def write(package, name, text):
     (package / name).write_text(text)
 
 
-#: What a run makes: of measurements, the modules that make their numbers; of tables, claims and pages, those that show them.
+#: What a run makes: of measurements, the modules that make their numbers; of tables, claims and pages, those
+#: that show them.
 RESULTS = (
     "measure.tokens",
     "measure.heads",

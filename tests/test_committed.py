@@ -1,4 +1,5 @@
-"""What ``./run_all.sh --update`` writes over the committed files, and that a failing notebook changes none of them."""
+"""What ``./run_all.sh --update`` writes over the committed files, and that a failing notebook changes none
+of them."""
 
 import nbformat
 import pytest
@@ -21,19 +22,27 @@ def repository(tmp_path, monkeypatch):
     monkeypatch.setattr(notebooks, "NOTEBOOKS", tmp_path / "notebooks")
     for name, value in (("FIGURES", "figures"), ("README", "README.md")):
         monkeypatch.setattr(committed, name, tmp_path / value)
-    monkeypatch.setattr(committed, "summarise", lambda study: (study.out_dir / "index.html").write_text(study.profile.name))
     return tmp_path
 
 
+def update(repository):
+    def summarise(study):
+        (study.out_dir / "index.html").write_text(study.profile.name)
+
+    committed.update_committed(Study.of("pocket", out_dir=repository / "results" / "pocket"), summarise)
+
+
 def write(repository, name, source):
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source), nbformat.v4.new_markdown_cell("text")])
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(source), nbformat.v4.new_markdown_cell("text")]
+    )
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nbformat.write(notebook, repository / "notebooks" / f"{name}.ipynb")
 
 
 def test_everything_is_refreshed(repository):
     write(repository, "01_works", "import os\nprint(2 + 3, os.path.basename(os.getcwd()))")
-    committed.update_committed(Study.of("pocket", out_dir=repository / "results" / "pocket"))
+    update(repository)
     cell = nbformat.read(repository / "notebooks" / "01_works.ipynb", 4).cells[0]
     assert cell.outputs[0].text == "5 notebooks\n" and cell.execution_count == 1 and not cell.metadata
     figures = repository / "figures" / "pocket"
@@ -46,11 +55,11 @@ def test_a_failing_notebook_changes_nothing(repository):
     write(repository, "02_breaks", "1 / 0")
     before = {path: path.read_bytes() for path in repository.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match="02_breaks: ZeroDivisionError"):
-        committed.update_committed(Study.of("pocket", out_dir=repository / "results" / "pocket"))
+        update(repository)
     assert {path: path.read_bytes() for path in repository.rglob("*") if path.is_file()} == before
 
 
 def test_a_readme_without_claims_is_said(repository):
     (repository / "README.md").write_text("# Title\n")
     with pytest.raises(UserError, match="no section 'Claims'"):
-        committed.update_committed(Study.of("pocket", out_dir=repository / "results" / "pocket"))
+        update(repository)

@@ -1,4 +1,5 @@
-"""The places that say what to install agree with each other, and run_all.sh sets it up and passes its options on."""
+"""The places that say what to install agree with each other, and run_all.sh sets it up and passes its
+options on."""
 
 import os
 import re
@@ -53,7 +54,8 @@ def drift(requirement: str, pins: Mapping[str, Version]) -> str | None:
     return None
 
 
-# --- the lock file -------------------------------------------------------------------------------------------------
+# --- the lock file
+# -------------------------------------------------------------------------------------------------
 
 
 def test_lock_holds_sorted_exact_pins_only():
@@ -86,7 +88,8 @@ def test_drift_is_noticed(requirement, pin, complaint):
     assert drift(requirement, {"foo-bar": Version(pin)}) == complaint
 
 
-# --- environment.yml and the Python version ------------------------------------------------------------------------
+# --- environment.yml and the Python version
+# ------------------------------------------------------------------------
 
 
 def test_environment_yml_takes_its_versions_from_the_lock():
@@ -114,11 +117,13 @@ def test_python_version_bounds_agree():
     assert all(bound.contains(name.removeprefix("python")) for name in looked_for[:-1])
 
 
-# --- run_all.sh ----------------------------------------------------------------------------------------------------
+# --- run_all.sh
+# ----------------------------------------------------------------------------------------------------
 
 needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="run_all.sh needs bash")
 
-# Stands in for Python: runs programs given by -c or on standard input, "makes" environments and writes down every other call.
+# Stands in for Python: runs programs given by -c or on standard input, "makes" environments and writes down
+# every other call.
 STAND_IN = f"""#!/bin/sh
 case "$1" in
     -c | -) exec "{sys.executable}" "$@" ;;
@@ -426,7 +431,7 @@ def test_slurm_and_update_run_the_workflow(clone):
         == f"-m snakemake --logger selfrepair {where} --config profile=pocket out=results/pocket"
     )
     assert clone.run("--update", "--jobs=3").returncode == 0
-    assert clone.calls[-2:] == [workflow(clone, 3), "-m selfrepair.cli update"]
+    assert clone.calls[-2:] == [workflow(clone, 3), "-m selfrepair.cli.main update"]
     assert clone.run("--update", "--jobs=3", FAIL_AT="--cores 3").returncode == 3
     assert clone.calls[-1] == workflow(clone, 3), "nothing is refreshed from a run that failed"
 
@@ -448,7 +453,8 @@ def test_scripts_are_executable():
     assert all(os.access(ROOT / name, os.X_OK) for name in ("run_all.sh", ".ci/run"))
 
 
-# --- how to cite ---------------------------------------------------------------------------------------------------
+# --- how to cite
+# ---------------------------------------------------------------------------------------------------
 
 
 def test_citation_names_this_version_and_both_papers():

@@ -42,7 +42,13 @@ def profile(tmp_path_factory):
     tokenizer = PreTrainedTokenizerFast.from_pretrained(MODELS / "pocket-gpt2")
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=len(tokenizer), n_layer=2, n_head=2, n_embd=8, n_positions=16, bos_token_id=0, eos_token_id=0
+        vocab_size=len(tokenizer),
+        n_layer=2,
+        n_head=2,
+        n_embd=8,
+        n_positions=16,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     GPT2LMHeadModel(config).save_pretrained(folder / "tiny")
     tokenizer.save_pretrained(folder / "tiny")
@@ -131,9 +137,7 @@ def finished(out: Path) -> list[str]:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {
-        str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()
-    }
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def contents(out: Path, labels: set[str] = LABELS) -> dict[str, dict[str, bytes]]:
@@ -181,7 +185,9 @@ def test_killed_at_20_random_moments_loses_no_finished_shard(tmp_path, run, undi
         assert killed["status"] == -signal.SIGKILL
         kills += 1
         kept = finished(out)
-        assert set(killed["computed"][:-1]) <= set(kept)  # at most the last one was computed and not yet saved
+        assert set(killed["computed"][:-1]) <= set(
+            kept
+        )  # at most the last one was computed and not yet saved
         found.add(len(kept))
         measured_again(run, out, undisturbed, computing=[shard for shard in SHARDS if shard not in kept])
         shutil.rmtree(out)
@@ -304,7 +310,9 @@ def test_what_is_made_of_other_numbers_is_made_again(run, sharded, undisturbed, 
 # --- two at once --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("more", [[], ["--units", *OF_COSINES, *OF_HEADS, *OF_NEURONS]], ids=["whole", "shards"])
+@pytest.mark.parametrize(
+    "more", [[], ["--units", *OF_COSINES, *OF_HEADS, *OF_NEURONS]], ids=["whole", "shards"]
+)
 def test_two_at_once_compute_each_shard_once(tmp_path, run, undisturbed, more):
     out = tmp_path / "out"
     done = run.at_once((out, "measure", *more), (out, "measure", *more))
@@ -389,7 +397,9 @@ def write_notebook(folder: Path, name: str, seconds: float = 0) -> None:
         nbformat.v4.new_code_cell(FIGURE),
     ]
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), folder / f"{name}.ipynb")
+    nbformat.write(
+        nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), folder / f"{name}.ipynb"
+    )
 
 
 @pytest.fixture
@@ -449,7 +459,12 @@ def test_disk_full_while_a_notebook_or_its_figure_is_written(tmp_path, run, sour
     disk.fill(leave)
     full = run(out, "notebooks", "--only", "01", notebooks=str(sources))
     errors = [line for line in full["stderr"] if line.startswith("selfrepair: error: ")]
-    assert full["status"] == 1 and len(errors) == 1 and "disk full" in errors[0] and full["stderr"][-1] == errors[0], full
+    assert (
+        full["status"] == 1
+        and len(errors) == 1
+        and "disk full" in errors[0]
+        and full["stderr"][-1] == errors[0]
+    ), full
     assert list(out.glob("figures/*.begun")) == ([out / "figures" / "01_first.begun"] if leave else [])
     disk.free()
     assert run(out, "notebooks", "--only", "01", notebooks=str(sources))["status"] == 0

@@ -30,20 +30,31 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
 from safetensors.torch import load_file, save_file
+from tasks import heads_task
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+import selfrepair.measure.tokens
 import selfrepair.models.loading
+import selfrepair.run.study
+import selfrepair.run.verify
 import selfrepair.text.corpora
-from selfrepair.choices import ABLATIONS, PRECISIONS
-from selfrepair.measure.heads import sweep
+from selfrepair.choices import PRECISIONS
+from selfrepair.engine.ablations import ABLATIONS
 from selfrepair.paths import MODELS
-from selfrepair.store.datasets import FORMAT, open_store, write_store
-from selfrepair.text.corpora import Prompts
+from selfrepair.store.stores import FORMAT, open_store, write_store
+
+pytestmark = pytest.mark.slow("bad input of any kind ends in one line, or in sound numbers")
 
 
 def cases_of(n):
     """Settings for ``n`` reproducible cases."""
-    return settings(max_examples=n, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+    return settings(
+        max_examples=n,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
 
 
 TOKENS = random_tokens(4, 8).numpy()
@@ -72,10 +83,10 @@ def inputs(cases):
     (folder / "occupied").touch()
     (folder / "profile.yaml").write_text(yaml.safe_dump(PROFILE | {"models": [str(folder / "reader")]}))
     (folder / "training.yaml").write_text(yaml.safe_dump(TRAINING))
-    store = sweep(
-        selfrepair.models.loading.load_model(str(folder / "tiny"), "cpu"), Prompts(TOKENS, "tokens"), "resample", folder / "sweeps", progress=False
-    )
-    store.with_suffix(".lock").unlink(missing_ok=True)
+    model = selfrepair.models.loading.load_model(str(folder / "tiny"), "cpu")
+    heads_task(folder / "tiny", folder / "tokens.npy", folder / "sweeps", ablation="resample").merge([model])
+    for lock in (folder / "sweeps").glob("*.lock"):
+        lock.unlink()
     with pytest.MonkeyPatch.context() as patch:
         loaded = {}
         load = selfrepair.models.loading.load_model
@@ -88,15 +99,26 @@ def inputs(cases):
                 loaded[key] = load(name, device, dtype)
             return loaded[key]
 
-        patch.setattr(selfrepair.models.loading, "load_model", load_once)
-        patch.setattr(selfrepair.text.corpora, "HELD_OUT_TEXT", folder / "texts")
-        patch.setattr("selfrepair.run.study.HELD_OUT_TEXT", folder / "texts")
+        for module in (selfrepair.models.loading, selfrepair.run.verify):
+            patch.setattr(module, "load_model", load_once)
+        for module in (selfrepair.text.corpora, selfrepair.measure.tokens):
+            patch.setattr(module, "HELD_OUT_TEXT", folder / "texts")
+        patch.setattr(
+            selfrepair.run.study, "REPOSITORY", cases.base
+        )  # whose results are the default for --out
         patch.setenv("HOME", str(cases.base))
         patch.setenv("SELFREPAIR_CACHE", str(cases.base / "cache"))
         yield folder
 
 
-PROFILE = {"models": ["pocket-gpt2"], "ablations": ["zero", "mean"], "n_prompts": 4, "prompt_len": 20, "fraction": 0.1, "dataset": None}
+PROFILE = {
+    "models": ["pocket-gpt2"],
+    "ablations": ["zero", "mean"],
+    "n_prompts": 4,
+    "prompt_len": 20,
+    "fraction": 0.1,
+    "dataset": None,
+}
 TRAINING = {
     "name": "tiny",
     "architecture": "gpt2",
@@ -111,12 +133,21 @@ TRAINING = {
 }
 
 
+def heads_store(inputs: Path) -> Path:
+    """The store of the heads of ``TOKENS``."""
+    (store,) = (inputs / "sweeps").glob("*-heads-*.zarr")
+    return store
+
+
 def sound(outcome: Outcome, **wanted: object):
     """The store that a sweep wrote: it opens, all of it is finite, and its attributes are what was asked for."""
     store = open_store(outcome.out.removesuffix("\n"))
     assert all(np.isfinite(values.values).all() for values in store.variables.values()), store
     assert {name: store.attrs[name] for name in wanted} == wanted
-    assert (store.sizes["prompt"], store.sizes["position"] + 1) == (store.attrs["n_prompts"], store.attrs["prompt_len"])
+    assert (store.sizes["prompt"], store.sizes["position"] + 1) == (
+        store.attrs["n_prompts"],
+        store.attrs["prompt_len"],
+    )
     return store
 
 
@@ -133,11 +164,15 @@ LEAVES = (
 STRUCTURES = st.recursive(
     LEAVES,
     lambda inner: (
-        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5) | st.sampled_from(["name", "dtype"]), inner, max_size=3)
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.text(max_size=5) | st.sampled_from(["name", "dtype"]), inner, max_size=3)
     ),
 )
 LAUGHS = "\n".join(
-    ["a: &a [x, x, x, x, x, x, x, x, x]", *(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in zip("abcdefgh", "bcdefghi", strict=True))]
+    [
+        "a: &a [x, x, x, x, x, x, x, x, x]",
+        *(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in zip("abcdefgh", "bcdefghi", strict=True)),
+    ]
 )
 
 
@@ -230,7 +265,11 @@ PROFILES = (
 
 def profile(**values):
     """A good profile but for the values."""
-    return Raw(yaml.safe_dump({name: value for name, value in PROFILE.items() if name != "prompt_len"} | values).encode())
+    return Raw(
+        yaml.safe_dump(
+            {name: value for name, value in PROFILE.items() if name != "prompt_len"} | values
+        ).encode()
+    )
 
 
 def run_profile(cases, content, command):
@@ -239,7 +278,9 @@ def run_profile(cases, content, command):
         more = ["--out", "out", "--only", "99"] if command == "notebooks" else []
         outcome = cases.run([command, "--profile", "mine.yaml", *more])
         if outcome.status == 0:
-            assert command == "plan" and set(json.loads(outcome.out)["models"]) <= set(map(str, yaml.safe_load(content)["models"]))
+            assert command == "plan" and set(json.loads(outcome.out)["models"]) <= set(
+                map(str, yaml.safe_load(content)["models"])
+            )
 
 
 @pytest.mark.parametrize("content", TRICKS, ids=range(len(TRICKS)))
@@ -325,7 +366,9 @@ INPUTS = [
     "missing",
 ]
 PATHS = (
-    st.sampled_from(ODD_PATHS) | st.sampled_from(INPUTS).map("INPUTS/{}".format) | st.text(max_size=5).filter(lambda text: "\0" not in text)
+    st.sampled_from(ODD_PATHS)
+    | st.sampled_from(INPUTS).map("INPUTS/{}".format)
+    | st.text(max_size=5).filter(lambda text: "\0" not in text)
 )
 FOLDERS = (
     st.just("out")
@@ -336,7 +379,18 @@ MODELS_ = (
     st.sampled_from(["INPUTS/tiny", "INPUTS/reader"])
     | PATHS
     | st.sampled_from(
-        ["gpt2", "a/b", "a/b/c", "pocket", "EleutherAI/pythia-70m", "hf://a", "a--b", "a..b", "a/b@main", "https://example.org/a"]
+        [
+            "gpt2",
+            "a/b",
+            "a/b/c",
+            "pocket",
+            "EleutherAI/pythia-70m",
+            "hf://a",
+            "a--b",
+            "a..b",
+            "a/b@main",
+            "https://example.org/a",
+        ]
     )
 )
 DEVICES = st.sampled_from(
@@ -403,8 +457,35 @@ PROFILE_NAMES = (
 )
 CHOICES = st.sampled_from([*ABLATIONS, "swap", "", "ZERO", "zer", "\n"])
 TYPES = st.sampled_from([*PRECISIONS, "int8", "float", "", "FLOAT32"])
-FRACTIONS = st.sampled_from(["0.1", "1", "1e-12", "5e-324", "0", "-0.1", "1.0000001", "nan", "inf", "1e999", "half"]) | NUMBERS
+FRACTIONS = (
+    st.sampled_from(["0.1", "1", "1e-12", "5e-324", "0", "-0.1", "1.0000001", "nan", "inf", "1e999", "half"])
+    | NUMBERS
+)
 
+UNITS = st.sampled_from(
+    [
+        *(
+            "heads-zero:0",
+            "heads-mean:0",
+            "neurons-zero:0",
+            "tokens:0",
+            "probabilities:0",
+            "cosines:16",
+            "heads:0",
+        ),
+        *(
+            "heads-zero",
+            ":",
+            ":0",
+            "heads-zero:",
+            "heads-zero:-1",
+            "heads-zero:²",
+            "heads-zero:٠",
+            "heads-zero:0:0",
+        ),
+        *("heads-zero:" + "9" * 5000, "heads-zero:0\n", "../heads-zero:0", "💥:0", "\udcff:0", "facts:0"),
+    ]
+)
 #: What every stage of a run takes.
 OF_A_RUN = {"--profile": PROFILE_NAMES, "--out": FOLDERS, "--seed": NUMBERS, "--device": DEVICES}
 #: Command → its options, ``None`` for the positional one, and what is put there.
@@ -423,7 +504,10 @@ OPTIONS = {
         "--seed": NUMBERS,
     },
     "heads": {None: PATHS, "--fraction": FRACTIONS, "--csv": FOLDERS},
-    "evaluate": {None: PATHS.filter(lambda path: path not in ("INPUTS/tiny", "INPUTS/reader")), "--device": DEVICES},
+    "evaluate": {
+        None: PATHS.filter(lambda path: path not in ("INPUTS/tiny", "INPUTS/reader")),
+        "--device": DEVICES,
+    },
     "verify": {None: PATHS, "--device": DEVICES},
     "train": {None: PATHS, "--text": PATHS, "--out": FOLDERS, "--device": DEVICES},
     "notebooks": {
@@ -434,24 +518,27 @@ OPTIONS = {
         "--only": st.sampled_from(["99", "x", "\n", "💥", "\udcff"]),
     },
     "plan": OF_A_RUN,
-    "tokens": OF_A_RUN | {"--model": MODELS_},
-    "shard": OF_A_RUN | {"--model": MODELS_, "--ablation": CHOICES, "--first": NUMBERS},
-    "merge": OF_A_RUN | {"--model": MODELS_, "--ablation": CHOICES},
-    "summary": OF_A_RUN,
+    "measure a stage": OF_A_RUN
+    | {"--model": MODELS_, "--stage": NUMBERS | st.sampled_from(["all", "1", "2", "../0"])},
+    "measure shards": OF_A_RUN | {"--model": MODELS_, "--units": UNITS, "--job": NUMBERS | PATHS},
+    "notebook": OF_A_RUN
+    | {"--number": st.sampled_from(["99", "0", "x", "", "\n", "💥", "\udcff"]), "--key": NUMBERS},
+    "summary": OF_A_RUN | {"--key": NUMBERS},
 }
 #: What makes each command work as far as its other options allow.
 WORKING = {
     "sweep": {"--model": "INPUTS/tiny", "--out": "out", "--tokens": "INPUTS/tokens.npy"},
-    "heads": {None: "INPUTS/sweeps/STORE", "--csv": "table.csv"},
+    "heads": {None: "STORE", "--csv": "table.csv"},
     "evaluate": {None: "INPUTS/empty"},
     "verify": {None: "INPUTS/sweeps"},
     "train": {None: "INPUTS/training.yaml", "--text": "INPUTS/missing", "--out": "out"},
     "notebooks": {"--profile": "INPUTS/profile.yaml", "--out": "out", "--only": "99"},
-    **{name: {"--profile": "INPUTS/profile.yaml", "--out": "out"} for name in ("plan", "tokens", "shard", "merge", "summary")},
 }
-for name in ("tokens", "shard", "merge"):
-    WORKING[name] |= {"--model": "INPUTS/reader", "--ablation": "zero", "--first": "0"}
-    WORKING[name] = {option: value for option, value in WORKING[name].items() if option in OPTIONS[name]}
+for name in OPTIONS.keys() - WORKING.keys():
+    WORKING[name] = {"--profile": "INPUTS/profile.yaml", "--out": "out"}
+WORKING["measure a stage"] |= {"--model": "INPUTS/reader", "--stage": "0"}
+WORKING["measure shards"] |= {"--model": "INPUTS/reader", "--units": "heads-zero:0"}
+WORKING["notebook"] |= {"--number": "99"}
 
 
 @st.composite
@@ -459,48 +546,114 @@ def command_lines(draw):
     """A working command with one to three of its options changed, doubled or left out, and at times something foreign."""
     command = draw(st.sampled_from(list(OPTIONS)))
     options = dict(WORKING[command])
-    for option in draw(st.lists(st.sampled_from(list(OPTIONS[command])), min_size=1, max_size=3, unique_by=str)):
+    for option in draw(
+        st.lists(st.sampled_from(list(OPTIONS[command])), min_size=1, max_size=3, unique_by=str)
+    ):
         if draw(st.integers(0, 9)) or option == "--only":
             options[option] = draw(OPTIONS[command][option])
         else:
             options.pop(option, None)
-    words = [word for option, value in options.items() for word in ([value] if option is None else [option, value])]
+    words = [
+        word for option, value in options.items() for word in ([value] if option is None else [option, value])
+    ]
     if draw(st.integers(0, 9)) == 0:
         words.insert(
             draw(st.integers(0, len(words))),
-            draw(st.sampled_from(["--nope", "-x", "", "extra", "--", "--model", "--out=", "--seed=1", "a\nb", "\udcff"])),
+            draw(
+                st.sampled_from(
+                    ["--nope", "-x", "", "extra", "--", "--model", "--out=", "--seed=1", "a\nb", "\udcff"]
+                )
+            ),
         )
-    return [command, *words]
+    return [command.split()[0], *words]
 
 
 def run_arguments(cases, inputs, line):
     with cases.folder():
-        store = next((inputs / "sweeps").glob("*.zarr")).name
+        store = str(heads_store(inputs))
         outcome = cases.run([word.replace("INPUTS", str(inputs)).replace("STORE", store) for word in line])
         if outcome.status == 0 and line[0] == "sweep":
             sound(outcome)
+        if outcome.status == 0 and line[0] == "measure":
+            assert list(Path().glob("out*/done/**/*.done")) or "--out" not in line
+            assert all(map(open_store, Path().glob("out*/measured/*.zarr")))
         if outcome.status == 0 and line[0] == "heads":
-            table = outcome.out or Path(line[line.index("--csv") + 1].replace("INPUTS", str(inputs))).read_text()
+            table = (
+                outcome.out or Path(line[line.index("--csv") + 1].replace("INPUTS", str(inputs))).read_text()
+            )
             table = pd.read_csv(io.StringIO(table))
             assert np.isfinite(table.select_dtypes("number").to_numpy()).all()
+
+
+#: A working command but for the number of the stage.
+MEASURE = [
+    *(
+        "measure",
+        "--profile",
+        "INPUTS/profile.yaml",
+        "--out",
+        "out",
+        "--model",
+        "INPUTS/reader",
+        "--device",
+        "cpu",
+        "--stage",
+    ),
+]
 
 
 @cases_of(220)
 @given(line=command_lines())
 @example(line=["sweep", "--model", "INPUTS/tiny", "--tokens", "INPUTS/tokens.npy", "--out", "~"])
 @example(line=["sweep", "--model", "INPUTS/tiny", "--tokens", "INPUTS/tokens.npy", "--out", "\udcff"])
-@example(line=["sweep", "--model", "INPUTS/tiny", "--tokens", "INPUTS/tokens.npy", "--out", "INPUTS/occupied"])
-@example(line=["sweep", "--model", "INPUTS/tiny", "--tokens", "INPUTS/tokens.npy", "--out", "out", "--device", "meta"])
-@example(line=["sweep", "--model", "INPUTS/tiny", "--tokens", "INPUTS/tokens.npy", "--out", "out", "--device", "privateuseone"])
+@example(
+    line=["sweep", "--model", "INPUTS/tiny", "--tokens", "INPUTS/tokens.npy", "--out", "INPUTS/occupied"]
+)
+@example(
+    line=[
+        "sweep",
+        "--model",
+        "INPUTS/tiny",
+        "--tokens",
+        "INPUTS/tokens.npy",
+        "--out",
+        "out",
+        "--device",
+        "meta",
+    ]
+)
+@example(
+    line=[
+        "sweep",
+        "--model",
+        "INPUTS/tiny",
+        "--tokens",
+        "INPUTS/tokens.npy",
+        "--out",
+        "out",
+        "--device",
+        "privateuseone",
+    ]
+)
 @example(line=["sweep", "--model", "INPUTS/tiny", "--out", "out", "--device", "mkldnn"])
 @example(line=["sweep", "--model", "INPUTS/reader", "--out", "out", "--prompt-len", "9" * 30])
 @example(line=["sweep", "--model", "x" * 300, "--out", "out"])
-@example(line=["heads", "INPUTS/sweeps/STORE", "--csv", "INPUTS/empty"])
-@example(line=["heads", "INPUTS/sweeps/STORE", "--csv", "INPUTS/occupied/table.csv"])
+@example(line=["heads", "STORE", "--csv", "INPUTS/empty"])
+@example(line=["heads", "STORE", "--csv", "INPUTS/occupied/table.csv"])
 @example(line=["heads", "a\nb"])
-@example(line=["heads", "INPUTS/sweeps/STORE", "--fraction", "1e-12"])
+@example(line=["heads", "STORE", "--fraction", "1e-12"])
 @example(line=["train", "INPUTS/training.yaml", "--text", "INPUTS/texts", "--out", "out"])
 @example(line=["verify", "x/" * 3000])
+@example(line=["verify", "INPUTS/sweeps", "--device", "cpu"])
+@example(line=["notebook", "--profile", "INPUTS/profile.yaml", "--out", "out", "--number", "0"])
+@example(line=["notebooks", "--profile", "INPUTS/profile.yaml", "--out", "out", "--only", ""])
+@example(line=[*MEASURE, "all"])
+@example(line=[*MEASURE, "2"])
+@example(line=[*MEASURE, "99"])
+@example(line=[*MEASURE[:-1], "--units", "heads-mean:0", "neurons-zero:0", "probabilities:0"])
+@example(line=[*MEASURE[:-1], "--units", "heads-zero:²"])
+@example(line=[*MEASURE[:-1], "--units", "heads-zero:" + "9" * 5000])
+@example(line=[*MEASURE[:-1], "--units", "heads-zero:0", "--job", "../../../../elsewhere"])
 @example(line=["verify", "a\nb", "a\nb"])
 def test_arguments(cases, inputs, line):
     run_arguments(cases, inputs, line)
@@ -509,7 +662,10 @@ def test_arguments(cases, inputs, line):
 TRAINING_CONFIGS = (
     mutated(yaml.safe_dump(TRAINING).encode())
     | st.dictionaries(
-        st.sampled_from([*TRAINING, "dropout", "weight_decay", "seed", "clip", "nothing"]), STRUCTURES, min_size=1, max_size=2
+        st.sampled_from([*TRAINING, "dropout", "weight_decay", "seed", "clip", "nothing"]),
+        STRUCTURES,
+        min_size=1,
+        max_size=2,
     ).map(lambda values: yaml.safe_dump(TRAINING | values).encode())
     | st.sampled_from(TRICKS)
 )
@@ -558,7 +714,9 @@ def zipped(**members):
     return Raw(content.getvalue())
 
 
-DTYPES = st.sampled_from([f"{order}{kind}{size}" for order in "<>" for kind in "iu" for size in (2, 4, 8)] + ["i1", "u1"])
+DTYPES = st.sampled_from(
+    [f"{order}{kind}{size}" for order in "<>" for kind in "iu" for size in (2, 4, 8)] + ["i1", "u1"]
+)
 #: The same tokens in every form that a file of integers has.
 SAME_TOKENS = st.builds(
     lambda dtype, order, version: same_tokens(dtype, order, version),
@@ -639,31 +797,35 @@ BAD_TOKENS = [
 ]
 #: One prompt less than there are, or a header as Python 2 wrote it.
 GOOD_AFTER_ALL = [npy(TOKENS[:3]), npy_of(HEADERS[3 + 4], bytes(256))]
-ANY_ARRAYS = nps.arrays(nps.array_dtypes() | nps.scalar_dtypes(), nps.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4)).map(npy)
+ANY_ARRAYS = nps.arrays(
+    nps.array_dtypes() | nps.scalar_dtypes(), nps.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4)
+).map(npy)
 
 
 @pytest.fixture(scope="module")
 def swept(cases, inputs):
     """The store of a sweep of ``TOKENS``."""
-    return open_store(next((inputs / "sweeps").glob("*.zarr"))).load()
+    return open_store(heads_store(inputs)).load()
 
 
 def run_tokens(cases, inputs, swept, content, same=False):
     with cases.folder() as folder:
         (folder / "tokens.npy").write_bytes(content)
-        outcome = cases.run(["sweep", "--model", str(inputs / "tiny"), "--tokens", "tokens.npy", "--out", "out"])
+        outcome = cases.run(
+            ["sweep", "--model", str(inputs / "tiny"), "--tokens", "tokens.npy", "--out", "out"]
+        )
         assert not (folder / "sprung").exists()
         if same:
             assert outcome.status == 0, outcome
         if outcome.status == 0:
-            store = sound(outcome, corpus="tokens.npy", ablation="resample", dtype="float32", seed=0)
+            corpus = str(folder.resolve() / "tokens.npy")
+            store = sound(outcome, corpus=corpus, ablation="resample", dtype="float32", seed=0)
             rows = np.load("tokens.npy")
             order = np.random.Generator(np.random.PCG64(0)).permutation(len(rows))[: len(rows) // 2 * 2]
             assert np.array_equal(store["token"], rows[order].astype(np.int64))
             if same:
-                back = np.argsort(order)
-                for name in ("direct_effect", "sigma_clean"):  # which no partner has a part in
-                    np.testing.assert_allclose(store[name].isel(prompt=back), swept[name], atol=1e-5)
+                for name in swept.data_vars:
+                    np.testing.assert_allclose(store[name], swept[name], atol=1e-5, err_msg=name)
         return outcome
 
 
@@ -739,10 +901,23 @@ def run_text(cases, inputs, name, content, *more):
         path.write_bytes(content)
         text = name.partition("/")[0]
         outcome = cases.run(
-            ["sweep", "--model", str(inputs / "reader"), "--text", text, "--prompt-len", "16", "--n-prompts", "2", "--out", "out", *more]
+            [
+                "sweep",
+                "--model",
+                str(inputs / "reader"),
+                "--text",
+                text,
+                "--prompt-len",
+                "16",
+                "--n-prompts",
+                "2",
+                "--out",
+                "out",
+                *more,
+            ]
         )
         if outcome.status == 0:
-            store = sound(outcome, corpus=text, n_prompts=2, prompt_len=16)
+            store = sound(outcome, corpus=str(folder.resolve() / text), n_prompts=2, prompt_len=16)
             assert (store["token"][:, 0] == 0).all() and store["token"].max() < 4096
         return outcome
 
@@ -755,9 +930,13 @@ def test_odd_texts(cases, inputs, kind):
 @cases_of(40)
 @given(
     content=(
-        st.binary(max_size=300) | st.text(max_size=300).map(lambda text: text.encode(errors="replace")) | mutated((PROSE * 3).encode(), 1)
+        st.binary(max_size=300)
+        | st.text(max_size=300).map(lambda text: text.encode(errors="replace"))
+        | mutated((PROSE * 3).encode(), 1)
     ).map(lambda part: part * 12)
-    | st.lists(st.sampled_from(["---\n", "\n", "word ", "---", "é", "\r\n", "👩‍👧 "]), max_size=200).map("".join).map(str.encode),
+    | st.lists(st.sampled_from(["---\n", "\n", "word ", "---", "é", "\r\n", "👩‍👧 "]), max_size=200)
+    .map("".join)
+    .map(str.encode),
     zipped=st.booleans(),
 )
 def test_any_texts(cases, inputs, content, zipped):
@@ -783,7 +962,13 @@ def test_a_line_of_100_megabytes_takes_no_time_and_memory(cases, inputs, piece):
 # --- model folders --------------------------------------------------------------------------------------------------------------
 
 FAMILIES_OF_FOLDERS = ("gpt2", "llama-gqa", "neox-parallel")
-FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
 
 
 @pytest.fixture(scope="module")
@@ -866,12 +1051,19 @@ def set_at(index, value):
 def swap_layers(folder):
     weights = load_file(folder / "model.safetensors")
     other = {".0.": ".1.", ".1.": ".0."}
-    weights = {re.sub(r"\.[01]\.", lambda found: other[found[0]], name, count=1): value for name, value in weights.items()}
+    weights = {
+        re.sub(r"\.[01]\.", lambda found: other[found[0]], name, count=1): value
+        for name, value in weights.items()
+    }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def edit_json(name, **values):
-    return rewrite(name, f"with {reprlib.repr(values)}", lambda content: json.dumps(json.loads(content) | values).encode())
+    return rewrite(
+        name,
+        f"with {reprlib.repr(values)}",
+        lambda content: json.dumps(json.loads(content) | values).encode(),
+    )
 
 
 NAN, INF = float("nan"), float("inf")
@@ -892,7 +1084,11 @@ CHANGES = [
     rewrite("model.safetensors", "with a huge header", lambda content: b"\xff" * 8 + content[8:]),
     rewrite("model.safetensors", "of PyTorch", lambda _: pickle.dumps(Trap())),
     rewrite("pytorch_model.bin", "a trap", lambda _: pickle.dumps(Trap())),
-    rewrite("model.safetensors.index.json", "of missing shards", lambda _: b'{"metadata": {}, "weight_map": {"a": "b.safetensors"}}'),
+    rewrite(
+        "model.safetensors.index.json",
+        "of missing shards",
+        lambda _: b'{"metadata": {}, "weight_map": {"a": "b.safetensors"}}',
+    ),
     rewrite("metrics.json", "of nobody", lambda _: b"{}"),
     swap_layers,
     change_weights("NaN", "0", set_at(5, NAN)),
@@ -923,7 +1119,15 @@ CHANGES = [
     edit_json(
         "tokenizer.json",
         added_tokens=[
-            {"id": 9999, "content": "the", "single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
+            {
+                "id": 9999,
+                "content": "the",
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": True,
+                "special": False,
+            }
         ],
     ),
     change_config(vocab_size=100),
@@ -1016,7 +1220,9 @@ def run_folder(cases, inputs, folders, family, change, ablation="resample"):
         outcome = cases.run(["sweep", "--model", "model", *text, "--ablation", ablation, "--out", "out"])
         assert not (folder / "sprung").exists()
         if outcome.status == 0:
-            equals_reference(sound(outcome, model="model", ablation=ablation), folder / "model", layer=0, head=0)
+            equals_reference(
+                sound(outcome, model="model", ablation=ablation), folder / "model", layer=0, head=0
+            )
 
 
 def equals_reference(store, folder, layer, head):
@@ -1024,11 +1230,21 @@ def equals_reference(store, folder, layer, head):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         hf = reference.in_float64(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval())
-    wanted = reference.ablate(hf, torch.from_numpy(store["token"].values), layer, head, store.attrs["ablation"])
-    for name in ("direct_effect", "ablated_direct_effect", "logit_change", "self_repair_heads", "self_repair_mlps"):
+    wanted = reference.ablate(
+        hf, torch.from_numpy(store["token"].values), layer, head, store.attrs["ablation"]
+    )
+    for name in (
+        "direct_effect",
+        "ablated_direct_effect",
+        "logit_change",
+        "self_repair_heads",
+        "self_repair_mlps",
+    ):
         found = store[name].isel(layer=layer, head=head).values
         largest = np.abs(wanted["logit_change"].numpy()).max() + np.abs(wanted["direct_effect"].numpy()).max()
-        np.testing.assert_allclose(found, wanted[name][:, : found.shape[1]].numpy(), atol=1e-3 * largest, err_msg=name)
+        np.testing.assert_allclose(
+            found, wanted[name][:, : found.shape[1]].numpy(), atol=1e-3 * largest, err_msg=name
+        )
 
 
 @cases_of(45)
@@ -1094,9 +1310,11 @@ def test_weights_that_spoil_one_late_prompt(cases, folders):
     """A token whose embedding is too large for float32 is met in the last of many prompts only."""
     with cases.folder() as folder:
         shutil.copytree(folders["neox-parallel"], folder / "model")
-        change_weights("huge row", "embed_in", lambda tensor: torch.cat([tensor[:-1], torch.full_like(tensor[-1:], 3e38)]))(
-            folder / "model"
-        )
+        change_weights(
+            "huge row",
+            "embed_in",
+            lambda tensor: torch.cat([tensor[:-1], torch.full_like(tensor[-1:], 3e38)]),
+        )(folder / "model")
         tokens = np.tile(TOKENS, (3, 1))
         last = np.random.Generator(np.random.PCG64(0)).permutation(len(tokens))[-1]
         tokens[last, -2] = 4095
@@ -1147,13 +1365,15 @@ def one_array(store):
 
 def foreign(store):
     shutil.rmtree(store)
-    xr.Dataset({"temperature": ("day", [1.0, 2.0])}, attrs={"format": FORMAT}).to_zarr(store, consolidated=False)
+    dataset = xr.Dataset(
+        {"temperature": ("day", [1.0, 2.0])}, attrs={"format": FORMAT, "variables_sha256": {}}
+    )
+    dataset.to_zarr(store, consolidated=False)
 
 
 def same_names_foreign(store):
     """Another dataset of this format, written as sweeps are, that lacks what a sweep has."""
-    shutil.rmtree(store)
-    write_store([xr.Dataset({"prompt": ("prompt", [0, 1])}, attrs={"format": FORMAT, "model": "m", "ablation": "zero"})], store)
+    write_store([xr.Dataset({"prompt": ("prompt", [0, 1])}, attrs={"model": "m", "ablation": "zero"})], store)
 
 
 def plain_file(store):
@@ -1172,11 +1392,13 @@ ARRAYS = (
     "logit_change",
     "self_repair_heads",
     "self_repair_mlps",
+    "sigma_ablated",
     "sigma_clean",
     "token",
     "prompt",
     "donor",
     "position",
+    "made_in_shard",
 )
 STORES = [
     *(array_without(name) for name in ARRAYS),
@@ -1191,12 +1413,15 @@ STORES = [
             ("nested", lambda _: b"[" * 100_000),
         )
     ),
-    *(attributes(format=value) for value in (1, FORMAT - 1, FORMAT + 1, 99, str(FORMAT), None, FORMAT + 0.5, [], {})),
+    *(
+        attributes(format=value)
+        for value in (1, FORMAT - 1, FORMAT + 1, 99, str(FORMAT), None, FORMAT + 0.5, [], {})
+    ),
     attributes(model="another"),
     attributes(seed=5),
     attributes(dtype="float64"),
     *(
-        of_store("logit_change/c/0/0/0/0", what, change)
+        of_store("logit_change/c.0.0.0.0", what, change)
         for what, change in (
             ("missing", lambda _: None),
             ("empty", lambda _: b""),
@@ -1215,7 +1440,7 @@ STORES = [
 def run_store(cases, inputs, table, change):
     """``heads`` of a damaged store: it refuses, or the table is right."""
     with cases.folder() as folder:
-        store = next((inputs / "sweeps").glob("*.zarr"))
+        store = heads_store(inputs)
         shutil.copytree(store, folder / store.name)
         change(folder / store.name)
         outcome = cases.run(["heads", store.name])
@@ -1226,7 +1451,7 @@ def run_store(cases, inputs, table, change):
 @pytest.fixture(scope="module")
 def table(cases, inputs):
     with cases.folder():
-        return cases.run(["heads", str(next((inputs / "sweeps").glob("*.zarr")))]).out
+        return cases.run(["heads", str(heads_store(inputs))]).out
 
 
 @pytest.mark.parametrize("change", STORES, ids=lambda change: change.__name__[:60])
@@ -1259,12 +1484,14 @@ def test_flipped_bits(cases, inputs, table, change):
     run_store(cases, inputs, table, change)
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"3", b"{", b"\xff", b"[" * 100_000, b'{"files": 3}', b'{"files": ["a"]}'])
-@pytest.mark.parametrize("name", ["manifest.json", "sweeps/manifest"])
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"3", b"{", b"\xff", b"[" * 100_000, b'{"files": 3}', b'{"files": ["a"]}']
+)
+@pytest.mark.parametrize("name", ["manifest.json", "measured/manifest"])
 def test_damaged_manifests(cases, inputs, content, name):
     with cases.folder() as folder:
-        shutil.copytree(inputs / "sweeps", folder / "results/sweeps")
-        (manifest,) = (folder / "results/sweeps").glob("*.manifest.json")
+        shutil.copytree(inputs / "sweeps", folder / "results/measured")
+        (manifest,) = (folder / "results/measured").glob("*-heads-*.manifest.json")
         (manifest if name != "manifest.json" else folder / "results/manifest.json").write_bytes(content)
         outcome = cases.run(["verify", "results", "--device", "cpu"])
         assert outcome.status == 1

@@ -22,7 +22,11 @@ print(hashlib.sha256(text.encode()).hexdigest())
 def test_same_output_in_every_process():
     def run(hash_seed):
         result = subprocess.run(
-            [sys.executable, "-c", DIGEST], env={"PYTHONHASHSEED": hash_seed}, capture_output=True, text=True, check=True
+            [sys.executable, "-c", DIGEST],
+            env={"PYTHONHASHSEED": hash_seed},
+            capture_output=True,
+            text=True,
+            check=True,
         )
         return result.stdout
 
@@ -34,9 +38,15 @@ def test_same_output_in_every_process():
 
 def test_output_is_what_the_shipped_models_were_trained_on():
     first_phase = "\n".join(itertools.islice(WORLD.paragraphs(0, n_phrasings=8), 3000)) + repr(WORLD.facts)
-    assert hashlib.sha256(first_phase.encode()).hexdigest() == "6a6bff7debad29d6069a3a145dcbef4a58cdaa8b9920d1a70afc1dec562cd260"
+    assert (
+        hashlib.sha256(first_phase.encode()).hexdigest()
+        == "6a6bff7debad29d6069a3a145dcbef4a58cdaa8b9920d1a70afc1dec562cd260"
+    )
     second_phase = "\n".join(itertools.islice(WORLD.paragraphs(1), 3000))
-    assert hashlib.sha256(second_phase.encode()).hexdigest() == "49b3a98201b22badd28f11ae78fed746dccf2ac56e1850e47dc7f2f39bf86481"
+    assert (
+        hashlib.sha256(second_phase.encode()).hexdigest()
+        == "49b3a98201b22badd28f11ae78fed746dccf2ac56e1850e47dc7f2f39bf86481"
+    )
 
 
 def test_seeds_differ():
@@ -101,11 +111,15 @@ def test_training_text_states_every_fact_and_no_false_one():
 
 def test_prompts_end_before_the_answer():
     prompts = WORLD.prompts()
-    assert len(prompts) == sum(len(r.trained + r.held_out) * len(WORLD.entities[r.subject_kind]) for r in RELATIONS)
+    assert len(prompts) == sum(
+        len(r.trained + r.held_out) * len(WORLD.entities[r.subject_kind]) for r in RELATIONS
+    )
     phrasings = {r.name: r.trained + r.held_out for r in RELATIONS}
     n_trained = {r.name: len(r.trained) for r in RELATIONS}
     for prompt in prompts:
-        sentence = phrasings[prompt.fact.relation][prompt.phrasing].format(s=prompt.fact.subject, o=prompt.fact.object)
+        sentence = phrasings[prompt.fact.relation][prompt.phrasing].format(
+            s=prompt.fact.subject, o=prompt.fact.object
+        )
         assert (prompt.text + prompt.answer).lower() == sentence[: len(prompt.text + prompt.answer)].lower()
         assert prompt.answer == f" {prompt.fact.object}"
         assert prompt.held_out == (prompt.phrasing >= n_trained[prompt.fact.relation])

@@ -12,7 +12,7 @@ from families import load_family, random_tokens, save_family
 from transformers import AutoModelForCausalLM
 
 from selfrepair.analysis.claims import load_claims
-from selfrepair.analysis.head_table import PARTS, heads_table, strongest_head
+from selfrepair.analysis.head_table import heads_table, strongest_head
 from selfrepair.analysis.layernorm import (
     WAYS,
     Breakdown,
@@ -27,6 +27,7 @@ from selfrepair.analysis.layernorm import (
 from selfrepair.analysis.published import published_heads
 from selfrepair.measure.heads import MEASUREMENT
 from selfrepair.measure.tokens import of_prompts
+from selfrepair.statistics import PARTS
 from selfrepair.text.corpora import Prompts
 
 NAMES = (

@@ -1,4 +1,5 @@
-"""Neurons against full hooked forward passes of plain Hugging Face models, and summaries against loops over tokens."""
+"""Neurons against full hooked forward passes of plain Hugging Face models, and summaries against loops over
+tokens."""
 
 import dataclasses
 import functools
@@ -62,7 +63,8 @@ def slow_run(hf, tokens, patch=None):
 
 
 def slow_effects(hf, tokens, activations, mlp, sigma):
-    """Direct effect of every neuron [prompt, position-1, neuron], one neuron at a time through norm and unembedding."""
+    """Direct effect of every neuron [prompt, position-1, neuron], one neuron at a time through norm and
+    unembedding."""
     W = reference._out_matrix(reference.mlp_projections(hf)[mlp])
     return torch.stack(
         [
@@ -86,7 +88,8 @@ def effects_of(model, tokens, kind, selected):
 
 
 def dense(effects, shape):
-    """Clean effects and changes as [prompt, position-1, neuron] by (head, MLP); NaN where nothing was given."""
+    """Clean effects and changes as [prompt, position-1, neuron] by (head, MLP); NaN where nothing was
+    given."""
     found = {}
     for e in effects:
         clean, change = found.setdefault(
@@ -152,7 +155,8 @@ def test_neurons_and_bias_sum_to_the_mlps_direct_effect(family, name, dtype, tol
 
 @pytest.mark.parametrize("name", ("llama", "llama-gqa"))
 def test_gated_neurons_sum_to_the_mlps_direct_effect(family, name):
-    """transformers' own RMSNorm is float32 whatever the dtype, so that 1e-9 is out of reach; there is no bias."""
+    """transformers' own RMSNorm is float32 whatever the dtype, so that 1e-9 is out of reach; there is no
+    bias."""
     model, hf = family(name)
     tokens = random_tokens()
     found = dense(effects_of(model, tokens, "zero", {(0, 0): everywhere(tokens)}), everywhere(tokens).shape)
@@ -301,7 +305,8 @@ def test_summaries_equal_loops(n_tokens, n_neurons, seed):
 
 
 def test_tokens_on_which_nothing_can_change_are_marked(family):
-    """Prompts that begin alike: until they part, resampling gives each head its own output back, but for rounding."""
+    """Prompts that begin alike: until they part, resampling gives each head its own output back, but for
+    rounding."""
     model, _ = family("neox-sequential")
     tokens = random_tokens()
     tokens[:, :4] = tokens[0, :4]

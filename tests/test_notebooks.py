@@ -7,21 +7,24 @@ import nbformat
 import papermill
 import pytest
 
+from selfrepair.analysis.claims import read_claims, to_markdown
 from selfrepair.cli import main
-from selfrepair.paths import NOTEBOOKS, REPOSITORY
+from selfrepair.measure.measurement import find_measurement, measurement_names
+from selfrepair.paths import FIGURES, README
+from selfrepair.run.notebooks import Notebook, all_notebooks
 
 PARAMETERS = {"model", "profile", "n_prompts", "seed", "device", "ablation", "fraction", "out_dir"}
-FIGURES = REPOSITORY / "figures"
-ALL = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
+ALL = all_notebooks()
+of_each = pytest.mark.parametrize("notebook", ALL, ids=lambda notebook: notebook.stem)
 
 
-def code_cells(path):
-    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
-def test_committed_notebook_was_run_from_top_to_bottom(path):
-    cells = code_cells(path)
+@of_each
+def test_committed_notebook_was_run_from_top_to_bottom(notebook):
+    cells = code_cells(notebook)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     for cell in cells:
         assert not any(output.output_type == "error" or output.get("name") == "stderr" for output in cell.outputs)
@@ -29,83 +32,131 @@ def test_committed_notebook_was_run_from_top_to_bottom(path):
     assert any("NBVAL_CHECK_OUTPUT" in cell.source for cell in cells)
 
 
-@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
-def test_parameters_have_the_same_names_everywhere(path):
-    assert set(papermill.inspect_notebook(str(path))) >= PARAMETERS
-    tagged = [cell for cell in code_cells(path) if "parameters" in cell.metadata.get("tags", [])]
+@of_each
+def test_parameters_have_the_same_names_everywhere(notebook):
+    assert set(papermill.inspect_notebook(str(notebook.path))) >= PARAMETERS
+    tagged = [cell for cell in code_cells(notebook) if "parameters" in cell.metadata.get("tags", [])]
     assert len(tagged) == 1
 
 
-@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
-def test_runs_on_another_model_and_seed(path, tmp_path):
+@of_each
+def test_what_a_notebook_asks_for_is_measured(notebook):
+    """By names that are written out: the plan reads them."""
+    assert notebook.code.count(".measured(") >= len(notebook.measurements) > 0
+    assert set(notebook.measurements) <= set(measurement_names())
+
+
+def test_nothing_is_measured_that_no_notebook_reads():
+    read = {name for notebook in ALL for name in notebook.measurements}
+    assert read == {name for name in measurement_names() if not find_measurement(name).on_demand}
+
+
+def test_a_name_that_the_plan_cannot_read_is_an_error(tmp_path):
+    cells = [nbformat.v4.new_code_cell("study.measured(kind + 's')"), nbformat.v4.new_markdown_cell("study.measured('no')")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "01_a.ipynb")
+    with pytest.raises(ValueError, match="malformed"):
+        Notebook(tmp_path / "01_a.ipynb").measurements  # noqa: B018
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """One results folder of all notebooks, in which each finds what others have measured."""
+    return tmp_path_factory.mktemp("results")
+
+
+@pytest.mark.slow("notebooks run on another model, seed, ablation, fraction of tokens and head than those of the committed ones")
+@of_each
+def test_runs_on_another_model_and_seed(notebook, results, tmp_path):
     """And with another ablation, fraction of tokens and, where it has that parameter, head."""
     parameters = {"model": "pocket-pythia-small", "n_prompts": 8, "seed": 1, "ablation": "zero", "fraction": 0.1}
-    parameters["out_dir"] = str(tmp_path / "results")
-    if "head" in papermill.inspect_notebook(str(path)):
+    parameters["out_dir"] = str(results)
+    if "head" in papermill.inspect_notebook(str(notebook.path)):
         parameters["head"] = [1, 2]
     done = papermill.execute_notebook(
-        str(path), str(tmp_path / path.name), parameters=parameters, kernel_name="python3", progress_bar=False, cwd=str(tmp_path)
+        str(notebook.path),
+        str(tmp_path / notebook.path.name),
+        parameters=parameters,
+        kernel_name="python3",
+        progress_bar=False,
+        cwd=str(tmp_path),
     )
     assert not any(output.output_type == "error" for cell in done.cells for output in cell.get("outputs", []))
     for suffix in ("png", "pdf"):
-        figures = list((tmp_path / "results" / "figures").glob(f"{path.stem[:2]}_*.{suffix}"))
+        figures = list((results / "figures").glob(f"{notebook.number}_*.{suffix}"))
         assert figures and all(figure.stat().st_size > 1000 for figure in figures)
+    assert set(read_claims(results / "claims" / f"{notebook.number}.csv")["model"]) >= {"pocket-pythia-small"}
 
 
 def test_committed_claims_are_those_of_the_notebooks_and_the_readme():
-    claims = (FIGURES / "pocket" / "claims.md").read_text()
-    assert claims in (FIGURES.parent / "README.md").read_text()
-    shown = [
-        output.data["text/markdown"]
-        for path in ALL
-        for cell in code_cells(path)
-        for output in cell.outputs
-        if "text/markdown" in output.get("data", {}) and output.data["text/markdown"].startswith("| claim |")
-    ]
-    assert len(shown) == len(ALL)
-    rows = [line for table in shown for line in table.splitlines()[2:]]
-    assert claims.splitlines()[2:] == rows
+    """One long table; what the README, ``claims.md`` and the notebooks show is made of it."""
+    table = read_claims(FIGURES / "pocket" / "claims.csv")
+    claims = (FIGURES / "pocket" / "claims.md").read_text(encoding="utf-8")
+    assert claims == to_markdown(table) + "\n"
+    assert f"\n## Claims\n\n{claims}" in README.read_text(encoding="utf-8")
+    shown = {}
+    for notebook in ALL:
+        outputs = [output.get("data", {}).get("text/markdown", "") for cell in code_cells(notebook) for output in cell.outputs]
+        (shown[notebook.number],) = [text for text in outputs if text.startswith("| claim |")]
+    assert shown == {number: to_markdown(of_one) for number, of_one in table.groupby("notebook")}
 
 
-@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
-def test_text_is_finished_and_figures_are_committed(path):
-    notebook = nbformat.read(path, as_version=4)
+@of_each
+def test_text_is_finished_and_figures_are_committed(notebook):
     text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     assert not re.search("TO-?DO", text) and "**Question.**" in text and "**What it does not show.**" in text
-    saved = set(re.findall(rf'"({path.stem[:2]}_\w+)"\)', "\n".join(cell.source for cell in code_cells(path))))
+    saved = set(re.findall(rf'"({notebook.number}_\w+)"\)', notebook.code))
     assert saved
     for name in saved:
         for suffix in ("png", "pdf"):
             assert (FIGURES / "pocket" / f"{name}.{suffix}").stat().st_size > 1000
 
 
-def test_bad_requests_are_one_line(tmp_path, capsys):
-    for arguments, said in (
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
         (["--only", "99"], "no notebook begins with 99"),
         (["--profile", "none"], "no such profile"),
         (["--jobs", "0"], "jobs"),
-    ):
-        assert main(["notebooks", "--out", str(tmp_path), *arguments]) == 1
-        error = capsys.readouterr().err
-        assert error.count("\n") == 1 and said in error
+        (["--model", "/no/such/folder"], "no such folder"),
+    ],
+)
+def test_bad_requests_are_one_line(tmp_path, capsys, arguments, said):
+    assert main(["notebooks", "--out", str(tmp_path / "out"), *arguments]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and said in error
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_failing_cell_is_named_and_the_others_run(tmp_path, monkeypatch, capsys):
-    from selfrepair.run import notebooks
-
-    in_pieces = "import time\nprint(seed, flush=True)\ntime.sleep(0.5)\nprint(seed)"
-    for name, source in (("01_breaks", "1 / 0"), ("02_works", in_pieces)):
+def written(folder, sources):
+    """Notebooks of a cell each behind one of parameters."""
+    for name, source in sources.items():
         cells = [
             nbformat.v4.new_code_cell("profile = None\nout_dir = None\nseed = 3", metadata={"tags": ["parameters"]}),
             nbformat.v4.new_code_cell(source),
         ]
-        notebook = nbformat.v4.new_notebook(
-            cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-        )
-        nbformat.write(notebook, tmp_path / f"{name}.ipynb")
-    monkeypatch.setattr(notebooks, "NOTEBOOKS", tmp_path)
+        metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+        nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), folder / f"{name}.ipynb")
+
+
+def test_failing_cell_is_named_and_the_others_run(tmp_path, monkeypatch, capsys):
+    in_pieces = "import time\nprint(seed, flush=True)\ntime.sleep(0.5)\nprint(seed)"
+    written(tmp_path, {"01_breaks": "1 / 0", "02_works": in_pieces})
+    monkeypatch.setattr("selfrepair.run.notebooks.NOTEBOOKS", tmp_path)
     assert main(["notebooks", "--only", "0", "--out", str(tmp_path / "out")]) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert "01_breaks: cell 3 failed with ZeroDivisionError" in last
     done = json.loads((tmp_path / "out" / "notebooks" / "02_works.ipynb").read_text())
     assert [output["text"] for output in done["cells"][-1]["outputs"]] == [["3\n", "3\n"]]
+
+
+def test_what_a_notebook_left_is_its_own(tmp_path):
+    written(tmp_path, {"03_one": 'table.to_csv(out / "one.csv")'})
+    (tmp_path / "out").mkdir()
+    for name in ("notebooks/03_one.ipynb", "notebooks/04_two.ipynb", "claims/03.csv", "claims/04.csv", "one.csv", "two.csv"):
+        (tmp_path / "out" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "out" / name).touch()
+    for name in ("03_a.png", "03_a.pdf", "04_a.png", "claims.csv"):
+        (tmp_path / "out" / "figures").mkdir(exist_ok=True)
+        (tmp_path / "out" / "figures" / name).touch()
+    left = {path.relative_to(tmp_path / "out").as_posix() for path in Notebook(tmp_path / "03_one.ipynb").left(tmp_path / "out")}
+    assert left == {"notebooks/03_one.ipynb", "claims/03.csv", "one.csv", "figures/03_a.png", "figures/03_a.pdf"}

@@ -1,4 +1,5 @@
-"""The summary page: everything of a results folder is in it, nothing else is needed, and a real browser shows it as meant."""
+"""The summary page: everything of a results folder is in it, nothing else is needed, and a real browser
+shows it as meant."""
 
 import base64
 import io
@@ -19,13 +20,23 @@ from selfrepair.errors import UserError
 from selfrepair.paths import NOTEBOOKS
 from selfrepair.run.page import HEADINGS, MARKS, write_page
 
-HOSTILE = """</script><script>alert(1)</script><img src="http://example.org/x" onerror='alert(2)'>&amp; "NA" [1]"""
-FIGURES = ("01_self_repair_by_depth", "01_effect_against_change", "03_frozen_norm", "05_not_in_a_notebook", "99_of_no_notebook", "<&>")
+HOSTILE = (
+    """</script><script>alert(1)</script><img src="http://example.org/x" onerror='alert(2)'>&amp; "NA" [1]"""
+)
+FIGURES = (
+    "01_self_repair_by_depth",
+    "01_effect_against_change",
+    "03_frozen_norm",
+    "05_not_in_a_notebook",
+    "99_of_no_notebook",
+    "<&>",
+)
 VOID = {"meta", "link", "img"}
 
 
 class Elements(HTMLParser):
-    """Every element with its attributes, all text outside scripts and styles, and what is opened or closed wrongly."""
+    """Every element with its attributes, all text outside scripts and styles, and what is opened or closed
+    wrongly."""
 
     def __init__(self, page: str):
         super().__init__()
@@ -69,9 +80,14 @@ def heads(model, n_layers=2, n_heads=12, seed=0):
     return table.assign(n_tokens=np.arange(len(table)) * 7 % 50)
 
 
-#: What is shown of each claim: our numbers (model, estimate, low, high, what they say of it), then published ones.
+#: What is shown of each claim: our numbers (model, estimate, low, high, what they say of it), then published
+#: ones.
 CLAIMS = [
-    ("partly", [("pocket-a", 0.068, 0.055, 0.079, "yes"), (HOSTILE, -0.09, -0.10, 0.10, "open")], [("gpt2-small", 0.25), ("pythia-160m", 0.20)]),
+    (
+        "partly",
+        [("pocket-a", 0.068, 0.055, 0.079, "yes"), (HOSTILE, -0.09, -0.10, 0.10, "open")],
+        [("gpt2-small", 0.25), ("pythia-160m", 0.20)],
+    ),
     ("not reproduced", [("pocket-a", -2.34, -2.71, -2.04, "no")], []),
     ("reproduced", [("pocket-a", 1.0, np.nan, np.nan, "yes")], []),
     ("not testable here", [("pocket-a", np.nan, np.nan, np.nan, "")], []),
@@ -85,15 +101,44 @@ def long_table():
     for claim, (_, measured, published) in zip(load_claims(), CLAIMS, strict=False):
         unit = load_statistics()[claim.statistic].unit
         for model, estimate, low, high, holds in measured:
-            rows.append((claim.id, claim.notebook, model, "measured", claim.statistic, unit, estimate, low, high, holds, np.nan))
+            rows.append(
+                (
+                    claim.id,
+                    claim.notebook,
+                    model,
+                    "measured",
+                    claim.statistic,
+                    unit,
+                    estimate,
+                    low,
+                    high,
+                    holds,
+                    np.nan,
+                )
+            )
         for model, estimate in published:
-            rows.append((claim.id, claim.notebook, model, "published", claim.statistic, unit, estimate, np.nan, np.nan, "", np.nan))
+            rows.append(
+                (
+                    claim.id,
+                    claim.notebook,
+                    model,
+                    "published",
+                    claim.statistic,
+                    unit,
+                    estimate,
+                    np.nan,
+                    np.nan,
+                    "",
+                    np.nan,
+                )
+            )
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
 @pytest.fixture
 def results(tmp_path):
-    """A results folder such as a run leaves, of three models, two of them with names that could be taken for something else."""
+    """A results folder such as a run leaves, of three models, two of them with names that could be taken for
+    something else."""
     folder = tmp_path / "pocket"
     (folder / "figures").mkdir(parents=True)
     for number, name in enumerate(FIGURES):
@@ -105,8 +150,22 @@ def results(tmp_path):
         tables = [heads("pocket-a", seed=seed), heads(HOSTILE, n_heads=2, seed=seed), heads("NA", n_heads=3)]
         pd.concat(tables).to_csv(folder / f"heads_{ablation}.csv", index=False, float_format="%.6g")
     comparison = [
-        {"model": "gpt2", "quantity": "direct_effect", "unit": "logits", "n_heads": 144, "correlation": 0.98765, "mean_ours": 1.5},
-        {"model": "gpt2", "quantity": "self_repair", "unit": "logits", "n_heads": 144, "correlation": np.nan, "mean_ours": 0.25},
+        {
+            "model": "gpt2",
+            "quantity": "direct_effect",
+            "unit": "logits",
+            "n_heads": 144,
+            "correlation": 0.98765,
+            "mean_ours": 1.5,
+        },
+        {
+            "model": "gpt2",
+            "quantity": "self_repair",
+            "unit": "logits",
+            "n_heads": 144,
+            "correlation": np.nan,
+            "mean_ours": 0.25,
+        },
     ]
     pd.DataFrame(comparison).to_csv(folder / "comparison.csv", index=False)
     manifest = {
@@ -124,7 +183,8 @@ def page(results):
     return Elements(write_page(results).read_text(encoding="utf-8"))
 
 
-# --- what the page holds -------------------------------------------------------------------------------------------
+# --- what the page holds
+# -------------------------------------------------------------------------------------------
 
 
 def test_is_well_formed(page):
@@ -141,16 +201,24 @@ def test_every_figure_is_there_pixel_by_pixel_under_its_notebook(page, results):
         image = images[re.sub(r"^\d\d_", "", name).replace("_", " ").capitalize()]
         kind, content = image["src"].split(",")
         assert kind == "data:image/webp;base64"
-        with Image.open(io.BytesIO(base64.b64decode(content))) as shown, Image.open(results / "figures" / f"{name}.png") as drawn:
+        with (
+            Image.open(io.BytesIO(base64.b64decode(content))) as shown,
+            Image.open(results / "figures" / f"{name}.png") as drawn,
+        ):
             assert np.array_equal(shown.convert("RGBA"), drawn)
             assert (int(image["width"]), int(image["height"])) == (drawn.width // 2, drawn.height // 2)
-    order = [page.text.index(caption) for caption in ("Self repair by depth", "Effect against change", "Frozen norm", "Of no notebook")]
+    order = [
+        page.text.index(caption)
+        for caption in ("Self repair by depth", "Effect against change", "Frozen norm", "Of no notebook")
+    ]
     assert order == sorted(order), "as the notebooks draw them, the others last"
 
 
 def test_a_notebooks_title_question_and_headings_are_there(page):
     first = nbformat.read(next(NOTEBOOKS.glob("01_*.ipynb")), as_version=4)
-    title, question = (line for line in first.cells[0].source.splitlines() if line.startswith(("# ", "**Question.**")))
+    title, question = (
+        line for line in first.cells[0].source.splitlines() if line.startswith(("# ", "**Question.**"))
+    )
     assert title.removeprefix("# ") in page.text
     assert question.removeprefix("**Question.**").strip().replace("*", "") in page.text
     assert "Self-repair against depth Self repair by depth" in page.text
@@ -178,8 +246,15 @@ def test_every_claim_is_there(page):
     first = statistics[load_claims()[0].statistic].sentence
     assert f"{HOSTILE} -0.09 [-0.10, 0.10] open gpt2-small 0.25 pythia-160m 0.20 {first}" in page.text
     assert "1 not reproduced 1 not testable here" in page.text
-    marks = Counter(mark for span in page.all("span") for mark in (span.get("class") or "").split() if mark in MARKS.values())
-    assert marks == {"yes": 3, "partly": 2, "no": 2, "untested": 2}, "each verdict in its row and in the tally"
+    marks = Counter(
+        mark
+        for span in page.all("span")
+        for mark in (span.get("class") or "").split()
+        if mark in MARKS.values()
+    )
+    assert marks == {"yes": 3, "partly": 2, "no": 2, "untested": 2}, (
+        "each verdict in its row and in the tally"
+    )
 
 
 def test_every_head_is_there_for_every_ablation_best_known_first(page, results):
@@ -189,7 +264,11 @@ def test_every_head_is_there_for_every_ablation_best_known_first(page, results):
     assert "-0.000" not in page.text
     assert f"L1H1 {interval} {row.direct_effect:.3f} {row.logit_change:.3f}" in page.text
     assert len(re.findall(r"\bL\dH\d", page.text)) == 3 * len(table)
-    assert page.text.index("pocket-a: 24 heads resample ablation") < page.text.index("mean ablation") < page.text.index("zero ablation")
+    assert (
+        page.text.index("pocket-a: 24 heads resample ablation")
+        < page.text.index("mean ablation")
+        < page.text.index("zero ablation")
+    )
     for heading in (*HEADINGS.values(), "of a later version"):
         assert page.text.count(heading) >= 9, "in the tables of three models under three ablations"
 
@@ -209,7 +288,10 @@ def test_names_are_shown_as_text(page):
 
 def test_nothing_is_fetched(page, results):
     addresses = [
-        value for _, attributes in page.elements for name, value in attributes.items() if name in ("src", "href", "srcset", "data")
+        value
+        for _, attributes in page.elements
+        for name, value in attributes.items()
+        if name in ("src", "href", "srcset", "data")
     ]
     assert addresses
     assert all(address.startswith(("data:", "#")) for address in addresses)
@@ -217,7 +299,9 @@ def test_nothing_is_fetched(page, results):
     own = "".join(re.findall(r"<(?:style|script)>(.*?)</(?:style|script)>", source, flags=re.DOTALL))
     assert own
     assert not re.search(r"url\(|@import|https?:|fetch|XMLHttpRequest|WebSocket|import\(", own)
-    policy = next(meta["content"] for meta in page.all("meta") if meta.get("http-equiv") == "Content-Security-Policy")
+    policy = next(
+        meta["content"] for meta in page.all("meta") if meta.get("http-equiv") == "Content-Security-Policy"
+    )
     assert policy.startswith("default-src 'none'; img-src data:; style-src 'sha256-")
     assert "unsafe" not in policy
 
@@ -228,7 +312,8 @@ def test_same_results_same_bytes(results, tmp_path):
     assert (tmp_path / "elsewhere" / "page.html").read_bytes() == first
 
 
-# --- what is missing or broken -------------------------------------------------------------------------------------
+# --- what is missing or broken
+# -------------------------------------------------------------------------------------
 
 PARTS = {
     "claims": ["figures/claims.csv"],
@@ -261,8 +346,13 @@ def test_nothing_to_show_is_one_line(tmp_path, made):
     assert not (folder / "index.html").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"[1]", b"a,b\n1,2\n", b'"', b"model,layer,head\n1,2,3,4\n5,6,7,8,9\n"])
-@pytest.mark.parametrize("name", [f"figures/{FIGURES[0]}.png", "figures/claims.csv", "heads_mean.csv", "comparison.csv", "manifest.json"])
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff\xfe\x00", b"[1]", b"a,b\n1,2\n", b'"', b"model,layer,head\n1,2,3,4\n5,6,7,8,9\n"]
+)
+@pytest.mark.parametrize(
+    "name",
+    [f"figures/{FIGURES[0]}.png", "figures/claims.csv", "heads_mean.csv", "comparison.csv", "manifest.json"],
+)
 def test_a_damaged_file_is_named_in_one_line(results, name, content):
     (results / "index.html").write_text("of an earlier run")
     (results / name).write_bytes(content)
@@ -273,9 +363,12 @@ def test_a_damaged_file_is_named_in_one_line(results, name, content):
     assert (results / "index.html").read_text() == "of an earlier run"
 
 
-# --- in a browser --------------------------------------------------------------------------------------------------
+# --- in a browser
+# --------------------------------------------------------------------------------------------------
 
-needs_browser = pytest.mark.skipif(PROGRAM is None, reason="needs Chromium on the PATH (Debian: apt-get install chromium)")
+needs_browser = pytest.mark.skipif(
+    PROGRAM is None, reason="needs Chromium on the PATH (Debian: apt-get install chromium)"
+)
 
 
 @pytest.fixture(scope="module")
@@ -303,7 +396,9 @@ def column(browser, table, number):
 @needs_browser
 def test_the_browser_reports_what_goes_wrong(browser, tmp_path):
     page = tmp_path / "bad.html"
-    page.write_text("<img src='http://localhost:9/x.png'><script>console.error('broken'); nothing.here()</script>")
+    page.write_text(
+        "<img src='http://localhost:9/x.png'><script>console.error('broken'); nothing.here()</script>"
+    )
     browser.open(page)
     assert any("broken" in complaint for complaint in browser.complaints)
     assert any("nothing is not defined" in complaint for complaint in browser.complaints)
@@ -314,13 +409,19 @@ def test_the_browser_reports_what_goes_wrong(browser, tmp_path):
 def test_images_load_and_nothing_is_complained_of_or_asked_for(shown):
     widths = shown.run("[...document.querySelectorAll('figure img')].map(image => image.naturalWidth)")
     assert sorted(widths) == [300 + 400 * number for number in range(len(FIGURES))]
-    assert shown.run("getComputedStyle(document.querySelector('.verdict.yes')).backgroundColor") == "rgb(0, 105, 163)"
+    assert (
+        shown.run("getComputedStyle(document.querySelector('.verdict.yes')).backgroundColor")
+        == "rgb(0, 105, 163)"
+    )
     assert (shown.complaints, shown.requests) == ([], [])
 
 
 @needs_browser
 def test_the_policy_stops_what_the_page_does_not_hold(shown):
-    shown.run("document.body.insertAdjacentHTML('beforeend', `<img src='http://localhost:9/x.png' onerror='document.title = 1'>`)")
+    shown.run(
+        "document.body.insertAdjacentHTML('beforeend', `<img src='http://localhost:9/x.png' "
+        "onerror='document.title = 1'>`)"
+    )
     shown.run("new Promise(resolve => setTimeout(resolve, 200))")
     assert any("Content Security Policy" in complaint for complaint in shown.complaints)
     assert shown.run("document.title") == "Self-repair: pocket"
@@ -328,15 +429,26 @@ def test_the_policy_stops_what_the_page_does_not_hold(shown):
 
 @needs_browser
 def test_claims_sort_by_verdict_and_text(shown):
-    order = list(VERDICTS)
+    order = list(MARKS)
     shown.click(".claims th:nth-child(2) button")
     assert column(shown, ".claims", 1) == sorted(column(shown, ".claims", 1), key=order.index)
-    assert [text[:7] for text in column(shown, ".claims", 0)] == [f"Claim {number}" for number in (2, 4, 0, 1, 3)]
+    claims = [claim.claim for claim in load_claims()]
+    in_order = [claims[number] for number in (2, 4, 0, 1, 3)]
+    assert all(map(str.startswith, column(shown, ".claims", 0), in_order))
     shown.click(".claims th:nth-child(2) button")
-    assert column(shown, ".claims", 1) == ["not testable here", "not reproduced", "partly", "reproduced", "reproduced"]
+    assert column(shown, ".claims", 1) == [
+        "not testable here",
+        "not reproduced",
+        "partly",
+        "reproduced",
+        "reproduced",
+    ]
     shown.click(".claims th:nth-child(1) button")
-    assert [text[:7] for text in column(shown, ".claims", 0)] == [f"Claim {number}" for number in range(5)]
-    sorted_by = "[...document.querySelectorAll('.claims th')].map(heading => heading.getAttribute('aria-sort'))"
+    texts = column(shown, ".claims", 0)
+    assert texts == sorted(texts, key=str.casefold)
+    sorted_by = (
+        "[...document.querySelectorAll('.claims th')].map(heading => heading.getAttribute('aria-sort'))"
+    )
     assert shown.run(sorted_by)[:6] == ["ascending", None, None, None, None, None]
 
 
@@ -370,7 +482,9 @@ def test_missing_numbers_sort_last_both_ways(shown):
 @needs_browser
 def test_a_figure_is_enlarged_and_put_away(shown):
     shown.click("#figures-03 .enlarge")
-    assert shown.run("(image => [image.alt, image.naturalWidth, image.width])(document.querySelector('dialog[open] img'))") == [
+    assert shown.run(
+        "(image => [image.alt, image.naturalWidth, image.width])(document.querySelector('dialog[open] img'))"
+    ) == [
         "Frozen norm",
         1100,
         1100,
@@ -388,7 +502,11 @@ def test_a_figure_is_enlarged_and_put_away(shown):
 def test_only_tables_scroll_sideways(shown, results, width, dark):
     shown.open(results / "index.html", width, 740, dark)
     shown.run("document.querySelectorAll('details').forEach(details => details.open = true)")
-    assert shown.run("[innerWidth, document.documentElement.scrollWidth - document.documentElement.clientWidth]") == [width, 0]
-    assert shown.run("(table => table.scrollWidth > table.clientWidth)(document.querySelector('details .scroll'))")
+    assert shown.run(
+        "[innerWidth, document.documentElement.scrollWidth - document.documentElement.clientWidth]"
+    ) == [width, 0]
+    assert shown.run(
+        "(table => table.scrollWidth > table.clientWidth)(document.querySelector('details .scroll'))"
+    )
     background = shown.run("getComputedStyle(document.body).backgroundColor")
     assert (int(re.search(r"\d+", background)[0]) < 128) == dark

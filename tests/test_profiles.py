@@ -14,7 +14,11 @@ from selfrepair.run.profiles import Profile, load_profile
 from selfrepair.run.study import Study
 
 GOOD = {"models": ["pocket-gpt2"], "ablations": ["zero"], "n_prompts": 4}
-OWN = {"models": ["a", {"name": "b", "n_prompts": 8, "dtype": "bfloat16"}, {"name": "c"}], "ablations": ["zero"], "n_prompts": 4}
+OWN = {
+    "models": ["a", {"name": "b", "n_prompts": 8, "dtype": "bfloat16"}, {"name": "c"}],
+    "ablations": ["zero"],
+    "n_prompts": 4,
+}
 FOUR = ["gpt2", "gpt2-medium", "EleutherAI/pythia-160m", "EleutherAI/pythia-410m"]
 
 
@@ -48,7 +52,11 @@ def test_pocket_profile_runs_on_every_embedded_model():
 )
 def test_profiles_of_the_paper_measure_as_many_tokens_as_they_say(name, models, at_least):
     profile = load_profile(name)
-    assert set(models) <= set(profile.models) and profile.dataset == "pile" and profile.ablations[0] == "resample"
+    assert (
+        set(models) <= set(profile.models)
+        and profile.dataset == "pile"
+        and profile.ablations[0] == "resample"
+    )
     for model in models:
         own = profile.of_model(model)
         assert at_least <= own.n_prompts * (own.prompt_len - 1) < 1.01 * at_least
@@ -72,7 +80,10 @@ def test_profiles_of_the_paper_measure_as_many_tokens_as_they_say(name, models, 
         ({"models": ["a", {"name": "a", "n_prompts": 8}]}, "models has 'a' twice"),
         ({"models": [{"n_prompts": 8}]}, "models must be names"),
         ({"models": [{"name": 3}]}, "models must be names"),
-        ({"models": [{"name": "a", "fraction": 0.5}]}, "unknown 'fraction'; known keys are name, n_prompts, dtype"),
+        (
+            {"models": [{"name": "a", "fraction": 0.5}]},
+            "unknown 'fraction'; known keys are name, n_prompts, dtype",
+        ),
         ({"models": [{"name": "a", "n_prompts": 7}]}, "n_prompts must be a positive even number, not 7"),
         ({"models": ["b", {"name": "a", "dtype": "int8"}]}, "dtype must be one of .*, not 'int8'"),
         ({"ablations": []}, "ablations must be"),
@@ -100,7 +111,10 @@ def test_profiles_of_the_paper_measure_as_many_tokens_as_they_say(name, models, 
         ({"fraction": 1e-9}, "less than one token"),
         ({"fraction": 5e-324, "n_prompts": 10**400}, "less than one token"),
         ({"fraction": 0.02, "n_prompts": 2, "prompt_len": 25}, "fraction 0.02 of 48 tokens is less than one"),
-        ({"fraction": 0.01, "models": [{"name": "a", "n_prompts": 2}, "b"], "prompt_len": 50}, "of 98 tokens"),
+        (
+            {"fraction": 0.01, "models": [{"name": "a", "n_prompts": 2}, "b"], "prompt_len": 50},
+            "of 98 tokens",
+        ),
         ({"dataset": 3}, "dataset"),
         ({"dataset": ""}, "dataset"),
         ({"dtype": "float31"}, "dtype must be one of float64, float32, tf32, bfloat16, float16, not"),
@@ -153,9 +167,19 @@ def test_missing_and_unreadable_files(tmp_path, monkeypatch):
 
 
 TEXT = st.text("ab \n'", max_size=3)
-SIMPLE = st.none() | st.booleans() | st.integers() | st.floats() | TEXT | st.sampled_from(["zero", "float32", "pile", 4, 0.5])
+SIMPLE = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | TEXT
+    | st.sampled_from(["zero", "float32", "pile", 4, 0.5])
+)
 WILD = SIMPLE | st.lists(
-    SIMPLE | st.dictionaries(st.sampled_from(["name", "n_prompts", "dtype"]) | TEXT, SIMPLE | st.lists(SIMPLE), max_size=3)
+    SIMPLE
+    | st.dictionaries(
+        st.sampled_from(["name", "n_prompts", "dtype"]) | TEXT, SIMPLE | st.lists(SIMPLE), max_size=3
+    )
 )
 KEYS = [field.name for field in dataclasses.fields(Profile) if field.name != "per_model"]
 
@@ -168,10 +192,16 @@ def test_any_values_give_a_valid_profile_or_one_line(tmp_path_factory, values):
     except UserError as error:
         assert "\n" not in str(error) and str(folder) in str(error)
         return
-    assert len(set(profile.models)) == len(profile.models) > 0 and set(profile.ablations) <= {"resample", "mean", "zero"}
+    assert len(set(profile.models)) == len(profile.models) > 0 and set(profile.ablations) <= {
+        "resample",
+        "mean",
+        "zero",
+    }
     for model in profile.models:
         own = profile.of_model(model)
-        assert type(own.n_prompts) is int and own.n_prompts > 0 and own.n_prompts % 2 == 0 and own.prompt_len > 1
+        assert (
+            type(own.n_prompts) is int and own.n_prompts > 0 and own.n_prompts % 2 == 0 and own.prompt_len > 1
+        )
         assert own.fraction <= 1 <= own.fraction * own.n_prompts * (own.prompt_len - 1) * (1 + 1e-12)
         assert own.dtype in PRECISIONS and own.dataset != ""
 
@@ -189,7 +219,9 @@ def test_any_file_is_one_line(tmp_path_factory, text):
 
 def test_models_may_have_an_amount_and_precision_of_their_own(tmp_path):
     profile = load(tmp_path, OWN)
-    assert profile.models == ["a", "b", "c"] and profile.per_model == {"b": {"n_prompts": 8, "dtype": "bfloat16"}}
+    assert profile.models == ["a", "b", "c"] and profile.per_model == {
+        "b": {"n_prompts": 8, "dtype": "bfloat16"}
+    }
     settings = {model: profile.of_model(model) for model in profile.models}
     assert [own.models for own in settings.values()] == [["a"], ["b"], ["c"]]
     assert [own.n_prompts for own in settings.values()] == [4, 8, 4]

@@ -51,7 +51,9 @@ def data():
 
 
 def write_config(path: Path, **changes) -> Path:
-    values = dataclasses.asdict(dataclasses.replace(TINY, **{k: v for k, v in changes.items() if k == "phases"}))
+    values = dataclasses.asdict(
+        dataclasses.replace(TINY, **{k: v for k, v in changes.items() if k == "phases"})
+    )
     values["phases"] = list(values["phases"])
     path.write_text(yaml.safe_dump(values | {k: v for k, v in changes.items() if k != "phases"}))
     return path
@@ -76,7 +78,9 @@ def kill_at(step, monkeypatch):
     monkeypatch.setattr(loop, "_step", dying)
 
 
-@pytest.mark.parametrize(("architecture", "killed_at"), [("gpt2", (0, 10, 14, 15, 16, 24)), ("gpt_neox", (13,)), ("llama", (13,))])
+@pytest.mark.parametrize(
+    ("architecture", "killed_at"), [("gpt2", (0, 10, 14, 15, 16, 24)), ("gpt_neox", (13,)), ("llama", (13,))]
+)
 def test_resumed_at_any_step_ends_with_the_same_weights(tmp_path, monkeypatch, data, architecture, killed_at):
     config = dataclasses.replace(TINY, architecture=architecture, n_checkpoints=3)
     whole = train(config, data, tmp_path / "whole", CPU, save_every=10).state_dict()
@@ -95,7 +99,9 @@ def test_resumed_at_any_step_ends_with_the_same_weights(tmp_path, monkeypatch, d
 
 def test_another_seed_ends_elsewhere(tmp_path, data):
     ends = [
-        train(dataclasses.replace(TINY, seed=seed), data, tmp_path / str(seed), CPU).state_dict()["transformer.wte.weight"]
+        train(dataclasses.replace(TINY, seed=seed), data, tmp_path / str(seed), CPU).state_dict()[
+            "transformer.wte.weight"
+        ]
         for seed in (0, 1)
     ]
     assert (ends[0] - ends[1]).abs().max() > 1e-2
@@ -128,14 +134,18 @@ def test_rows_mix_corpus_and_gazetteer(data):
     assert not validation & {row.tobytes() for row in rows}
     assert np.array_equal(rows, data.training_rows(config))
     assert not np.array_equal(rows, data.training_rows(config_of_rows(*phases(100), seed=1)))
-    others = data.tokenizer.decode(np.concatenate([r for r, c in zip(rows, from_corpus, strict=True) if not c]))
+    others = data.tokenizer.decode(
+        np.concatenate([r for r, c in zip(rows, from_corpus, strict=True) if not c])
+    )
     assert any(place in others for place in data.gazetteer.entities["town"])
 
 
 def test_corpus_rows_come_again_only_when_all_have_been_used(data):
     n = len(data.corpus)
     parts = [Phase(64 * rows, gazetteer_share=0.0) for rows in (n // 3, n - n // 3, n)]
-    rows = [row.tobytes() for row in data.training_rows(dataclasses.replace(config_of_rows(*parts), batch_size=1))]
+    rows = [
+        row.tobytes() for row in data.training_rows(dataclasses.replace(config_of_rows(*parts), batch_size=1))
+    ]
     corpus = sorted(row.tobytes() for row in data.corpus)
     assert sorted(rows[:n]) == sorted(rows[n:]) == corpus
     assert rows[:n] != rows[n:]
@@ -150,7 +160,9 @@ def test_phases_use_their_own_phrasings_and_share(data):
 
 
 def test_schedule():
-    config = dataclasses.replace(TINY, phases=(*phases(100, warmup=0.1, decay=0.4), *phases(10, lr_factor=0.3, warmup=0.0, decay=0.5)))
+    config = dataclasses.replace(
+        TINY, phases=(*phases(100, warmup=0.1, decay=0.4), *phases(10, lr_factor=0.3, warmup=0.0, decay=0.5))
+    )
     factors = [lr_factor(config, step) for step in range(110)]
     assert factors[0] == pytest.approx(0.1) and factors[9:60] == pytest.approx([1.0] * 51)
     assert factors[60] == pytest.approx(1.0) and factors[99] == pytest.approx(1 / 40)
@@ -181,7 +193,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     config = write_config(folder / "tiny.yaml", phases=phases(400), n_checkpoints=4)
     assert main(command(config, folder / "whole")) == 0
-    arguments = [sys.executable, "-m", "selfrepair.cli", *command(config, folder / "killed")]
+    arguments = [sys.executable, "-m", "selfrepair.cli.main", *command(config, folder / "killed")]
     process = subprocess.Popen(arguments, stderr=subprocess.DEVNULL)
     state = folder / "killed.training" / "state.pt"
     while not state.exists() and process.poll() is None:
@@ -229,8 +241,12 @@ def test_card_states_what_was_measured(trained):
 def test_card_names_the_sources_of_the_table(trained, tmp_path):
     text = tmp_path / "text"
     text.mkdir()
-    (text / "a.txt").write_text("\n---\n".join((HELD_OUT_TEXT / f"{kind}.txt").read_text() for kind in ("nature", "stories")))
-    (text / "SOURCES.csv").write_text('file,author,title,github_repository,licence\na,A. Writer,"Much, Ado",a/b,CC0-1.0\n')
+    (text / "a.txt").write_text(
+        "\n---\n".join((HELD_OUT_TEXT / f"{kind}.txt").read_text() for kind in ("nature", "stories"))
+    )
+    (text / "SOURCES.csv").write_text(
+        'file,author,title,github_repository,licence\na,A. Writer,"Much, Ado",a/b,CC0-1.0\n'
+    )
     config = write_config(tmp_path / "tiny.yaml", phases=phases(4))
     assert main(command(config, tmp_path / "model", text=text)) == 0
     card = (tmp_path / "model" / "README.md").read_text()
@@ -288,7 +304,10 @@ def test_bad_configuration_is_one_line(tmp_path, capsys, changes, said):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("content", "said"), [(b"a: [", "not YAML"), (b"- 1\n", "key: value"), (b"name: x\n", "missing architecture")])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"a: [", "not YAML"), (b"- 1\n", "key: value"), (b"name: x\n", "missing architecture")],
+)
 def test_malformed_configuration_is_one_line(tmp_path, capsys, content, said):
     (tmp_path / "bad.yaml").write_bytes(content)
     one_line(capsys, main(command(tmp_path / "bad.yaml", tmp_path / "out")), said)

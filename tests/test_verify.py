@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import zarr
 from families import random_tokens, save_family
+from tasks import of_prompts
 
 from selfrepair import __version__
 from selfrepair.cli import main
@@ -16,22 +17,14 @@ from selfrepair.measure import pairs
 from selfrepair.measure.task import Task
 from selfrepair.models.loading import load_model
 from selfrepair.run import verify
-from selfrepair.run.record import RESULTS
+from selfrepair.run.marks import RESULTS
 from selfrepair.store import stores
 from selfrepair.store.files import hash_files
 from selfrepair.store.manifest import manifest_of, write_manifest
 from selfrepair.store.stores import open_store
 
 #: What a small random model can be measured on, and for which ablation.
-MEASURED = {
-    "heads": ("resample", "mean"),
-    "probabilities": ("resample",),
-    "neurons": ("resample",),
-    "self_feeding": ("resample",),
-    "earlier_input": ("resample",),
-    "cosines": ("resample",),
-    "alignment": ("resample",),
-}
+MEASURED = dict.fromkeys(of_prompts(), ("resample",)) | {"heads": ("resample", "mean")}
 #: Attributes that writing a store gives it.
 OF_THE_STORE = ("format", stores.CHECKSUM, stores.CHECKSUMS)
 #: Beside them, what these need.
@@ -47,11 +40,20 @@ def finished(tmp_path_factory):
         model = load_model(str(save_family("gpt2", folder / "tiny")), "cpu")
         np.save(folder / "tokens.npy", random_tokens(8).numpy())
         out = folder / "results"
-        amount = {"n_prompts": 8, "prompt_len": 12, "seed": 0, "dtype": "float32", "fraction": 0.2, "head": None}
+        amount = {
+            "n_prompts": 8,
+            "prompt_len": 12,
+            "seed": 0,
+            "dtype": "float32",
+            "fraction": 0.2,
+            "head": None,
+        }
         source = {"tokens": str(folder / "tokens.npy"), "text": None, "dataset": None}
         for name, kinds in MEASURED.items():
             for kind in kinds:
-                Task(name, str(folder / "tiny"), amount | source | {"ablation": kind}, out / "measured").merge([model])
+                Task(
+                    name, str(folder / "tiny"), amount | source | {"ablation": kind}, out / "measured"
+                ).merge([model])
     (out / "heads_resample.csv").write_text("model\n")
     write_manifest(out / "manifest.json", 1, files=hash_files(out, RESULTS))
     return folder
@@ -76,10 +78,18 @@ def computed_again(findings):
 
 
 def spoil(store, name, change):
-    """Writes a store once more, checksums and all, with other values: only computing them again can find it."""
+    """Writes a store once more, checksums and all, with other values: only computing them again can find
+    it."""
     data = open_store(store).load()
     data[name] = data[name].copy(data=change(data[name].values))
-    stores.write_store([data.drop_attrs(deep=False).assign_attrs({k: v for k, v in data.attrs.items() if k not in OF_THE_STORE})], store)
+    stores.write_store(
+        [
+            data.drop_attrs(deep=False).assign_attrs(
+                {k: v for k, v in data.attrs.items() if k not in OF_THE_STORE}
+            )
+        ],
+        store,
+    )
 
 
 def test_an_untouched_run_agrees_and_says_how_much_was_computed_again(run, capsys):
@@ -160,7 +170,9 @@ def test_stores_that_change_places_are_found(run):
         aside.rename(b)
     wrong = [finding for finding in found(run).values() if finding.agrees is False]
     assert {one.name, other.name} <= {finding.what for finding in wrong}
-    assert all("its name should be" in finding.detail for finding in wrong if finding.what in (one.name, other.name))
+    assert all(
+        "its name should be" in finding.detail for finding in wrong if finding.what in (one.name, other.name)
+    )
 
 
 def test_a_manifest_that_is_missing_or_says_otherwise_is_found(run):

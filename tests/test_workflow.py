@@ -1,4 +1,5 @@
-"""The Snakefile: what runs when, what is run again and what is not, and what the user sees. Stub commands stand in for the real ones."""
+"""The Snakefile: what runs when, what is run again and what is not, and what the user sees. Stub commands
+stand in for the real ones."""
 
 import json
 import logging
@@ -16,7 +17,8 @@ from snakemake_logger_plugin_selfrepair import LogHandler, duration
 
 ROOT = Path(__file__).resolve().parents[1]
 
-#: Writes what the command of that name would, and a line to ``calls``. ``fail`` and ``slow`` hold parts of command lines.
+#: Writes what the command of that name would, and a line to ``calls``. ``fail`` and ``slow`` hold parts of
+#: command lines.
 STUB = f"""#!{sys.executable}
 import json, os, sys, time
 from pathlib import Path
@@ -29,7 +31,8 @@ if command == "plan":
     if options["--profile"] == "none":
         sys.exit("selfrepair: error: none: no such profile")
     plan = json.loads((here / "plan.json").read_text())
-    keys = dict(("notebooks/" + stem[:2], key) for stem, key in plan["notebooks"].items()) | dict(page=plan["page"])
+    keys = dict(("notebooks/" + stem[:2], key) for stem, key in plan["notebooks"].items()) | \
+dict(page=plan["page"])
     for name, key in keys.items():  # as the real command does
         path = Path(options["--out"], "done", name + ".done")
         if path.exists() and ("--key " + key) not in path.read_text():
@@ -42,7 +45,8 @@ if (here / "fail").exists() and (here / "fail").read_text() in line:
     sys.exit("some noise\\nselfrepair: error: 01_first: cell 3 failed with ValueError: x")
 model = options.get("--model", "").replace("/", "--")
 done = {{
-    "measure": [f"shards/{{model}}/{{options.get('--job')}}" if "--units" in options else f"measured/{{model}}-{{options.get('--stage', 'all')}}"],
+    "measure": [f"shards/{{model}}/{{options.get('--job')}}" if "--units" in options else \
+f"measured/{{model}}-{{options.get('--stage', 'all')}}"],
     "notebook": [f"notebooks/{{options.get('--number')}}"],
     "summary": ["page"],
 }}
@@ -66,7 +70,10 @@ class Workflow:
 
     def plan(self, code: str, notebooks: str = "") -> None:
         heads = [f"heads-resample:{first}" for first in (0, 16, 32)]
-        stages = {"pocket-a": [["tokens:0"], heads, ["neurons-resample:0"]], "org/b": [["tokens:0"], heads[:1], ["neurons-resample:0"]]}
+        stages = {
+            "pocket-a": [["tokens:0"], heads, ["neurons-resample:0"]],
+            "org/b": [["tokens:0"], heads[:1], ["neurons-resample:0"]],
+        }
         plan = {
             "models": {name: {"stages": stages[name], "mem_mb": 100, "key": code} for name in stages},
             "notebooks": {"01_self_repair_across_models": notebooks or code, "02_imperfect_and_noisy": code},
@@ -77,7 +84,14 @@ class Workflow:
 
     def start(self, *options: str, profile: str = "pocket", units_per_job: int = 2) -> subprocess.Popen:
         environment = {**os.environ, "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}"}
-        common = ["--snakefile", ROOT / "Snakefile", "--workflow-profile", ROOT / "workflow" / "default", "--logger", "selfrepair"]
+        common = [
+            "--snakefile",
+            ROOT / "Snakefile",
+            "--workflow-profile",
+            ROOT / "workflow" / "default",
+            "--logger",
+            "selfrepair",
+        ]
         config = ["--config", f"profile={profile}", "out=results", f"units_per_job={units_per_job}"]
         return subprocess.Popen(
             [sys.executable, "-m", "snakemake", *common, "--cores", "2", *config, *options],
@@ -117,7 +131,8 @@ def finished(tmp_path_factory):
 
 
 def commands(calls: list[str]) -> list[str]:
-    """What each call does: the command, and of ``measure`` whether it is of a whole model, a stage or some shards."""
+    """What each call does: the command, and of ``measure`` whether it is of a whole model, a stage or some
+    shards."""
     kinds = {"--units": "shards", "--stage 0": "network", "--stage all": "model", "--stage": "stage"}
     found = []
     for call in calls:
@@ -130,9 +145,17 @@ def test_every_stage_in_order_on_one_thread_each(finished):
     _, status, said, calls = finished
     assert status == 0
     done = commands(calls)
-    assert {name: done.count(name) for name in done} == {"network": 2, "shards": 2, "stage": 4, "notebook": 2, "summary": 1}
+    assert {name: done.count(name) for name in done} == {
+        "network": 2,
+        "shards": 2,
+        "stage": 4,
+        "notebook": 2,
+        "summary": 1,
+    }
     assert all(call.endswith("threads=1") for call in calls)
-    assert any("--model pocket-a --units heads-resample:0 heads-resample:16 --job 1-0 " in call for call in calls)
+    assert any(
+        "--model pocket-a --units heads-resample:0 heads-resample:16 --job 1-0 " in call for call in calls
+    )
     shards_of_a = max(i for i, name in enumerate(done) if name == "shards")
     assert shards_of_a < next(i for i, call in enumerate(calls) if "--model pocket-a --stage 1" in call)
     assert done[-3:] == ["notebook", "notebook", "summary"]
@@ -184,7 +207,9 @@ def test_what_fails_stops_nothing_else_and_is_tried_again(tmp_path):
     log = "results/logs/notebooks/01.log"
     assert status == 1
     assert f"failed: notebooks 01: 01_first: cell 3 failed with ValueError: x (see {log})" in said
-    assert said[-1] == "1 failed, 4 of 6 jobs are done; the same command goes on from there; logs: results/logs"
+    assert (
+        said[-1] == "1 failed, 4 of 6 jobs are done; the same command goes on from there; logs: results/logs"
+    )
     assert (workflow.folder / log).is_file()
     assert (workflow.folder / "results" / "done" / "notebooks" / "02.done").is_file()
     workflow.calls()
@@ -215,7 +240,9 @@ def test_stopped_run_goes_on(tmp_path, number):
     said = process.communicate(timeout=60)[1].splitlines()
     assert process.returncode != 0
     if number == signal.SIGINT:
-        assert "8 of 11 jobs are done; the same command goes on from there" in said[-1] and "Traceback" not in "".join(said)
+        assert "8 of 11 jobs are done; the same command goes on from there" in said[
+            -1
+        ] and "Traceback" not in "".join(said)
     workflow.calls()
     (workflow.folder / "slow").unlink()
     assert workflow.run()[0] == 0
@@ -231,7 +258,10 @@ def test_second_run_on_the_same_results_waits(tmp_path):
     status, said = workflow.run()
     first.communicate(timeout=60)
     assert (first.returncode, status) == (0, 0)
-    assert said == ["another run is at work on results: waiting until it ends", "nothing to do: the results are there already"]
+    assert said == [
+        "another run is at work on results: waiting until it ends",
+        "nothing to do: the results are there already",
+    ]
     calls = workflow.calls()
     assert len(calls) == len(set(calls)) == 11
 
@@ -242,7 +272,8 @@ def test_bad_profile_is_one_line(tmp_path):
     assert not (workflow.folder / "results").exists()
 
 
-# --- what the user sees ------------------------------------------------------------------------------------------------
+# --- what the user sees
+# ------------------------------------------------------------------------------------------------
 
 
 def logged(handler: LogHandler, event: LogEvent, **values: object) -> None:
@@ -255,7 +286,14 @@ def test_time_left_is_judged_by_what_is_done(monkeypatch, capsys):
     handler = LogHandler(SimpleNamespace(), None)
     logged(handler, LogEvent.RUN_INFO, stats={"measure": 4, "all": 1, "total": 5})
     for job in range(4):
-        logged(handler, LogEvent.JOB_INFO, jobid=job, rule_name="measure", wildcards={"model": job}, log=[f"out/logs/measured/{job}.log"])
+        logged(
+            handler,
+            LogEvent.JOB_INFO,
+            jobid=job,
+            rule_name="measure",
+            wildcards={"model": job},
+            log=[f"out/logs/measured/{job}.log"],
+        )
     now += 300
     logged(handler, LogEvent.JOB_FINISHED, job_id=2)
     now += 10  # too soon for another line where there is no terminal
@@ -264,27 +302,51 @@ def test_time_left_is_judged_by_what_is_done(monkeypatch, capsys):
     for job in (1, 3):
         logged(handler, LogEvent.JOB_FINISHED, job_id=job)
     handler.close()
-    assert capsys.readouterr().err.splitlines() == ["measured: 1 of 4, 15 min left", "measured: 4 of 4, 5 min", "done in 5 min; logs: out/logs"]
+    assert capsys.readouterr().err.splitlines() == [
+        "measured: 1 of 4, 15 min left",
+        "measured: 4 of 4, 5 min",
+        "done in 5 min; logs: out/logs",
+    ]
 
 
 def test_terminal_shows_the_stages_at_work_in_one_line(monkeypatch, capsys):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     handler = LogHandler(SimpleNamespace(), None)
     logged(handler, LogEvent.RUN_INFO, stats={"network": 1, "measure": 1})
-    logged(handler, LogEvent.JOB_INFO, jobid=1, rule_name="network", wildcards={}, log=["out/logs/measured/a.log"])
-    logged(handler, LogEvent.JOB_INFO, jobid=2, rule_name="measure", wildcards={}, log=["out/logs/measured/a.log"])
+    logged(
+        handler,
+        LogEvent.JOB_INFO,
+        jobid=1,
+        rule_name="network",
+        wildcards={},
+        log=["out/logs/measured/a.log"],
+    )
+    logged(
+        handler,
+        LogEvent.JOB_INFO,
+        jobid=2,
+        rule_name="measure",
+        wildcards={},
+        log=["out/logs/measured/a.log"],
+    )
     logged(handler, LogEvent.JOB_FINISHED, job_id=1)
     lines = capsys.readouterr().err.replace("\r\033[K", "|")
-    assert lines == "|prompts: 0 of 1|prompts: 0 of 1 | measured: 0 of 1|prompts: 1 of 1, 0 s\n|measured: 0 of 1"
+    assert (
+        lines == "|prompts: 0 of 1|prompts: 0 of 1 | measured: 0 of 1|prompts: 1 of 1, 0 s\n|measured: 0 of 1"
+    )
 
 
 def test_error_of_snakemake_itself_is_one_line(capsys):
     handler = LogHandler(SimpleNamespace(), None)
-    handler.handle(logging.makeLogRecord({"levelno": logging.ERROR, "msg": "WorkflowError:\n   sbatch failed"}))
+    handler.handle(
+        logging.makeLogRecord({"levelno": logging.ERROR, "msg": "WorkflowError:\n   sbatch failed"})
+    )
     handler.close()
     assert capsys.readouterr().err == "WorkflowError: sbatch failed\n"
 
 
-@pytest.mark.parametrize(("seconds", "said"), [(0.4, "0 s"), (119, "119 s"), (120, "2 min"), (7199, "120 min"), (7200, "2 h")])
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0.4, "0 s"), (119, "119 s"), (120, "2 min"), (7199, "120 min"), (7200, "2 h")]
+)
 def test_duration(seconds, said):
     assert duration(seconds) == said

@@ -7,6 +7,9 @@ from jaxtyping import Bool, Float
 
 from selfrepair.errors import UserError
 
+#: What repairs, as columns of tables call it.
+PARTS = ("layernorm", "heads", "mlps")
+
 
 def select_top(
     direct_effect: Float[np.ndarray, "prompt position"], fraction: float

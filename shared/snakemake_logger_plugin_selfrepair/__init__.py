@@ -1,4 +1,5 @@
-"""One line per stage of a run, with count and time left: ``snakemake --logger selfrepair`` finds this package by its name.
+"""One line per stage of a run, with count and time left: ``snakemake --logger selfrepair`` finds this
+package by its name.
 
 Snakemake's own messages go to its log in ``.snakemake/log``, the jobs' to logs of their own.
 """
@@ -17,7 +18,13 @@ from snakemake_interface_logger_plugins.base import LogHandlerBase
 from snakemake_interface_logger_plugins.common import LogEvent
 
 #: Stages by rule, in order; other rules do no work.
-STAGES = {"network": "prompts", "shards": "shards", "measure": "measured", "notebooks": "notebooks", "summary": "summary"}
+STAGES = {
+    "network": "prompts",
+    "shards": "shards",
+    "measure": "measured",
+    "notebooks": "notebooks",
+    "summary": "summary",
+}
 #: Seconds between lines where there is no terminal to write one line again and again.
 SELDOM = 60
 
@@ -58,7 +65,9 @@ class LogHandler(LogHandlerBase):
     def emit(self, record: logging.LogRecord) -> None:
         event = getattr(record, "event", None)
         if event == LogEvent.RUN_INFO:
-            self.stages = {rule: Stage(name, record.stats[rule]) for rule, name in STAGES.items() if rule in record.stats}
+            self.stages = {
+                rule: Stage(name, record.stats[rule]) for rule, name in STAGES.items() if rule in record.stats
+            }
         elif event == LogEvent.JOB_INFO and record.rule_name in self.stages:
             name = " ".join([record.rule_name, *map(str, record.wildcards.values())])
             self.jobs[record.jobid] = (record.rule_name, name, Path(record.log[0]) if record.log else None)
@@ -87,13 +96,19 @@ class LogHandler(LogHandlerBase):
         if self.error and not self.failed:  # else it only repeats that a job failed
             self._say(self.error)
         if self.stages:
-            done, total = (sum(counts) for counts in zip(*((len(s.done), s.total) for s in self.stages.values()), strict=True))
+            done, total = (
+                sum(counts)
+                for counts in zip(*((len(s.done), s.total) for s in self.stages.values()), strict=True)
+            )
             logs = next((log.parents[1] for _, _, log in self.jobs.values() if log), None)
             if done == total:
                 self._say(f"done in {duration(time.monotonic() - self.started)}; logs: {logs}")
             else:
                 what = f"{len(self.failed)} failed" if self.failed else "stopped"
-                self._say(f"{what}, {done} of {total} jobs are done; the same command goes on from there; logs: {logs}")
+                self._say(
+                    f"{what}, {done} of {total} jobs are done; the same command goes on from there; "
+                    f"logs: {logs}"
+                )
         super().close()
 
     def _say(self, line: str) -> None:
@@ -104,7 +119,9 @@ class LogHandler(LogHandlerBase):
 
     def _show_live(self) -> None:
         """The stages at work: on a terminal in place, else as a line now and then."""
-        at_work = [stage.line() for stage in self.stages.values() if stage.started and len(stage.done) < stage.total]
+        at_work = [
+            stage.line() for stage in self.stages.values() if stage.started and len(stage.done) < stage.total
+        ]
         if sys.stderr.isatty():
             self.live = " | ".join(at_work)[: shutil.get_terminal_size().columns - 1]
             print(f"\r\033[K{self.live}", end="", file=sys.stderr, flush=True)
@@ -123,4 +140,7 @@ def duration(seconds: float) -> str:
 def last_line(log: Path | None) -> str:
     """What a command said last: its errors are one line."""
     lines = log.read_text(errors="replace").split("\n") if log and log.is_file() else []
-    return next((line.removeprefix("selfrepair: error: ") for line in reversed(lines) if line.strip()), "it left no message")
+    return next(
+        (line.removeprefix("selfrepair: error: ") for line in reversed(lines) if line.strip()),
+        "it left no message",
+    )

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from selfrepair.analysis.head_table import PARTS
 from selfrepair.analysis.published import HUB_IDS, TOKENS_OF_FRACTION, published_heads, published_name
 from selfrepair.errors import UserError
+from selfrepair.statistics import PARTS
 from selfrepair.store.files import write_atomically
 
 #: Columns of a heads table → unit.

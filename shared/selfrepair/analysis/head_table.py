@@ -12,10 +12,9 @@ import xarray as xr
 from jaxtyping import Bool, Float
 
 from selfrepair.analysis.estimates import Estimate, draws, selected_means
-from selfrepair.statistics import clipped_share, select_top
+from selfrepair.statistics import PARTS, clipped_share, select_top
 from selfrepair.store.files import write_atomically
 
-PARTS = ("layernorm", "heads", "mlps")
 EFFECTS = ("logit_change", "direct_effect", "ablated_direct_effect")
 
 

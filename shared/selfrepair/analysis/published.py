@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pandas as pd
 
-from selfrepair.analysis.head_table import PARTS
 from selfrepair.paths import PUBLISHED
+from selfrepair.statistics import PARTS
 
 #: Names in the released tables → the models' ids on the Hugging Face hub.
 HUB_IDS = {

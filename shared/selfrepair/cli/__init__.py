@@ -1,4 +1,5 @@
-"""The command line, ``selfrepair``: ``parser`` says what it takes, ``commands`` what it does, ``main`` how failures are told."""
+"""The command line, ``selfrepair``: ``parser`` says what it takes, ``commands`` what it does, ``main`` how
+failures are told."""
 
 from selfrepair.cli.main import main
 

@@ -1,4 +1,5 @@
-"""What each command does. Imports of torch and transformers wait until it needs them: bad arguments answer at once."""
+"""What each command does. Imports of torch and transformers wait until it needs them: bad arguments answer
+at once."""
 
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ def _study(options: argparse.Namespace) -> Study:
     profile = load_profile(options.profile)
     if "model" in options:
         if options.model not in profile.models:
-            raise UserError(f"{options.model}: not a model of {options.profile}; it has {', '.join(profile.models)}")
+            raise UserError(
+                f"{options.model}: not a model of {options.profile}; it has {', '.join(profile.models)}"
+            )
         find_model(options.model)
     from selfrepair.run.study import Study
 
@@ -33,7 +36,8 @@ def _study(options: argparse.Namespace) -> Study:
 def plan(options: argparse.Namespace) -> None:
     import json
 
-    from selfrepair.run.workflow import forget_stale, plan
+    from selfrepair.run.marks import forget_stale
+    from selfrepair.run.workflow import plan
 
     study = _study(options)
     planned = plan(study)
@@ -70,12 +74,13 @@ def summary(options: argparse.Namespace) -> None:
 
 def update(options: argparse.Namespace) -> None:
     from selfrepair.run.committed import update_committed
+    from selfrepair.run.record import summarise
     from selfrepair.run.study import Study
 
     study = Study.of("pocket")
     if not (study.out_dir / "index.html").is_file():
         raise UserError(f"{study.out_dir}: holds no finished run; ./run_all.sh --update makes one first")
-    update_committed(study)
+    update_committed(study, summarise)
 
 
 def train(options: argparse.Namespace) -> None:
@@ -101,7 +106,8 @@ def train(options: argparse.Namespace) -> None:
         print(f"{config.name}: measuring", file=sys.stderr)
         metrics = finish(model, config, data, work, options.text, options.out)
     print(
-        f"held-out prose {metrics['loss_held_out_prose']:.3f} nats/token (trigram {metrics['trigram_loss_held_out_prose']:.3f}), "
+        f"held-out prose {metrics['loss_held_out_prose']:.3f} nats/token (trigram "
+        f"{metrics['trigram_loss_held_out_prose']:.3f}), "
         f"facts {metrics['fact_recall_held_out_phrasings']:.0%}",
         file=sys.stderr,
     )
@@ -129,9 +135,11 @@ def sweep(options: argparse.Namespace) -> None:
     if options.tokens is not None and options.prompt_len is not None:
         raise UserError("--prompt-len is not for --tokens, whose rows are taken as long as they are")
     find_model(options.model)  # what is wrong with the name is said before seconds of imports
+    import torch
     from transformers.utils import logging
 
     from selfrepair.engine.fast import compile_norms
+    from selfrepair.engine.identity_check import check_tokens
     from selfrepair.measure.task import Task
     from selfrepair.models.devices import all_devices, set_precision
     from selfrepair.models.loading import load_model
@@ -151,7 +159,9 @@ def sweep(options: argparse.Namespace) -> None:
         "seed": options.seed,
     }
     prompt_len = 128 if options.prompt_len is None else options.prompt_len
-    prompts = load_tokens(models[0].tokenizer, **source, n_prompts=options.n_prompts, prompt_len=prompt_len).tokens
+    drawn = load_tokens(models[0].tokenizer, **source, n_prompts=options.n_prompts, prompt_len=prompt_len)
+    prompts = torch.from_numpy(drawn.tokens)
+    check_tokens(models[0], prompts, drawn.source)  # what is wrong is said before anything is written
     amount = {"n_prompts": len(prompts), "prompt_len": prompts.shape[1]}
     wanted = {**source, **amount, "dtype": options.dtype, "ablation": options.ablation}
     with disk_full_is_said(options.out):
@@ -186,7 +196,9 @@ def verify(options: argparse.Namespace) -> None:
         print(finding, flush=True)
     differing = sum(finding.agrees is False for finding in findings)
     if differing:
-        raise UserError(f"{options.results}: {differing} of {len(findings)} checks differ; what differs is named above")
+        raise UserError(
+            f"{options.results}: {differing} of {len(findings)} checks differ; what differs is named above"
+        )
     print("all that was checked agrees")
 
 

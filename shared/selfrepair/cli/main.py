@@ -6,8 +6,10 @@ import os
 import sys
 from collections.abc import Sequence
 
+from selfrepair.cli import commands
 from selfrepair.cli.parser import command_parser, one_line
 from selfrepair.errors import UserError
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
@@ -17,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("an argument is no UTF-8 text; rename the file that it names")
     options = parser.parse_args(arguments)
     try:
-        options.run(options)
+        getattr(commands, options.run)(options)
         sys.stdout.flush()
     except UserError as error:
         print(f"selfrepair: error: {one_line(error)}", file=sys.stderr)
@@ -32,13 +34,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         path = error.filename2 or error.filename
         if path is None:  # not about a file that was given, or that was to be written
             raise
-        print(f"selfrepair: error: {one_line(os.fsdecode(path))}: cannot be read or written ({error.strerror})", file=sys.stderr)
+        print(
+            f"selfrepair: error: {one_line(os.fsdecode(path))}: cannot be read or written ({error.strerror})",
+            file=sys.stderr,
+        )
         return 1
     return 0
 
 
 def _is_unicode(text: str) -> bool:
-    """False if it holds bytes that were no UTF-8, which Python keeps as lone surrogates and no file format does."""
+    """False if it holds bytes that were no UTF-8, which Python keeps as lone surrogates and no file format
+    does."""
     return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,5 @@
-"""Everything that is measured of a model, each kind a module with its :class:`Measurement`; :class:`Task` makes and keeps it."""
+"""Everything that is measured of a model, each kind a module with its :class:`Measurement`; :class:`Task`
+makes and keeps it."""
 
 import lazy_loader
 

@@ -18,7 +18,13 @@ from selfrepair.engine.batches import pairs_that_fit, partner_batches, rows_that
 from selfrepair.engine.head_ablation import HeadAblations, ablate_heads
 from selfrepair.errors import UserError
 from selfrepair.measure.measurement import Inputs, Measurement, Settings
-from selfrepair.measure.pairs import head_replacement, needs_of_ablation, pair_shards, prompts_of_shard, tokens_of
+from selfrepair.measure.pairs import (
+    head_replacement,
+    needs_of_ablation,
+    pair_shards,
+    prompts_of_shard,
+    tokens_of,
+)
 from selfrepair.models.devices import on_device, on_host, unless_out_of_memory
 
 if TYPE_CHECKING:
@@ -26,9 +32,11 @@ if TYPE_CHECKING:
 
 
 class Heads(Measurement):
-    """The variables of :class:`selfrepair.engine.head_ablation.HeadAblations` (logits), ``[layer, head, prompt, position]``.
+    """The variables of :class:`selfrepair.engine.head_ablation.HeadAblations` (logits), ``[layer, head,
+    prompt, position]``.
 
-    Beside them ``sigma_clean [prompt, position]`` and ``token [prompt, token_position]``. Rushing & Nanda 2024, §2 and §4.
+    Beside them ``sigma_clean [prompt, position]`` and ``token [prompt, token_position]``. Rushing & Nanda
+    2024, §2 and §4.
     """
 
     name: ClassVar[str] = "heads"
@@ -46,7 +54,10 @@ class Heads(Measurement):
         tokens = tokens_of(model, inputs, prompts)
         found = _ablate_pairs(model, tokens, head_replacement(model, settings, inputs))
         if not all(values.isfinite().all() for values in vars(found).values()):
-            raise UserError(f"{model.name}: some effects are not finite; the weights are damaged or {model.dtype} is too narrow for them")
+            raise UserError(
+                f"{model.name}: some effects are not finite; the weights are damaged or {model.dtype} "
+                f"is too narrow for them"
+            )
         dims = ("layer", "head", "prompt", "position")
         variables = {name: (dims[-values.ndim :], values.numpy()) for name, values in vars(found).items()}
         variables["token"] = (("prompt", "token_position"), tokens.numpy())
@@ -62,7 +73,9 @@ class Heads(Measurement):
 MEASUREMENT = Heads()
 
 
-def _ablate_pairs(model: Model, tokens: Int[Tensor, "prompt position"], replacement: Replacement) -> HeadAblations:
+def _ablate_pairs(
+    model: Model, tokens: Int[Tensor, "prompt position"], replacement: Replacement
+) -> HeadAblations:
     """The ablations of prompts whose second half holds the partners of the first, on the host.
 
     Raises:
@@ -90,7 +103,9 @@ def _ablate_pairs(model: Model, tokens: Int[Tensor, "prompt position"], replacem
     return _joined(parts, torch.promote_types(torch.float32, model.dtype))
 
 
-def _ablate_batch(model: Model, tokens: Int[Tensor, "prompt position"], replacement: Replacement) -> HeadAblations:
+def _ablate_batch(
+    model: Model, tokens: Int[Tensor, "prompt position"], replacement: Replacement
+) -> HeadAblations:
     found = ablate_heads(model, on_device(tokens, model.device), replacement)
     return HeadAblations(**{name: on_host(values) for name, values in vars(found).items()})
 

@@ -1,4 +1,4 @@
-"""What a measurement is: a name, settings that determine its numbers, what it reads, and how a shard is computed."""
+"""What a measurement is: its name, settings, shards, what it reads, and how a shard is computed."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from selfrepair.paths import PACKAGE
 if TYPE_CHECKING:
     from selfrepair.models.loading import Model
 
-#: JSON values by name; a model's own settings out of a profile, or those that determine one store. ``model_name``
-#: is for what reads more of the model's folder than the model: training checkpoints, or the record of its training.
+#: JSON values by name; a model's own settings out of a profile, or those that determine one store.
+#: ``model_name`` is for what reads more of the model's folder than the model: training checkpoints, or the
+#: record of its training.
 Settings = Mapping[str, object]
 #: What a measurement reads, by the names of the measurements that made it.
 Inputs = Mapping[str, xr.Dataset]
@@ -27,7 +28,7 @@ BESIDE_WEIGHTS_MB = 2500
 
 
 class Measurement(ABC):
-    """One kind of measurement. A module of this folder that holds one as ``MEASUREMENT`` is all that it takes to add it.
+    """One kind of measurement. A module of this folder that holds one as ``MEASUREMENT`` adds it.
 
     ``name`` is the module's. ``uses`` names the settings that determine its numbers, beside those of what it
     ``needs``. Shards divide its data along the dimension ``along``: each variable has that dimension, or the
@@ -54,7 +55,7 @@ class Measurement(ABC):
         return True
 
     def fingerprint(self, settings: Settings) -> dict[str, object]:
-        """What, beside settings, code and the model, determines its numbers: hashes of files that it reads, by name."""
+        """What else determines its numbers: hashes of files that it reads, by name."""
         return {}
 
     @abstractmethod
@@ -90,8 +91,8 @@ def measurement_names() -> tuple[str, ...]:
     """All of them, in alphabetical order."""
     folder = PACKAGE / "measure"
     modules = [info.name for info in pkgutil.iter_modules([str(folder)])]
-    named = [name for name in modules if "\nMEASUREMENT = " in (folder / f"{name}.py").read_text(encoding="utf-8")]
-    return tuple(sorted(named))
+    sources = {name: (folder / f"{name}.py").read_text(encoding="utf-8") for name in modules}
+    return tuple(sorted(name for name, source in sources.items() if "\nMEASUREMENT = " in source))
 
 
 def settings_of(name: str, wanted: Settings) -> dict[str, object]:

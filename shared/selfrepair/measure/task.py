@@ -71,7 +71,9 @@ class Task:
             **self.measurement.fingerprint(self.settings),
             "inputs": {name: task.path.stem for name, task in self.needed.items()},
             "version": __version__,
-            "code": code_version(f"selfrepair.measure.{self.measurement.name}", "selfrepair.engine.fast.switch"),
+            "code": code_version(
+                f"selfrepair.measure.{self.measurement.name}", "selfrepair.engine.fast.switch"
+            ),
         }
 
     @property
@@ -96,7 +98,7 @@ class Task:
         return {name: open_store(task.path) for name, task in self.needed.items()}
 
     def compute(self, models: Sequence[Model], shards: Iterable[int], progress: bool = False) -> None:
-        """Leaves these shards on the disk, and what they need; ``models`` are one model on one device or more.
+        """Leaves these shards and what they need on the disk; ``models`` are one model on one device or more.
 
         Raises:
             UserError: no such shard, or as the measurement says.

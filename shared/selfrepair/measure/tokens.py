@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 
 class Tokens(Measurement):
-    """``token [prompt, token_position]``; see :func:`selfrepair.text.corpora.load_tokens` for the settings."""
+    """``token [prompt, token_position]``; see :func:`selfrepair.text.corpora.load_tokens` for the
+    settings."""
 
     name: ClassVar[str] = "tokens"
     uses: ClassVar[tuple[str, ...]] = ("text", "dataset", "tokens", "n_prompts", "prompt_len", "seed")

@@ -29,7 +29,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "effects_by_layer",
             "late_mlps",
             "over_training",
-            "worked_prompt",
         ],
         "neurons": ["cumulative_change", "erasure_shares", "neurons_for_half", "overlaps", "single_neurons"],
         "style": ["looks", "save", "use_style"],

@@ -1,4 +1,5 @@
-"""Runs: profiles say what to measure, studies hold it for notebooks, the workflow makes it, the page and ``verify`` show it."""
+"""Runs: profiles say what to measure, studies hold it for notebooks, the workflow makes it, the page and
+``verify`` show it."""
 
 import lazy_loader
 

@@ -1,10 +1,12 @@
-"""Refreshing what is committed from a finished run: notebooks with their outputs, figures, the page, the README's claims."""
+"""Refreshing what is committed from a finished run: notebooks with their outputs, figures, the page, the
+README's claims."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
@@ -14,17 +16,18 @@ from nbclient.exceptions import CellExecutionError
 from selfrepair.errors import UserError
 from selfrepair.paths import FIGURES, README
 from selfrepair.run.notebooks import all_notebooks
-from selfrepair.run.record import summarise
 from selfrepair.run.study import Study
 from selfrepair.store.files import write_atomically
 
 CLAIMS = ("\n## Claims\n\n", "\nThe rules behind the verdicts")
 
 
-def update_committed(study: Study) -> None:
-    """Executes every notebook in its place, and copies figures, claims and page of the run, which they have just drawn.
+def update_committed(study: Study, summarise: Callable[[Study], object]) -> None:
+    """Executes every notebook in its place, and copies figures, claims and page of the run, which they have
+    just drawn.
 
-    Nothing is changed unless every notebook ran through.
+    ``summarise`` writes the run's page and manifest once the notebooks have run. Nothing is
+    changed unless every notebook ran through.
 
     Raises:
         UserError: a notebook's cell failed, or the README has no section of claims.
@@ -51,9 +54,13 @@ def _executed(path: Path) -> nbformat.NotebookNode:
     notebook = nbformat.read(path, as_version=4)
     where = {"metadata": {"path": os.fspath(path.parent)}}
     try:
-        NotebookClient(notebook, timeout=None, kernel_name="python3", resources=where, coalesce_streams=True).execute()
+        NotebookClient(
+            notebook, timeout=None, kernel_name="python3", resources=where, coalesce_streams=True
+        ).execute()
     except CellExecutionError as error:
-        raise UserError(f"{path.stem}: {error.ename}: {str(error.evalue).splitlines()[0]}; nothing was changed") from error
+        raise UserError(
+            f"{path.stem}: {error.ename}: {str(error.evalue).splitlines()[0]}; nothing was changed"
+        ) from error
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # times of day
     return notebook

@@ -11,12 +11,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import nbformat
 from filelock import FileLock
 
 from selfrepair.errors import UserError
 from selfrepair.paths import NOTEBOOKS
+from selfrepair.run.marks import mark, say_done
+
+if TYPE_CHECKING:
+    from selfrepair.run.study import Study
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,9 @@ class Notebook:
     @property
     def source(self) -> str:
         """All cells as they are written; outputs do not count."""
-        return "\n\n".join(f"{cell.cell_type} {cell.metadata.get('tags', '')}\n{cell.source}" for cell in self.cells)
+        return "\n\n".join(
+            f"{cell.cell_type} {cell.metadata.get('tags', '')}\n{cell.source}" for cell in self.cells
+        )
 
     @property
     def code(self) -> str:
@@ -50,14 +57,21 @@ class Notebook:
     def measurements(self) -> list[str]:
         """Names of the measurements that it reads: what its cells give to ``study.measured``."""
         calls = (node for node in ast.walk(ast.parse(self.code)) if isinstance(node, ast.Call))
-        asked = (call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "measured")
+        asked = (
+            call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "measured"
+        )
         return sorted({str(ast.literal_eval(call.args[0])) for call in asked})
 
     def left(self, out_dir: Path) -> list[Path]:
-        """What it left in the results folder of a run: itself, its figures and claims, and the tables that its cells name."""
+        """What it left in the results folder of a run: itself, its figures and claims, and the tables that
+        its cells name."""
         places = [out_dir / "notebooks" / self.path.name, out_dir / "claims" / f"{self.number}.csv"]
         tables = [table for table in out_dir.glob("*.csv") if f'"{table.name}"' in self.code]
-        return [place for place in places if place.is_file()] + sorted((out_dir / "figures").glob(f"{self.number}_*")) + tables
+        return (
+            [place for place in places if place.is_file()]
+            + sorted((out_dir / "figures").glob(f"{self.number}_*"))
+            + tables
+        )
 
 
 def all_notebooks() -> list[Notebook]:
@@ -65,8 +79,11 @@ def all_notebooks() -> list[Notebook]:
     return [Notebook(path) for path in sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))]
 
 
-def run_notebooks(profile: str, out_dir: Path, parameters: dict[str, object], jobs: int = 1, only: Sequence[str] = ()) -> list[Path]:
-    """Executes the notebooks (all, or those whose names begin with one of ``only``) into ``out_dir/notebooks``.
+def run_notebooks(
+    profile: str, out_dir: Path, parameters: dict[str, object], jobs: int = 1, only: Sequence[str] = ()
+) -> list[Path]:
+    """Executes the notebooks (all, or those whose names begin with one of ``only``) into
+    ``out_dir/notebooks``.
 
     Raises:
         UserError: no such notebook, a parameter that a notebook does not have, or cells that failed: the
@@ -75,9 +92,14 @@ def run_notebooks(profile: str, out_dir: Path, parameters: dict[str, object], jo
     import papermill  # takes seconds, and a plan reads notebooks too
 
     sources = [notebook.path for notebook in all_notebooks()]
-    unknown = [name for name in only if not any(source.name.startswith(name) for source in sources)]
+    unknown = [
+        name for name in only if not name or not any(source.name.startswith(name) for source in sources)
+    ]
     if unknown:
-        raise UserError(f"no notebook begins with {', '.join(unknown)}; there are {', '.join(source.stem for source in sources)}")
+        raise UserError(
+            f"no notebook begins with {', '.join(unknown)}; there are "
+            f"{', '.join(source.stem for source in sources)}"
+        )
     sources = [source for source in sources if not only or source.name.startswith(tuple(only))]
     parameters = {"profile": profile, "out_dir": str(out_dir.resolve()), **parameters}
     for source in sources:
@@ -86,10 +108,18 @@ def run_notebooks(profile: str, out_dir: Path, parameters: dict[str, object], jo
             raise UserError(f"{source.name}: has no parameter {', '.join(sorted(misspelt))}")
     target = out_dir / "notebooks"
     target.mkdir(parents=True, exist_ok=True)
-    if jobs > 1:  # kernels inherit this; more threads than cores, each spinning while it waits, would slow all of them
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // min(jobs, len(sources)))))
+    if (
+        jobs > 1
+    ):  # kernels inherit this; more threads than cores, each spinning while it waits, would slow all of them
+        os.environ.setdefault(
+            "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // min(jobs, len(sources))))
+        )
     with ThreadPoolExecutor(max_workers=jobs) as pool:
-        failures = [failure for failure in pool.map(lambda source: _run(source, target / source.name, parameters), sources) if failure]
+        failures = [
+            failure
+            for failure in pool.map(lambda source: _run(source, target / source.name, parameters), sources)
+            if failure
+        ]
     if failures:
         raise UserError("; ".join(failures))
     return [target / source.name for source in sources]
@@ -99,13 +129,15 @@ def run_notebook_of(study: Study, profile: str, number: str, key: str) -> None:
     """Executes one notebook of a run and marks it as done, under the plan's ``key``.
 
     Raises:
-        UserError: as :func:`run_notebooks`.
+        UserError: no notebook has that number; or as :func:`run_notebooks`.
     """
-    from selfrepair.run.workflow import mark, say_done
-
+    numbered = {notebook.number: notebook for notebook in all_notebooks()}
+    if number not in numbered:
+        raise UserError(f"no notebook has the number {number!r}; there are {', '.join(numbered)}")
     run_notebooks(profile, study.out_dir, {"seed": study.seed, "device": study.device}, only=[number])
-    (notebook,) = [notebook for notebook in all_notebooks() if notebook.number == number]
-    say_done(mark(study, "notebooks", number), notebook.left(study.out_dir), study.out_dir, key=key)
+    say_done(
+        mark(study.out_dir, "notebooks", number), numbered[number].left(study.out_dir), study.out_dir, key=key
+    )
 
 
 def _run(source: Path, target: Path, parameters: dict[str, object]) -> str | None:
@@ -116,7 +148,8 @@ def _run(source: Path, target: Path, parameters: dict[str, object]) -> str | Non
 
     print(f"{source.stem}: running", file=sys.stderr)
     with FileLock(target.with_suffix(".lock")), TemporaryDirectory() as folder:
-        # Sockets in a folder of its own: kernels that start at the same moment can be given the same TCP port.
+        # Sockets in a folder of its own: kernels that start at the same moment can be given the same TCP
+        # port.
         sockets = Config({"KernelManager": {"transport": "ipc", "ip": f"{folder}/kernel"}})
         try:
             papermill.execute_notebook(
@@ -130,7 +163,10 @@ def _run(source: Path, target: Path, parameters: dict[str, object]) -> str | Non
                 coalesce_streams=True,  # else it is chance in how many pieces a cell's text is kept
             )
         except PapermillExecutionError as error:
-            return f"{source.stem}: cell {error.exec_count} failed with {error.ename}: {(str(error.evalue).splitlines() or [''])[0]} (see {target})"
+            return (
+                f"{source.stem}: cell {error.exec_count} failed with {error.ename}: "
+                f"{(str(error.evalue).splitlines() or [''])[0]} (see {target})"
+            )
         except DeadKernelError:
             return f"{source.stem}: its kernel died, from too little memory perhaps (see {target})"
     print(f"{source.stem}: done, {target}", file=sys.stderr)

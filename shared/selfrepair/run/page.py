@@ -27,7 +27,8 @@ TEMPLATE = Path(__file__).with_name("page.html")
 #: Verdict → how it is marked.
 MARKS = dict(zip(VERDICTS, ("yes", "partly", "no", "untested"), strict=True))
 
-#: Columns of a heads table that a reader looks at first → their headings. Others follow under their own names.
+#: Columns of a heads table that a reader looks at first → their headings. Others follow under their own
+#: names.
 HEADINGS = {
     "self_repair": "self-repair, logits [95 % interval]",
     "direct_effect": "direct effect, logits",
@@ -44,6 +45,7 @@ HEADINGS = {
     "ablated_direct_effect": "direct effect after ablation, logits",
     "n_tokens": "tokens",
 }
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -88,7 +90,10 @@ def write_page(out_dir: Path, target: Path | None = None) -> Path:
     claims = _claims(out_dir / "figures" / "claims.csv")
     models = _heads(out_dir)
     if not (figures or claims or models):
-        raise UserError(f"{out_dir}: holds no figures, claims or tables of heads; run 'selfrepair notebooks' into it first")
+        raise UserError(
+            f"{out_dir}: holds no figures, claims or tables of heads; run 'selfrepair notebooks' into "
+            f"it first"
+        )
     verdicts = Counter(claim.verdict for claim in claims)
     page = {
         "name": out_dir.resolve().name,
@@ -99,10 +104,14 @@ def write_page(out_dir: Path, target: Path | None = None) -> Path:
         "models": models,
         "manifest": _manifest(out_dir / "manifest.json"),
     }
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
     environment.filters.update(csp_hash=_csp_hash, mark=MARKS.get, rank=VERDICTS.index)
     target = out_dir / "index.html" if target is None else target
-    write_atomically(target, environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(page).encode())
+    write_atomically(
+        target, environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(page).encode()
+    )
     return target
 
 
@@ -120,7 +129,9 @@ def _figure(path: Path) -> Figure:
             width, height = image.size
     except Exception as error:  # Pillow raises many types for a damaged image
         raise _damaged(path, error) from error
-    return Figure(path.stem, f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}", width, height)
+    return Figure(
+        path.stem, f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}", width, height
+    )
 
 
 def _sections(figures: list[Figure]) -> list[Section]:
@@ -164,7 +175,9 @@ def _heads(out_dir: Path) -> dict[str, list[Table]]:
     first = ("resample", "mean", "zero")
     paths = {path.stem.removeprefix("heads_"): path for path in sorted(out_dir.glob("heads_*.csv"))}
     models: dict[str, list[Table]] = {}
-    for ablation in sorted(paths, key=lambda name: (first.index(name) if name in first else len(first), name)):
+    for ablation in sorted(
+        paths, key=lambda name: (first.index(name) if name in first else len(first), name)
+    ):
         table = _read(paths[ablation], ("model", "layer", "head"), dtype={"model": str})
         for model, heads in table.groupby("model", sort=False):
             models.setdefault(model, []).append(_table(f"{ablation} ablation", _shown(heads)))
@@ -173,10 +186,17 @@ def _heads(out_dir: Path) -> dict[str, list[Table]]:
 
 def _shown(heads: pd.DataFrame) -> pd.DataFrame:
     """A heads table as a reader sees it: named heads, intervals beside their values."""
-    intervals = {name.removesuffix("_low"): (name, f"{name.removesuffix('_low')}_high") for name in heads if name.endswith("_low")}
+    intervals = {
+        name.removesuffix("_low"): (name, f"{name.removesuffix('_low')}_high")
+        for name in heads
+        if name.endswith("_low")
+    }
     hidden = {"model", "layer", "head", *(end for ends in intervals.values() for end in ends)}
     shown = {"head": [f"L{layer}H{head}" for layer, head in zip(heads["layer"], heads["head"], strict=True)]}
-    for name in [*(name for name in HEADINGS if name in heads), *(name for name in heads if name not in HEADINGS)]:
+    for name in [
+        *(name for name in HEADINGS if name in heads),
+        *(name for name in heads if name not in HEADINGS),
+    ]:
         if name in hidden:
             continue
         values = heads[name].map(_text)
@@ -191,13 +211,18 @@ def _comparison(path: Path) -> Table | None:
     if not path.is_file():
         return None
     comparison = _read(path, ("model", "quantity"), dtype={"model": str})
-    return _table("Heads measured here against the published ones", comparison.rename(columns=lambda name: name.replace("_", " ")))
+    return _table(
+        "Heads measured here against the published ones",
+        comparison.rename(columns=lambda name: name.replace("_", " ")),
+    )
 
 
 def _table(caption: str, frame: pd.DataFrame) -> Table:
     texts = {"head", "model", "quantity", "unit"}
     return Table(
-        caption, {name: name not in texts for name in frame}, [[_text(value) for value in row] for row in frame.itertuples(index=False)]
+        caption,
+        {name: name not in texts for name in frame},
+        [[_text(value) for value in row] for row in frame.itertuples(index=False)],
     )
 
 
@@ -231,4 +256,6 @@ def _read(path: Path, needed: tuple[str, ...], dtype: object) -> pd.DataFrame:
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path}: cannot be read ({type(error).__name__}); delete it and run 'selfrepair notebooks' again")
+    return UserError(
+        f"{path}: cannot be read ({type(error).__name__}); delete it and run 'selfrepair notebooks' again"
+    )

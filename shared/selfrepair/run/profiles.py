@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from reprlib import repr as shown
 
-import yaml
-
 from selfrepair.choices import PRECISIONS
 from selfrepair.engine.ablations import ABLATIONS
 from selfrepair.errors import UserError
 from selfrepair.paths import PROFILES
+from selfrepair.yaml_files import read_yaml
 
 #: What an entry of ``models`` may set for its model alone.
 OF_ONE_MODEL = ("n_prompts", "dtype")
@@ -24,7 +23,8 @@ class Profile:
     """``dataset`` is a hub dataset id or ``pile``; without it, the held-out prose is measured on.
 
     ``dtype`` is that of the weights; ``tf32`` are float32 weights whose products a GPU computes in TF32.
-    ``per_model`` holds the ``n_prompts`` and ``dtype`` of models that have their own: :meth:`of_model` minds them.
+    ``per_model`` holds the ``n_prompts`` and ``dtype`` of models that have their own: :meth:`of_model` minds
+    them.
     """
 
     models: list[str]
@@ -44,7 +44,10 @@ class Profile:
 
     def changed(self, **changes: object) -> Profile:
         """With the reader's changes, which go before what a model has of its own."""
-        kept = {model: {key: value for key, value in own.items() if key not in changes} for model, own in self.per_model.items()}
+        kept = {
+            model: {key: value for key, value in own.items() if key not in changes}
+            for model, own in self.per_model.items()
+        }
         return dataclasses.replace(self, per_model=kept, **changes)
 
     @property
@@ -58,60 +61,21 @@ def load_profile(name: str | Path) -> Profile:
     """A profile of the repository by name, or any YAML file by path.
 
     Raises:
-        UserError: no such profile, unreadable, not YAML, unknown, missing or repeated key, wrong type or impossible value.
+        UserError: no such profile, unreadable, not YAML, unknown, missing or repeated key, wrong type or
+        impossible value.
     """
     path = Path(name) if str(name).endswith((".yaml", ".yml")) else PROFILES / f"{name}.yaml"
     try:
         return dataclasses.replace(_profile(read_yaml(path)), name=path.stem)
     except FileNotFoundError as error:
         known = ", ".join(sorted(p.stem for p in PROFILES.glob("*.yaml")))
-        raise UserError(f"{name}: no such profile; there are {known}, or give the path of a .yaml file") from error
+        raise UserError(
+            f"{name}: no such profile; there are {known}, or give the path of a .yaml file"
+        ) from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-
-
-#: Largest whole number that a profile may hold: Python refuses to write far larger ones.
-MOST_BITS = 4096
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, but a key given twice, where YAML's own takes the last, and a number too large to write are errors."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
-
-    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        value = super().construct_yaml_int(node)
-        if value.bit_length() > MOST_BITS:
-            raise yaml.constructor.ConstructorError(None, None, "a number with too many digits", node.start_mark)
-        return value
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
-
-
-def read_yaml(path: Path) -> object:
-    """What a YAML file holds.
-
-    Raises:
-        OSError: it cannot be read.
-        UserError: it is no YAML, or gives a key twice.
-    """
-    try:
-        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except OSError:
-        raise
-    except yaml.MarkedYAMLError as error:
-        raise UserError(f"not YAML (line {error.problem_mark.line + 1}: {error.problem})") from error
-    except Exception as error:  # PyYAML raises many types for bytes, dates and numbers that are none, or nesting too deep
-        raise UserError(f"not YAML ({' '.join(str(error).split())})") from error
 
 
 def _profile(values: object) -> Profile:
@@ -130,7 +94,10 @@ def _profile(values: object) -> Profile:
                 raise UserError(f"{key} must be {wanted}, not {shown(settings[key])}")
         n_tokens = settings["n_prompts"] * (settings["prompt_len"] - 1)
         if 1 / settings["fraction"] > n_tokens:
-            raise UserError(f"fraction {settings['fraction']!r} of {n_tokens} tokens is less than one token: raise it or n_prompts")
+            raise UserError(
+                f"fraction {settings['fraction']!r} of {n_tokens} tokens is less than one token: raise "
+                f"it or n_prompts"
+            )
     return Profile(**{**values, "models": models, "per_model": per_model})
 
 
@@ -144,7 +111,9 @@ def _models(entries: object) -> tuple[list[str], dict[str, dict[str, object]]]:
         _refuse_unknown(own, ("name", *OF_ONE_MODEL))
         name = own.pop("name", None)
         if not _is_name(name):
-            raise UserError(f"models must be names, or a name with {' or '.join(OF_ONE_MODEL)}, not {shown(entry)}")
+            raise UserError(
+                f"models must be names, or a name with {' or '.join(OF_ONE_MODEL)}, not {shown(entry)}"
+            )
         if name in settings:
             raise UserError(f"models has {shown(name)} twice")
         settings[name] = own
@@ -162,15 +131,25 @@ def _is_name(value: object) -> bool:
 
 
 def _are_ablations(value: object) -> bool:
-    return isinstance(value, list) and value != [] and all(kind in ABLATIONS and value.count(kind) == 1 for kind in value)
+    return (
+        isinstance(value, list)
+        and value != []
+        and all(kind in ABLATIONS and value.count(kind) == 1 for kind in value)
+    )
 
 
 #: What each value must satisfy (``True`` is an int in Python, and no number here), and how to say so.
 _POSSIBLE: dict[str, tuple[Callable[[object], bool], str]] = {
     "ablations": (_are_ablations, f"a list of different ones of {', '.join(ABLATIONS)}"),
-    "n_prompts": (lambda value: type(value) is int and value >= 2 and value % 2 == 0, "a positive even number"),
+    "n_prompts": (
+        lambda value: type(value) is int and value >= 2 and value % 2 == 0,
+        "a positive even number",
+    ),
     "prompt_len": (lambda value: type(value) is int and value >= 2, "a whole number of at least 2"),
-    "fraction": (lambda value: type(value) in (int, float) and 0 < value <= 1, "a number above 0 and at most 1"),
+    "fraction": (
+        lambda value: type(value) in (int, float) and 0 < value <= 1,
+        "a number above 0 and at most 1",
+    ),
     "dataset": (lambda value: value is None or _is_name(value), "a dataset id or pile"),
     "dtype": (lambda value: value in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
 }

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 from selfrepair.analysis.comparison import report
 from selfrepair.errors import UserError
 from selfrepair.paths import HELD_OUT_TEXT
+from selfrepair.run.marks import RESULTS, mark, say_done
 from selfrepair.run.page import write_page
 from selfrepair.run.study import Study
-from selfrepair.run.workflow import mark, say_done
 from selfrepair.store.files import hash_files
 from selfrepair.store.manifest import manifest_of, read_manifest, write_manifest
 from selfrepair.text.corpora import hash_documents, read_documents
 
-#: What a finished run leaves for readers, by pattern; what was measured has checksums and manifests of its own.
-RESULTS = ("*.csv", "figures/*", "claims/*.csv", "notebooks/*.ipynb", "index.html")
 #: What a run's manifest repeats of each store's own.
 OF_A_STORE = ("model", "measurement", "ablation", "dtype", "weights_sha256", "code", "seconds", "finished")
 
@@ -27,14 +24,19 @@ def summarise(study: Study, key: str = "") -> str:
     Returns what to print: the comparison and the page's path.
 
     Raises:
-        UserError: the run left nothing to show, or is of other models than the released numbers of their names.
+        UserError: the run left nothing to show, or is of other models than the released numbers of their
+        names.
     """
     out = study.out_dir
     if not any((out / "figures").glob("*.png")):
         raise UserError(f"{out}: holds no figures; run 'selfrepair notebooks' into it first")
     profile = study.profile
     said = report(
-        out, ablations=profile.ablations, fraction=profile.fraction, amount=profile.amount, dataset=profile.dataset
+        out,
+        ablations=profile.ablations,
+        fraction=profile.fraction,
+        amount=profile.amount,
+        dataset=profile.dataset,
     )
     stores = _stores_of(study)
     made_from = {
@@ -49,7 +51,7 @@ def summarise(study: Study, key: str = "") -> str:
     write_manifest(manifest, seconds, **made_from)  # the page shows it
     page = write_page(out)
     write_manifest(manifest, seconds, **made_from, files=hash_files(out, RESULTS))
-    say_done(mark(study, "page"), [page, manifest], out, key=key)
+    say_done(mark(study.out_dir, "page"), [page, manifest], out, key=key)
     return f"{said}\n{page}"
 
 
@@ -61,7 +63,10 @@ def _stores_of(study: Study) -> dict[str, dict[str, object]]:
             if task.path.is_dir():
                 note = read_manifest(manifest_of(task.path))
                 if not {"seconds", "finished", "model"} <= note.keys():
-                    raise UserError(f"{manifest_of(task.path)}: not a store's manifest; delete it and the store, and run again")
+                    raise UserError(
+                        f"{manifest_of(task.path)}: not a store's manifest; delete it and the store, "
+                        f"and run again"
+                    )
                 repeated = {key: note[key] for key in OF_A_STORE if key in note}
                 found[f"{model_name} {task.label}"] = {"store": task.path.name, **repeated}
     return found

@@ -1,4 +1,5 @@
-"""What the notebooks share: a profile with the reader's changes, what was measured of it, and where results go."""
+"""What the notebooks share: a profile with the reader's changes, what was measured of it, and where results
+go."""
 
 from __future__ import annotations
 
@@ -53,11 +54,12 @@ class Study:
         ablation: str | None = None,
         fraction: float | None = None,
         out_dir: str | Path | None = None,
-        head: tuple[int, int] | None = None,
+        head: Sequence[int] | None = None,
         facts: str | None = None,
         n_facts: int | None = None,
     ) -> Study:
-        """The profile with whatever is not ``None`` in its place; results go to ``results/<profile>`` by default.
+        """The profile with whatever is not ``None`` in its place; results go to ``results/<profile>`` by
+        default.
 
         Raises:
             UserError: as :func:`load_profile`.
@@ -104,7 +106,9 @@ class Study:
         measurement = find_measurement(name)
         for model_name in self.profile.models:
             if measurement.applies_to(model_name):
-                for ablation in self.profile.ablations if measurement.every_ablation else self.profile.ablations[:1]:
+                for ablation in (
+                    self.profile.ablations if measurement.every_ablation else self.profile.ablations[:1]
+                ):
                     yield model_name, ablation
 
     def tasks(self, model_name: str) -> Iterator[Task]:
@@ -115,7 +119,8 @@ class Study:
                     yield self.task(name, model_name, ablation)
 
     def measured(self, name: str, ablation: str | None = None) -> dict[str, xr.Dataset]:
-        """What was measured of every model that it applies to, by its short name; measured now where it is not on the disk."""
+        """What was measured of every model that it applies to, by its short name; measured now where it is
+        not on the disk."""
         applies = find_measurement(name).applies_to
         tasks = {model: self.task(name, model, ablation) for model in self.profile.models if applies(model)}
         for model_name, task in tasks.items():
@@ -136,7 +141,8 @@ class Study:
         return [load_model(model_name, device, dtype) for device in devices]
 
     def tokenizer(self, name: str) -> PreTrainedTokenizerBase:
-        """The tokenizer of a model of the profile, by its name there or the short one that :meth:`measured` gives."""
+        """The tokenizer of a model of the profile, by its name there or the short one that :meth:`measured`
+        gives."""
         from transformers import AutoTokenizer
 
         (model_name,) = {model for model in self.profile.models if name in (model, short_name(model))}
@@ -148,4 +154,6 @@ def _refuse_equal_names(models: Sequence[str]) -> None:
     short = [short_name(model) for model in models]
     for name, model in zip(short, models, strict=True):
         if short.count(name) > 1:
-            raise UserError(f"{model}: another model of the profile is called {name} too; rename one of the folders")
+            raise UserError(
+                f"{model}: another model of the profile is called {name} too; rename one of the folders"
+            )

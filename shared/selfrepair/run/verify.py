@@ -17,16 +17,18 @@ from selfrepair.measure.measurement import settings_of
 from selfrepair.measure.task import Task
 from selfrepair.models.devices import resolve_device, set_precision
 from selfrepair.models.loading import load_model
-from selfrepair.run.record import RESULTS
+from selfrepair.run.marks import RESULTS
 from selfrepair.store.files import hash_files
 from selfrepair.store.manifest import manifest_of, read_manifest
 from selfrepair.store.stores import FormatError, open_store
 
 #: Of the shards of each measurement, computed again; at least one.
 SHARE_OF_SHARDS = 0.01
-#: Largest difference, in units of the largest value of a variable in its shard, that other processors and libraries may make.
+#: Largest difference, in units of the largest value of a variable in its shard, that other processors and
+#: libraries may make.
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "tf32": 1e-2, "bfloat16": 0.1, "float16": 0.1}
-#: Of whole numbers and truth values, such as which neurons come first, so many may differ where values are nearly equal.
+#: Of whole numbers and truth values, such as which neurons come first, so many may differ where values are
+#: nearly equal.
 MAY_DIFFER = 0.01
 
 
@@ -39,7 +41,10 @@ class Finding:
     detail: str
 
     def __str__(self) -> str:
-        return f"{ {True: 'agrees', False: 'DIFFERS', None: 'not checked'}[self.agrees] }: {self.what}: {self.detail}"
+        return (
+            f"{ {True: 'agrees', False: 'DIFFERS', None: 'not checked'}[self.agrees] }: {self.what}: "
+            f"{self.detail}"
+        )
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,8 @@ class Measured:
 
 
 def verify(folder: Path, device: str = "auto", seed: int | None = None) -> Iterator[Finding]:
-    """Checks every file and store of a run against its checksum and manifest, and computes a sample of every measurement again.
+    """Checks every file and store of a run against its checksum and manifest, and computes a sample of every
+    measurement again.
 
     ``seed`` says which shards; without it they are others every time.
 
@@ -62,7 +68,10 @@ def verify(folder: Path, device: str = "auto", seed: int | None = None) -> Itera
     stores = sorted((folder / "measured").glob("*.zarr")) or sorted(folder.glob("*.zarr"))
     manifest = folder / "manifest.json"
     if not (stores or manifest.is_file()):
-        raise UserError(f"{folder}: no measurements and no manifest.json, so nothing to verify; give the results folder of a run")
+        raise UserError(
+            f"{folder}: no measurements and no manifest.json, so nothing to verify; give the results "
+            f"folder of a run"
+        )
     if manifest.is_file():
         noted = read_manifest(manifest)
         yield from _verify_files(folder, noted.get("files", {}))
@@ -80,14 +89,24 @@ def verify(folder: Path, device: str = "auto", seed: int | None = None) -> Itera
         yield _compute_again(measured, shard, device)
     n_shards = sum(len(measured.task.shards) for measured in whole)
     kinds = {measured.task.measurement.name for measured, _ in chosen}
-    yield Finding("computed again", True, f"{len(chosen)} of {n_shards} shards, of {len(kinds)} measurements: {', '.join(sorted(kinds))}")
+    yield Finding(
+        "computed again",
+        True,
+        f"{len(chosen)} of {n_shards} shards, of {len(kinds)} measurements: {', '.join(sorted(kinds))}",
+    )
 
 
 def _verify_files(folder: Path, noted: dict[str, str]) -> Iterator[Finding]:
     found = hash_files(folder, RESULTS)
     for name in sorted(noted.keys() | found.keys()):
         if found.get(name) != noted.get(name):
-            why = "missing" if name not in found else "not in the manifest" if name not in noted else "changed since the run"
+            why = (
+                "missing"
+                if name not in found
+                else "not in the manifest"
+                if name not in noted
+                else "changed since the run"
+            )
             yield Finding(name, False, why)
     same = sum(found.get(name) == digest for name, digest in noted.items())
     yield Finding("files", same == len(noted) == len(found), f"{same} of {len(noted)} as the run left them")
@@ -101,7 +120,11 @@ def _verify_store(store: Path) -> tuple[Finding, Measured | None]:
         return Finding(store.name, None, str(error)), None
     except UserError as error:
         return Finding(store.name, False, str(error)), None
-    differing = [name for name in attributes if name not in ("format", "sha256") and noted.get(name) != attributes[name]]
+    differing = [
+        name
+        for name in attributes
+        if name not in ("format", "sha256") and noted.get(name) != attributes[name]
+    ]
     if differing:
         return Finding(store.name, False, f"its manifest says otherwise of {', '.join(differing)}"), None
     try:
@@ -112,19 +135,30 @@ def _verify_store(store: Path) -> tuple[Finding, Measured | None]:
     except UserError as error:
         return Finding(store.name, None, str(error)), None
     if task.determined_by["code"] != attributes["code"]:
-        why = f"made by other code ({attributes['code']}); check out commit {noted.get('commit')} to compute it again"
+        why = (
+            f"made by other code ({attributes['code']}); check out commit {noted.get('commit')} to compute "
+            f"it again"
+        )
         return Finding(store.name, None, f"every checksum agrees; {why}"), None
     if task.path.name != store.name:
         return Finding(store.name, False, f"by what determines it, its name should be {task.path.name}"), None
-    return Finding(store.name, True, "every checksum, its manifest and its name"), Measured(store, task, str(noted["source"]))
+    return Finding(store.name, True, "every checksum, its manifest and its name"), Measured(
+        store, task, str(noted["source"])
+    )
 
 
 def _sample(whole: list[Measured], chance: random.Random) -> list[tuple[Measured, int]]:
     """Some shards of each measurement, in order of model, so that each model is loaded once."""
     of_each: dict[str, list[tuple[Measured, int]]] = {}
     for measured in whole:
-        of_each.setdefault(measured.task.measurement.name, []).extend((measured, shard) for shard in measured.task.shards)
-    chosen = [pair for shards in of_each.values() for pair in chance.sample(shards, max(1, round(SHARE_OF_SHARDS * len(shards))))]
+        of_each.setdefault(measured.task.measurement.name, []).extend(
+            (measured, shard) for shard in measured.task.shards
+        )
+    chosen = [
+        pair
+        for shards in of_each.values()
+        for pair in chance.sample(shards, max(1, round(SHARE_OF_SHARDS * len(shards))))
+    ]
     return sorted(chosen, key=lambda pair: (pair[0].source, pair[0].store.name, pair[1]))
 
 
@@ -147,7 +181,8 @@ def _compute_again(measured: Measured, shard: int, device: str) -> Finding:
 
 
 def _compare(what: str, again: xr.Dataset, kept: xr.Dataset, tolerance: float) -> Finding:
-    """Of a shard computed again with what is on the disk; a value that is not finite agrees with its like only."""
+    """Of a shard computed again with what is on the disk; a value that is not finite agrees with its like
+    only."""
     largest, counted = 0.0, 0.0
     for name, variable in again.variables.items():
         if name not in kept.variables or kept[name].shape != variable.shape:

@@ -1,10 +1,11 @@
-"""A run of a profile: what there is to do, in which order, and the marks on the disk that say what is done."""
+"""A run of a profile: what there is to do, in which order, and the marks on the disk that say what is
+done."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,10 +13,11 @@ from selfrepair.errors import NotMeasurable, UserError
 from selfrepair.measure.task import Task
 from selfrepair.models.checkpoints import read_config
 from selfrepair.paths import PACKAGE, PUBLISHED
+from selfrepair.run.marks import mark, say_done
 from selfrepair.run.notebooks import Notebook, all_notebooks
 from selfrepair.run.study import Study
 from selfrepair.store.code_identity import code_files, code_version
-from selfrepair.store.files import identity, slug, write_atomically
+from selfrepair.store.files import identity, slug
 from selfrepair.store.manifest import manifest_of
 
 BYTES = {"float64": 8, "float32": 4, "tf32": 4, "bfloat16": 2, "float16": 2}
@@ -28,7 +30,8 @@ NETWORK_STAGE, ALL_STAGES = 0, "all"
 
 
 def plan(study: Study) -> dict[str, object]:
-    """What a run is made of, as JSON: per model its stages of shards and what a job needs, per notebook what it depends on.
+    """What a run is made of, as JSON: per model its stages of shards and what a job needs, per notebook what
+    it depends on.
 
     A ``key`` changes with everything that determines results (code, settings, text, weights, released
     tables): what was made under another key is made again.
@@ -41,7 +44,9 @@ def plan(study: Study) -> dict[str, object]:
     return {
         "models": models,
         "notebooks": notebooks,
-        "notebook_mem_mb": round(max(model["mem_mb"] for model in models.values()) + BESIDE_DATA_MB + _in_memory_mb(study)),
+        "notebook_mem_mb": round(
+            max(model["mem_mb"] for model in models.values()) + BESIDE_DATA_MB + _in_memory_mb(study)
+        ),
         "page": identity({"code": code_version("selfrepair.run.record"), "notebooks": notebooks}),
     }
 
@@ -50,7 +55,12 @@ def _plan_of_model(study: Study, model_name: str) -> dict[str, object]:
     tasks = list(study.tasks(model_name))
     weights_mb = _weights_mb(study, model_name)
     stages = [
-        [f"{task.label}:{shard}" for task in _with_needs(tasks) if stage_of(task) == stage for shard in task.shards]
+        [
+            f"{task.label}:{shard}"
+            for task in _with_needs(tasks)
+            if stage_of(task) == stage
+            for shard in task.shards
+        ]
         for stage in range(1 + max(map(stage_of, tasks)))
     ]
     return {
@@ -79,7 +89,8 @@ def _with_needs(tasks: Sequence[Task]) -> list[Task]:
 
 
 def _key_of_notebook(study: Study, notebook: Notebook) -> str:
-    """Changes with the notebook, the library that its cells run, the released tables, and the stores that it reads."""
+    """Changes with the notebook, the library that its cells run, the released tables, and the stores that it
+    reads."""
     stores = [
         study.task(name, model_name, ablation).path.stem
         for name in notebook.measurements
@@ -101,7 +112,8 @@ def _hash_of_published() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(PUBLISHED.glob("*.csv")))).hexdigest()
 
 
-#: Names under which configurations give the numbers of layers and heads, d_model and the size of the vocabulary.
+#: Names under which configurations give the numbers of layers and heads, d_model and the size of the
+#: vocabulary.
 _SIZES = {
     "layers": ("num_hidden_layers", "n_layer", "num_layers"),
     "heads": ("num_attention_heads", "n_head", "num_heads"),
@@ -113,7 +125,8 @@ _SIZES = {
 def _sizes(model_name: str) -> dict[str, int]:
     config = read_config(model_name)
     return {
-        size: next((config[name] for name in names if isinstance(config.get(name), int)), 0) for size, names in _SIZES.items()
+        size: next((config[name] for name in names if isinstance(config.get(name), int)), 0)
+        for size, names in _SIZES.items()
     }
 
 
@@ -124,51 +137,15 @@ def _weights_mb(study: Study, model_name: str) -> float:
 
 
 def _in_memory_mb(study: Study) -> float:
-    """What notebooks hold: the heads of every model with what is made of them, or of one that is split into parts."""
+    """What notebooks hold: the heads of every model with what is made of them, or of one that is split into
+    parts."""
     results = []
     for name in study.profile.models:
         own, size = study.profile.of_model(name), _sizes(name)
-        results.append(BYTES_PER_EFFECT * size["layers"] * size["heads"] * own.n_prompts * (own.prompt_len - 1) / 1e6)
+        results.append(
+            BYTES_PER_EFFECT * size["layers"] * size["heads"] * own.n_prompts * (own.prompt_len - 1) / 1e6
+        )
     return max(2 * sum(results), 4 * max(results))
-
-
-# ---------------------------------------------------------------- what is done
-
-
-def mark(study: Study, *place: str) -> Path:
-    """The small file that says to the workflow that something is done: ``mark(study, "notebooks", "01")``."""
-    return study.out_dir.joinpath("done", *place[:-1], f"{place[-1]}.done")
-
-
-def say_done(path: Path, left: Sequence[Path], out_dir: Path, **what: object) -> None:
-    """Writes a mark, with the files and stores that it answers for."""
-    files = {file.relative_to(out_dir).as_posix(): _fingerprint(file) for file in left}
-    write_atomically(path, (json.dumps({**what, "left": files}) + "\n").encode())
-
-
-def forget_stale(out_dir: Path, planned: dict[str, object]) -> list[Path]:
-    """Removes every mark of which something is missing or no longer what it was, and those of notebooks and page whose
-    key is another now, so that they are made again; returns them."""
-    keys = {f"notebooks/{stem[:2]}.done": key for stem, key in planned["notebooks"].items()} | {"page.done": planned["page"]}
-    stale = []
-    for path in sorted((out_dir / "done").rglob("*.done")):
-        try:
-            said = json.loads(path.read_text(encoding="utf-8"))
-            is_good = all(_fingerprint(out_dir / name) == fingerprint for name, fingerprint in said["left"].items())
-            is_good &= said.get("key") == keys.get(path.relative_to(out_dir / "done").as_posix(), said.get("key"))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            is_good = False
-        if not is_good:
-            path.unlink()
-            stale.append(path)
-    return stale
-
-
-def _fingerprint(path: Path) -> str | None:
-    """Of a file, its hash; of a store, that of what it says of its contents; ``None`` if it is not there."""
-    if path.is_dir():
-        path = path / "zarr.json"
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 # ---------------------------------------------------------------- doing it
@@ -180,19 +157,33 @@ def measure(study: Study, model_name: str, stage: str = ALL_STAGES, progress: bo
     What cannot be measured of this model is said and passed over: the notebooks that need it will say so too.
 
     Raises:
-        UserError: as the measurements say; the others are made all the same.
+        UserError: no such stage; or as the measurements say: the others are made all the same.
     """
-    tasks = [task for task in study.tasks(model_name) if stage in (ALL_STAGES, str(stage_of(task)))]
+    every = list(study.tasks(model_name))
+    stages = sorted({stage_of(task) for task in _with_needs(every)})
+    if stage not in (ALL_STAGES, *map(str, stages)):
+        raise UserError(
+            f"{model_name}: has no stage {stage!r}; its stages are {', '.join(map(str, stages))} and "
+            f"{ALL_STAGES}"
+        )
+    tasks = [task for task in every if stage in (ALL_STAGES, str(stage_of(task)))]
     failed, passed_over = _merge_all(study, model_name, tasks, progress)
     if failed:
         raise UserError("; ".join(dict.fromkeys(failed)))
     for line in passed_over:
         print(line, flush=True)
     made = [place for task in tasks if task.path.is_dir() for place in (task.path, manifest_of(task.path))]
-    say_done(mark(study, "measured", f"{slug(model_name)}-{stage}"), made, study.out_dir, not_measured=passed_over)
+    say_done(
+        mark(study.out_dir, "measured", f"{slug(model_name)}-{stage}"),
+        made,
+        study.out_dir,
+        not_measured=passed_over,
+    )
 
 
-def _merge_all(study: Study, model_name: str, tasks: Sequence[Task], progress: bool) -> tuple[list[str], list[str]]:
+def _merge_all(
+    study: Study, model_name: str, tasks: Sequence[Task], progress: bool
+) -> tuple[list[str], list[str]]:
     """What failed, and what cannot be measured; the model is loaded only if something is missing."""
     missing = [task for task in tasks if not task.is_done()]
     models = study.load(model_name) if missing else []
@@ -209,16 +200,21 @@ def _merge_all(study: Study, model_name: str, tasks: Sequence[Task], progress: b
 
 
 def compute_units(study: Study, model_name: str, units: Sequence[str], job: str) -> None:
-    """Computes shards, given as ``label:shard`` (see :func:`plan`), unless they or what is merged of them are there.
+    """Computes shards, given as ``label:shard`` (see :func:`plan`), unless they or what is merged of them
+    are there.
 
     Raises:
-        UserError: no such measurement or shard, or as the measurements say.
+        UserError: no such measurement or shard, a job that is no name of a file, or as the measurements say.
     """
+    if not re.fullmatch("[0-9A-Za-z_-]{1,100}", job):
+        raise UserError(f"{job!r}: no name for a job; give up to 100 ASCII letters, digits, _ and -")
     tasks = {task.label: task for task in _with_needs(list(study.tasks(model_name)))}
     chosen: dict[str, list[int]] = {}
     for label, shard in _parsed(units):
         if label not in tasks:
-            raise UserError(f"{model_name}: nothing called {label} is measured; there are {', '.join(sorted(tasks))}")
+            raise UserError(
+                f"{model_name}: nothing called {label} is measured; there are {', '.join(sorted(tasks))}"
+            )
         chosen.setdefault(label, []).append(shard)
     models: list = []
     for label, shards in chosen.items():
@@ -229,12 +225,12 @@ def compute_units(study: Study, model_name: str, units: Sequence[str], job: str)
             tasks[label].compute(models, shards)
         except NotMeasurable as error:
             print(f"{label}: {error}", flush=True)
-    say_done(mark(study, "shards", slug(model_name), job), [], study.out_dir, units=list(units))
+    say_done(mark(study.out_dir, "shards", slug(model_name), job), [], study.out_dir, units=list(units))
 
 
 def _parsed(units: Sequence[str]) -> Iterator[tuple[str, int]]:
     for unit in units:
         label, _, shard = unit.rpartition(":")
-        if not label or not shard.isdigit():
+        if not re.fullmatch("[0-9]{1,9}", shard):
             raise UserError(f"{unit}: not a shard; give label:number, as 'selfrepair plan' does")
         yield label, int(shard)

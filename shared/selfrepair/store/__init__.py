@@ -1,4 +1,4 @@
-"""What was measured, on disk: labelled stores with checksums, their names, manifests and the code that made them."""
+"""What was measured, on disk: labelled stores with checksums, names, manifests and code versions."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Which code makes a result: modules that it imports, directly or through others, and data files that they name."""
+"""Which code makes a result: the modules that it imports, directly or not, and data files that they name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = PACKAGE.name
 
 
 def code_version(*modules: str, source: str = "") -> str:
-    """Twelve hexadecimal digits that change whenever the code does that ``modules`` and Python ``source`` run.
+    """Twelve hexadecimal digits that change with the code that ``modules`` and Python ``source`` run.
 
     ``modules`` are dotted names in this package, ``selfrepair.measure.heads``. What counts is everything in
     the import closure inside the package, imports within functions too, and the data files beside a module
@@ -23,7 +23,7 @@ def code_version(*modules: str, source: str = "") -> str:
     """
     digest = hashlib.sha256(source.encode())
     for file in code_files(*modules, source=source):
-        content = file.read_bytes()
+        content = _content(file, *_state(file))
         digest.update(f"{file.relative_to(PACKAGE).as_posix()} {len(content)} ".encode() + content)
     return digest.hexdigest()[:12]
 
@@ -67,9 +67,20 @@ class _Source:
     strings: frozenset[str]
 
 
-def _read(file: Path) -> _Source:
+def _state(file: Path) -> tuple[int, int]:
+    """By which a file is known to be unchanged in this process: a plan asks for the same files hundreds of
+    times."""
     found = file.stat()
-    return _parse(file, found.st_mtime_ns, found.st_size)
+    return found.st_mtime_ns, found.st_size
+
+
+@cache
+def _content(file: Path, _changed: int, _size: int) -> bytes:
+    return file.read_bytes()
+
+
+def _read(file: Path) -> _Source:
+    return _parse(file, *_state(file))
 
 
 @cache
@@ -139,6 +150,10 @@ def _exports(package: Path) -> dict[str, list[str]]:
 
 def _data_files(module: Path) -> list[Path]:
     """The files beside a module that one of its strings names."""
-    strings = _read(module).strings
-    beside = (file for file in module.parent.iterdir() if file.suffix != ".py" and file.is_file())
-    return [file for file in beside if file.name in strings]
+    folder, strings = module.parent, _read(module).strings
+    return [file for file in _data_in(folder, *_state(folder)) if file.name in strings]
+
+
+@cache
+def _data_in(folder: Path, _changed: int, _size: int) -> list[Path]:
+    return [file for file in folder.iterdir() if file.suffix != ".py" and file.is_file()]

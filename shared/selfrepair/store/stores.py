@@ -39,10 +39,10 @@ def write_store(
 ) -> None:
     """Writes datasets that follow each other along a dimension as one Zarr store, whole or not at all.
 
-    Variables with the dimension ``shard`` follow each other along that; those with neither are the same in all
-    parts that have them. Attributes are those of the first part. Each variable gets a checksum, and so do the
-    attributes with the names of all variables. No more parts than fill a chunk, or one layer of a variable, are
-    in memory at a time. What is ``to_be_merged`` is written fast, in few files.
+    Variables with the dimension ``shard`` follow each other along that; those with neither are the same in
+    all parts that have them. Attributes are those of the first part. Each variable gets a checksum, and so do
+    the attributes with the names of all variables. No more parts than fill a chunk, or one layer of a
+    variable, are in memory at a time. What is ``to_be_merged`` is written fast, in few files.
 
     Raises:
         ValueError: a variable that should be the same in all parts is not.
@@ -54,7 +54,7 @@ def write_store(
     try:
         _write_values(_blocks(parts, along), unfinished, along, _in_few_files if to_be_merged else _in_layers)
         group = zarr.open_group(unfinished, mode="r+", use_consolidated=False)
-        checksums = {name: _checksum(array) for name, array in group.arrays()}
+        checksums = {name: _checksum(array) for name, array in sorted(group.arrays())}
         of_contents = _checksum_of_contents(dict(group.attrs), checksums)
         group.attrs.update({CHECKSUMS: checksums, CHECKSUM: of_contents})
         if path.exists():
@@ -124,7 +124,7 @@ def kept(
     compute: Callable[[], xr.Dataset],
     is_current: Callable[[xr.Dataset], bool] = lambda found: True,
 ) -> xr.Dataset:
-    """What ``compute()`` gives: from the store ``path`` if that is whole and current, else computed and kept there.
+    """What ``compute()`` gives: from the store ``path`` if that is whole and current, else computed and kept.
 
     Others who want the same wait meanwhile.
     """

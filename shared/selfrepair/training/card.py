@@ -12,8 +12,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from selfrepair.text.corpora import read_documents
 from selfrepair.paths import HELD_OUT_TEXT
+from selfrepair.text.corpora import read_documents
 from selfrepair.training.config import TrainingConfig
 from selfrepair.training.data import TrainingData
 from selfrepair.training.evaluate import evaluate, sample, text_rows, token_loss
@@ -29,7 +29,9 @@ ARCHITECTURE_TEXT = {
 }
 
 
-def finish(model: PreTrainedModel, config: TrainingConfig, data: TrainingData, work: Path, text: Path, out: Path) -> dict:
+def finish(
+    model: PreTrainedModel, config: TrainingConfig, data: TrainingData, work: Path, text: Path, out: Path
+) -> dict:
     """Saves ``model`` with its checkpoints, curve, ``metrics.json`` and card as ``out``; removes ``work``.
 
     The folder is assembled inside ``work`` and moved into place whole. Metrics are of the weights as
@@ -37,7 +39,9 @@ def finish(model: PreTrainedModel, config: TrainingConfig, data: TrainingData, w
     """
     folder = work / "finished"
     save_model(model, data, folder)
-    stored = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    stored = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     metrics = measure(stored, config, data)
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     shutil.copy(work / "curve.csv", folder / "training_curve.csv")
@@ -53,7 +57,8 @@ def finish(model: PreTrainedModel, config: TrainingConfig, data: TrainingData, w
 
 
 def update_table(models: Path) -> None:
-    """Rewrites the table of the models in the folder ``models`` in its ``README.md``, between the marks, if it has them."""
+    """Rewrites the table of the models in the folder ``models`` in its ``README.md``, between the marks, if
+    it has them."""
     readme = models / "README.md"
     text = readme.read_text() if readme.is_file() else ""
     if not all(mark in text for mark in TABLE_MARKS):
@@ -61,15 +66,19 @@ def update_table(models: Path) -> None:
     begin, end = TABLE_MARKS
     before, _, rest = text.partition(begin)
     _, _, after = rest.partition(end)
-    metrics = {path.parent.name: json.loads(path.read_text()) for path in sorted(models.glob("*/metrics.json"))}
+    metrics = {
+        path.parent.name: json.loads(path.read_text()) for path in sorted(models.glob("*/metrics.json"))
+    }
     readme.write_text(f"{before}{begin}\n{render_table(metrics)}\n{end}{after}")
 
 
 def render_table(metrics: dict[str, dict]) -> str:
-    """A Markdown table of :func:`evaluate`'s figures per model, with the n-gram models' where they are known."""
+    """A Markdown table of :func:`evaluate`'s figures per model, with the n-gram models' where they are
+    known."""
     head = (
         "| model | loss on held-out prose (perplexity) | unigram | trigram | below trigram by "
-        "| facts, held-out phrasings | facts, trained | chance | repeated tokens, first half | second half | induction |"
+        "| facts, held-out phrasings | facts, trained | chance | repeated tokens, first half | second "
+        "half | induction |"
     )
     lines = [head, "| --- |" + " ---: |" * 10]
     for name, m in metrics.items():
@@ -117,7 +126,8 @@ def _sources(text: Path) -> list[str]:
         return [file.name for file in files]
     with table.open(newline="", encoding="utf-8") as file:
         return [
-            f"{row['author']}, *{row['title']}* ([{row['github_repository']}](https://github.com/{row['github_repository']}), {row['licence']})"
+            f"{row['author']}, *{row['title']}* "
+            f"([{row['github_repository']}](https://github.com/{row['github_repository']}), {row['licence']})"
             for row in csv.DictReader(file)
         ]
 
@@ -128,10 +138,14 @@ def render_card(config: TrainingConfig, metrics: dict, sources: list[str]) -> st
     induction = metrics["induction_loss_first_half"] - metrics["induction_loss_second_half"]
     quoted = "\n\n".join("> " + text.replace("\n", "\n> ") for text in metrics["samples"])
     checkpoints = (
-        f" Earlier checkpoints ({config.n_checkpoints - 1}, log-spaced from step 0) are in `checkpoints/`." if config.n_checkpoints else ""
+        f" Earlier checkpoints ({config.n_checkpoints - 1}, log-spaced from step 0) are in `checkpoints/`."
+        if config.n_checkpoints
+        else ""
     )
     settings = yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False).strip()
-    phases = ", then ".join(f"{phase.tokens:,} tokens with {phase.gazetteer_share:.0%} of the latter" for phase in config.phases)
+    phases = ", then ".join(
+        f"{phase.tokens:,} tokens with {phase.gazetteer_share:.0%} of the latter" for phase in config.phases
+    )
     listed = "\n".join(f"- {source}" for source in sources)
     return f"""---
 license: mit
@@ -141,13 +155,16 @@ library_name: transformers
 # {config.name}
 
 A small language model for the self-repair replication suite. {ARCHITECTURE_TEXT[config.architecture]}.
-{config.n_layers} layers × {config.n_heads} heads, d_model {config.d_model}, {config.d_mlp} neurons per MLP, vocabulary
-{config.vocab_size} (byte-level BPE), context {config.sequence_length}, tied embeddings, dropout {config.dropout}:
+{config.n_layers} layers × {config.n_heads} heads, d_model {config.d_model}, {config.d_mlp} neurons per MLP, \
+vocabulary
+{config.vocab_size} (byte-level BPE), context {config.sequence_length}, tied embeddings, dropout \
+{config.dropout}:
 {metrics["parameters"]:,} parameters, stored in float16.{checkpoints}
 
 ## Training
 
-{metrics["training_tokens"]:,} tokens in {metrics["steps"]:,} steps, seed {config.seed}, of public-domain text (listed below) and of
+{metrics["training_tokens"]:,} tokens in {metrics["steps"]:,} steps, seed {config.seed}, of public-domain \
+text (listed below) and of
 paragraphs about an invented world (`selfrepair.text.gazetteer`, seed {config.gazetteer_seed}):
 {phases}.
 `training_curve.csv` has the losses. To train it again, gather the sources as text files in a folder and run
@@ -160,11 +177,13 @@ paragraphs about an invented world (`selfrepair.text.gazetteer`, seed {config.ga
 | --- | ---: |
 | loss on unseen chunks of the corpus, nats/token | {metrics["loss_unseen_corpus"]:.3f} |
 | the same, Kneser–Ney trigram of the same training rows | {metrics["trigram_loss_unseen_corpus"]:.3f} |
-| loss on the held-out prose, nats/token (perplexity {metrics["perplexity_held_out_prose"]:.1f}) | {metrics["loss_held_out_prose"]:.3f} |
+| loss on the held-out prose, nats/token (perplexity {metrics["perplexity_held_out_prose"]:.1f}) | \
+{metrics["loss_held_out_prose"]:.3f} |
 | the same, unigram of the same training rows | {metrics["unigram_loss_held_out_prose"]:.3f} |
 | the same, Kneser–Ney trigram of the same training rows | {metrics["trigram_loss_held_out_prose"]:.3f} |
 | better than the trigram on held-out prose by, nats/token | {margin:.3f} |
-| planted facts, phrasings never trained on: first token correct | {metrics["fact_recall_held_out_phrasings"]:.1%} |
+| planted facts, phrasings never trained on: first token correct | \
+{metrics["fact_recall_held_out_phrasings"]:.1%} |
 | planted facts, trained phrasings: first token correct | {metrics["fact_recall_trained_phrasings"]:.1%} |
 | planted facts, always the most frequent answer | {metrics["fact_recall_chance"]:.1%} |
 | repeated random tokens, first half, nats/token | {metrics["induction_loss_first_half"]:.2f} |

@@ -10,7 +10,7 @@ from reprlib import repr as shown
 from typing import TypeVar, get_type_hints
 
 from selfrepair.errors import UserError
-from selfrepair.run.profiles import read_yaml
+from selfrepair.yaml_files import read_yaml
 
 ARCHITECTURES = ("gpt2", "gpt_neox", "llama")
 PRECISIONS = ("float32", "bfloat16")
@@ -76,7 +76,10 @@ class TrainingConfig:
         """What determines the tokenizer and the corpus rows: runs that agree in it share both."""
         first = self.phases[0]
         fields = ("vocab_size", "sequence_length", "gazetteer_seed")
-        gazetteer = {"gazetteer_share": first.gazetteer_share, "gazetteer_phrasings": first.gazetteer_phrasings}
+        gazetteer = {
+            "gazetteer_share": first.gazetteer_share,
+            "gazetteer_phrasings": first.gazetteer_phrasings,
+        }
         return {field: getattr(self, field) for field in fields} | gazetteer
 
 
@@ -140,12 +143,18 @@ def _fault(config: TrainingConfig) -> str | None:
     if config.d_model % config.n_heads or (config.d_model // config.n_heads) % 2:
         return f"d_model {config.d_model} must be an even multiple of n_heads {config.n_heads}"
     if config.vocab_size < 257 or config.sequence_length < 5:
-        return "vocab_size must be at least 257 (the bytes and BOS) and sequence_length at least 5 (BOS and twice two tokens)"
+        return (
+            "vocab_size must be at least 257 (the bytes and BOS) and sequence_length at least 5 (BOS and "
+            "twice two tokens)"
+        )
     if not 0 <= config.dropout < 1:
         return "dropout must lie in [0, 1)"
     for phase, steps in zip(config.phases, config.phase_steps, strict=True):
         if steps < 1:
-            return f"{phase.tokens} tokens are less than one batch of {config.batch_size * config.sequence_length}"
+            return (
+                f"{phase.tokens} tokens are less than one batch of "
+                f"{config.batch_size * config.sequence_length}"
+            )
         if not 0 <= phase.gazetteer_share < 1 or phase.gazetteer_phrasings < 1:
             return "gazetteer_share must lie in [0, 1) and gazetteer_phrasings be positive"
         if not phase.lr_factor > 0:

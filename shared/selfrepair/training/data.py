@@ -16,10 +16,10 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from selfrepair.text.corpora import pack, read_documents
 from selfrepair.errors import UserError
-from selfrepair.text.gazetteer import Gazetteer
 from selfrepair.paths import cache_dir
+from selfrepair.text.corpora import pack, read_documents
+from selfrepair.text.gazetteer import Gazetteer
 from selfrepair.training.config import TrainingConfig
 
 BOS = "<|endoftext|>"
@@ -29,7 +29,8 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class TrainingData:
-    """``tokenizer``, and int64-convertible rows ``[n_rows, sequence_length]`` of corpus, gazetteer and validation text.
+    """``tokenizer``, and int64-convertible rows ``[n_rows, sequence_length]`` of corpus, gazetteer and
+    validation text.
 
     Corpus rows are in a random order; no validation row is among them. Gazetteer rows are a
     prefix of an endless stream, as long as needed.
@@ -60,7 +61,12 @@ class TrainingData:
     def _corpus_rows(self, start: int, count: int, seed: int) -> np.ndarray:
         n = len(self.corpus)
         epochs = range(start // n, -(-(start + count) // n))
-        orders = [np.arange(n) if epoch == 0 else np.random.Generator(np.random.PCG64([seed, 1, epoch])).permutation(n) for epoch in epochs]
+        orders = [
+            np.arange(n)
+            if epoch == 0
+            else np.random.Generator(np.random.PCG64([seed, 1, epoch])).permutation(n)
+            for epoch in epochs
+        ]
         offset = start - n * (start // n)
         return self.corpus[np.concatenate([*orders, np.arange(0)])[offset : offset + count].astype(np.int64)]
 
@@ -77,7 +83,8 @@ class TrainingData:
 
 
 def prepare(config: TrainingConfig, text: str | Path) -> TrainingData:
-    """Tokenizer and rows for ``config`` from the folder ``text``, from the cache where they are there already.
+    """Tokenizer and rows for ``config`` from the folder ``text``, from the cache where they are there
+    already.
 
     Raises:
         UserError: no readable text, or less of it than one batch besides the validation rows.
@@ -101,7 +108,9 @@ def _make(config: TrainingConfig, documents: list[str], text: str | Path, folder
     first = config.phases[0]
     gazetteer = Gazetteer(config.gazetteer_seed).paragraphs(0, first.gazetteer_phrasings)
     gazetteer_characters = first.gazetteer_share * sum(map(len, documents))
-    tokenizer = train_tokenizer(itertools.chain(documents, _up_to(gazetteer, gazetteer_characters)), config.vocab_size)
+    tokenizer = train_tokenizer(
+        itertools.chain(documents, _up_to(gazetteer, gazetteer_characters)), config.vocab_size
+    )
     encoded = (tokenizer(document, add_special_tokens=False)["input_ids"] for document in documents)
     rows = pack(encoded, tokenizer.bos_token_id, config.sequence_length)
     n_validation = min(N_VALIDATION_ROWS, len(rows) // 10)

@@ -12,12 +12,14 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from selfrepair.paths import HELD_OUT_TEXT
 from selfrepair.text.corpora import pack, read_documents
 from selfrepair.text.gazetteer import FactPrompt, Gazetteer
-from selfrepair.paths import HELD_OUT_TEXT
 
 
-def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, gazetteer_seed: int, length: int = 128) -> dict[str, float]:
+def evaluate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, gazetteer_seed: int, length: int = 128
+) -> dict[str, float]:
     """Figures by name: losses in nats per token, shares in [0, 1].
 
     Losses are over packed rows of ``length`` tokens, or the model's context if that is shorter,
@@ -61,8 +63,11 @@ def text_rows(tokenizer: PreTrainedTokenizerFast, documents: Sequence[str], leng
 
 
 @torch.no_grad()
-def fact_recall(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[FactPrompt]) -> np.ndarray:
-    """For each prompt, whether the most likely next token is the first token of the answer (bool ``[n_prompts]``).
+def fact_recall(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[FactPrompt]
+) -> np.ndarray:
+    """For each prompt, whether the most likely next token is the first token of the answer (bool
+    ``[n_prompts]``).
 
     Of a prompt longer than the model's context, the model reads the end.
     """
@@ -84,7 +89,9 @@ def fact_recall(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prom
 
 def first_tokens(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[FactPrompt]) -> np.ndarray:
     """The first token of each prompt's answer (int64 ``[n_prompts]``)."""
-    return np.array([ids[0] for ids in tokenizer([p.answer for p in prompts], add_special_tokens=False)["input_ids"]])
+    return np.array(
+        [ids[0] for ids in tokenizer([p.answer for p in prompts], add_special_tokens=False)["input_ids"]]
+    )
 
 
 def fact_chance(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[FactPrompt]) -> float:
@@ -96,7 +103,9 @@ def fact_chance(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[FactPrompt
 
 
 @torch.no_grad()
-def induction_losses(model: PreTrainedModel, bos: int, length: int, n_rows: int = 64, seed: int = 0) -> tuple[float, float]:
+def induction_losses(
+    model: PreTrainedModel, bos: int, length: int, n_rows: int = 64, seed: int = 0
+) -> tuple[float, float]:
     """Losses (nats per token) on the first and the second half of repeated uniformly random tokens.
 
     Rows are BOS, ``m`` random tokens, the same ``m`` again, with ``m = (length − 1) // 2``. The
@@ -105,7 +114,9 @@ def induction_losses(model: PreTrainedModel, bos: int, length: int, n_rows: int 
     half = (length - 1) // 2
     rng = np.random.Generator(np.random.PCG64(seed))
     random = rng.integers(0, model.config.vocab_size, size=(n_rows, half))
-    rows = torch.from_numpy(np.concatenate([np.full((n_rows, 1), bos), random, random], axis=1)).to(model.device)
+    rows = torch.from_numpy(np.concatenate([np.full((n_rows, 1), bos), random, random], axis=1)).to(
+        model.device
+    )
     logits = model(input_ids=rows).logits[:, :-1].float()
     losses = F.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none")
     return losses[:, :half].mean().item(), losses[:, half + 1 :].mean().item()
@@ -121,13 +132,16 @@ def sample(
     top_k: int = 40,
     seed: int = 0,
 ) -> str:
-    """``prompt`` and ``n_tokens`` drawn after it from the ``top_k`` most likely tokens; BOS and as much as the context holds are seen."""
+    """``prompt`` and ``n_tokens`` drawn after it from the ``top_k`` most likely tokens; BOS and as much as
+    the context holds are seen."""
     context = model.config.max_position_embeddings
     generator = torch.Generator().manual_seed(seed)
     ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]])
     for _ in range(n_tokens):
         seen = ids if ids.shape[1] <= context else torch.cat([ids[:, :1], ids[:, 1 - context :]], dim=1)
-        top, tokens = (model(input_ids=seen.to(model.device)).logits[0, -1].float().cpu() / temperature).topk(top_k)
+        top, tokens = (model(input_ids=seen.to(model.device)).logits[0, -1].float().cpu() / temperature).topk(
+            top_k
+        )
         drawn = tokens[torch.multinomial(top.softmax(-1), 1, generator=generator)]
         ids = torch.cat([ids, drawn[None]], dim=1)
     return tokenizer.decode(ids[0, 1:])

@@ -32,7 +32,9 @@ VALIDATE_EVERY = 200
 STORED_DTYPE = torch.float16
 
 
-def train(config: TrainingConfig, data: TrainingData, work: Path, device: torch.device, save_every: int = SAVE_EVERY) -> PreTrainedModel:
+def train(
+    config: TrainingConfig, data: TrainingData, work: Path, device: torch.device, save_every: int = SAVE_EVERY
+) -> PreTrainedModel:
     """Trains to the end, from the last saved state in the folder ``work`` if there is one.
 
     ``work`` receives ``state.pt`` (replaced as a whole, every ``save_every`` steps), ``curve.csv``
@@ -43,7 +45,10 @@ def train(config: TrainingConfig, data: TrainingData, work: Path, device: torch.
         UserError: the state in ``work`` is damaged or of another configuration.
     """
     if save_every % CURVE_EVERY:
-        raise ValueError(f"save_every must be a multiple of {CURVE_EVERY}, so that no point of the curve spans a saved state")
+        raise ValueError(
+            f"save_every must be a multiple of {CURVE_EVERY}, so that no point of the curve spans a "
+            f"saved state"
+        )
     work.mkdir(parents=True, exist_ok=True)
     model = build_model(config, data.tokenizer.bos_token_id).to(device)
     optimizers = build_optimizers(model, config)
@@ -54,7 +59,9 @@ def train(config: TrainingConfig, data: TrainingData, work: Path, device: torch.
     phase_starts = set(itertools.accumulate(config.phase_steps[:-1]))
     losses: list[Tensor] = []
     clock = time.monotonic()
-    bar = tqdm(total=config.n_steps, initial=start, desc=config.name, unit="step", mininterval=2, smoothing=0.05)
+    bar = tqdm(
+        total=config.n_steps, initial=start, desc=config.name, unit="step", mininterval=2, smoothing=0.05
+    )
     model.train()
     with bar as progress:
         for step in range(start, config.n_steps):
@@ -64,7 +71,9 @@ def train(config: TrainingConfig, data: TrainingData, work: Path, device: torch.
                 _save_state(work, config, model, optimizers, step)
             if step in checkpoint_steps:
                 save_model(model, data, work / "checkpoints" / f"step-{step:06d}")
-            batch = torch.from_numpy(rows[step * config.batch_size : (step + 1) * config.batch_size].astype(np.int64))
+            batch = torch.from_numpy(
+                rows[step * config.batch_size : (step + 1) * config.batch_size].astype(np.int64)
+            )
             losses.append(_step(model, optimizers, batch.to(device), config, step))
             progress.update()
             done = step + 1
@@ -85,7 +94,12 @@ def train(config: TrainingConfig, data: TrainingData, work: Path, device: torch.
 
 def build_optimizers(model: PreTrainedModel, config: TrainingConfig) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks; AdamW, undecayed, for embeddings, norms and biases."""
-    in_blocks = {id(p) for module in model.modules() if isinstance(module, torch.nn.ModuleList) for p in module.parameters()}
+    in_blocks = {
+        id(p)
+        for module in model.modules()
+        if isinstance(module, torch.nn.ModuleList)
+        for p in module.parameters()
+    }
     matrices = [p for p in model.parameters() if p.ndim == 2 and id(p) in in_blocks]
     rest = [p for p in model.parameters() if not (p.ndim == 2 and id(p) in in_blocks)]
     return [
@@ -95,7 +109,8 @@ def build_optimizers(model: PreTrainedModel, config: TrainingConfig) -> list[tor
 
 
 def lr_factor(config: TrainingConfig, step: int) -> float:
-    """What both learning rates are multiplied by in 0-based ``step``: in each phase linear up, constant, linear down."""
+    """What both learning rates are multiplied by in 0-based ``step``: in each phase linear up, constant,
+    linear down."""
     for phase, n in zip(config.phases, config.phase_steps, strict=True):
         if step < n:
             warm, cool = max(1.0, phase.warmup * n), max(1.0, phase.decay * n)
@@ -157,7 +172,13 @@ def save_model(model: PreTrainedModel, data: TrainingData, folder: Path) -> None
     os.replace(unfinished, folder)
 
 
-def _save_state(work: Path, config: TrainingConfig, model: PreTrainedModel, optimizers: list[torch.optim.Optimizer], step: int) -> None:
+def _save_state(
+    work: Path,
+    config: TrainingConfig,
+    model: PreTrainedModel,
+    optimizers: list[torch.optim.Optimizer],
+    step: int,
+) -> None:
     state = {
         "config": json.dumps(dataclasses.asdict(config)),
         "step": step,
@@ -170,7 +191,9 @@ def _save_state(work: Path, config: TrainingConfig, model: PreTrainedModel, opti
     os.replace(work / "state.unfinished", work / "state.pt")
 
 
-def _resume(work: Path, config: TrainingConfig, model: PreTrainedModel, optimizers: list[torch.optim.Optimizer]) -> int:
+def _resume(
+    work: Path, config: TrainingConfig, model: PreTrainedModel, optimizers: list[torch.optim.Optimizer]
+) -> int:
     path = work / "state.pt"
     if not path.exists():
         torch.manual_seed(config.seed)
@@ -180,7 +203,9 @@ def _resume(work: Path, config: TrainingConfig, model: PreTrainedModel, optimize
     except Exception as error:  # torch.load raises many types for a damaged file
         raise UserError(f"{path}: damaged ({type(error).__name__}); delete {work} to start again") from error
     if state["config"] != json.dumps(dataclasses.asdict(config)):
-        raise UserError(f"{work}: holds an unfinished run of another configuration; delete it or choose another --out")
+        raise UserError(
+            f"{work}: holds an unfinished run of another configuration; delete it or choose another --out"
+        )
     model.load_state_dict(state["model"])
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
@@ -204,8 +229,17 @@ class _Curve:
             writer.writeheader()
             writer.writerows(kept)
 
-    def add(self, step: int, tokens: int, loss: float, validation: float | None, factor: float, speed: float) -> None:
+    def add(
+        self, step: int, tokens: int, loss: float, validation: float | None, factor: float, speed: float
+    ) -> None:
         with self.path.open("a", newline="") as file:
             csv.writer(file, lineterminator="\n").writerow(
-                (step, tokens, f"{loss:.5f}", "" if validation is None else f"{validation:.5f}", f"{factor:.5f}", f"{speed:.0f}")
+                (
+                    step,
+                    tokens,
+                    f"{loss:.5f}",
+                    "" if validation is None else f"{validation:.5f}",
+                    f"{factor:.5f}",
+                    f"{speed:.0f}",
+                )
             )

@@ -7,9 +7,12 @@ from jaxtyping import Float, Integer
 
 
 def unigram_loss(
-    training: Integer[np.ndarray, "training_row position"], rows: Integer[np.ndarray, "row position"], vocab_size: int
+    training: Integer[np.ndarray, "training_row position"],
+    rows: Integer[np.ndarray, "row position"],
+    vocab_size: int,
 ) -> float:
-    """Mean cross-entropy (nats per predicted token) of ``rows`` under add-one token frequencies of ``training``."""
+    """Mean cross-entropy (nats per predicted token) of ``rows`` under add-one token frequencies of
+    ``training``."""
     counts = np.bincount(training[:, 1:].ravel(), minlength=vocab_size) + 1
     return float(-np.log(counts / counts.sum())[rows[:, 1:]].mean())
 
@@ -65,7 +68,8 @@ class _Order:
         self.context_types = np.bincount(inverse)
 
     def interpolate(self, keys: np.ndarray, lower: np.ndarray) -> np.ndarray:
-        """``max(c − D, 0) / c(context) + D · types(context) / c(context) · lower``; ``lower`` where the context is new."""
+        """``max(c − D, 0) / c(context) + D · types(context) / c(context) · lower``; ``lower`` where the
+        context is new."""
         counts = _look_up(self.keys, self.counts, keys)
         context = keys // self.vocab_size
         total = _look_up(self.contexts, self.context_counts, context)

@@ -1,7 +1,0 @@
-"""``python -m selfrepair.cli``."""
-
-import sys
-
-from selfrepair.cli.main import main
-
-sys.exit(main())
