@@ -131,12 +131,26 @@ def read_frozen(hf, written, sigma_clean, tokens):
     return centred_correct_logit(logits, tokens)
 
 
+def replaced(kind, clean, nothing):
+    """What takes the place of ``clean [prompt, position, what]``; ``nothing [what]`` is left if nothing is added.
+
+    ``kind`` is the name of an ablation, or a function from ``clean`` to what takes its place.
+    """
+    n = len(clean)
+    if kind == "resample":
+        return torch.stack([clean[(i + n // 2) % n] for i in range(n)])
+    if kind == "mean":
+        return clean.mean((0, 1)).expand_as(clean)
+    if kind == "zero":
+        return nothing.expand_as(clean)
+    return kind(clean).expand_as(clean)
+
+
 @torch.no_grad()
 def ablate(hf, tokens, layer, head, kind):
     """Every quantity of the definitions for one head, from two full forward passes.
 
-    ``kind`` is the name of an ablation, or a function from ``z [prompt, position, d_head]`` to what takes
-    its place.
+    ``kind`` is as in :func:`replaced`.
     """
     clean = forward(hf, tokens)
     heads = hf.config.num_attention_heads
@@ -144,15 +158,7 @@ def ablate(hf, tokens, layer, head, kind):
     part = slice(head * width, (head + 1) * width)
     z = clean["z"][layer][..., part]
     bias = value_bias(hf, layer)[part]
-    n = len(tokens)
-    if kind == "resample":
-        new = torch.stack([z[(i + n // 2) % n] for i in range(n)])
-    elif kind == "mean":
-        new = z.mean((0, 1)).expand_as(z)
-    elif kind == "zero":
-        new = bias.expand_as(z)
-    elif callable(kind):
-        new = kind(z).expand_as(z)
+    new = replaced(kind, z, bias)
     ablated = forward(hf, tokens, (layer, head, new))
     projections = _parts(hf)[1]
     last = len(projections)

@@ -28,9 +28,8 @@ class Median:
     is_fitted = True
 
     def prepare(self, model, batches, site):
-        by_batch = [site.activations(model, tokens) for tokens in batches]
-        places = zip(*by_batch, strict=True)
-        return Constants([torch.cat(place).flatten(0, 1).median(0).values for place in places])
+        by_batch = [[one.flatten(0, 1) for one in site.activations(model, tokens)] for tokens in batches]
+        return Constants([torch.cat(place).median(0).values for place in zip(*by_batch, strict=True)])
 
 
 def test_another_kind_is_a_class_and_its_place_in_the_list(tmp_path, monkeypatch):
@@ -67,11 +66,7 @@ def test_what_takes_the_place(family, site, kind):
     activations = site.activations(model, tokens)
     assert len(activations) == len(nothing) == model.n_layers * (1 if site is HEADS else 2)
     for place, clean in enumerate(activations):
-        by_partner = {
-            "resample": torch.cat([clean[3:], clean[:3]]),
-            "mean": clean.double().mean((0, 1)).float().expand_as(clean),
-            "zero": nothing[place].expand_as(clean),
-        }[kind]
+        by_partner = reference.replaced(kind, clean.double(), nothing[place]).float()
         by_donor = clean[donors] if kind == "resample" else by_partner[:1].expand(5, *clean.shape[1:])
         torch.testing.assert_close(replacement(place, clean), by_partner, rtol=0, atol=1e-6)
         torch.testing.assert_close(replacement(place, clean, donors), by_donor, rtol=0, atol=1e-6)
@@ -82,13 +77,8 @@ def test_what_a_component_writes_adds_up(family):
     model, _ = family("neox-parallel")
     tokens = random_tokens()
     written = sum(COMPONENTS.activations(model, tokens))
-    embedded = model.hf.base_model(tokens, output_hidden_states=True).hidden_states[0]
-    seen = []
-    with torch.no_grad():
-        handle = model.final_norm.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-        model.hf(tokens)
-        handle.remove()
-    torch.testing.assert_close(embedded + written, seen[0], rtol=1e-5, atol=1e-4)
+    seen = reference.forward(model.hf, tokens)["residual"]
+    torch.testing.assert_close(seen[0] + written, seen[model.n_layers], rtol=1e-5, atol=1e-4)
     assert all(value.eq(0).all() for value in COMPONENTS.nothing(model))
     assert HEADS.nothing(model) is model.value_biases and model.value_biases[0].abs().max() > 0
 

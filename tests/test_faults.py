@@ -171,31 +171,47 @@ def largest_chunk(store: Path) -> Path:
 # --- killed -------------------------------------------------------------------------------------------------------------
 
 
+def without(out: Path, label: str) -> Path:
+    """A results folder, less one store."""
+    for left in (out / "measured").glob(f"tiny-{label}-*"):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    return out
+
+
 def test_killed_at_20_random_moments_loses_no_finished_shard(tmp_path, run, undisturbed):
-    moments, kills, found = random.Random(0), 0, set()
-    stages = (["measure"], ["measure", "--units", *OF_COSINES, *OF_HEADS, *OF_NEURONS])
-    whole = [run(tmp_path / f"whole-{len(stage)}", *stage)["seconds"] for stage in stages]
+    """In the midst of three measurements, of whole ones and of shards alone."""
+    moments, whole, found = random.Random(0), {}, []
+    kinds = {"cosines": OF_COSINES, "heads": OF_HEADS, "neurons": OF_NEURONS}
     for number in range(60):  # a run may end before its moment, which was drawn from how long another took
-        if kills == 20:
+        if len(found) == 20:
             break
-        out = tmp_path / str(number)
-        killed = run(out, *stages[number % 2], kill_after=moments.uniform(0, 1) * whole[number % 2])
+        (name, shards), more = list(kinds.items())[number % 3], number % 2
+        out = without(shutil.copytree(undisturbed, tmp_path / str(number)), shards[0].partition(":")[0])
+        if name not in whole:
+            whole[name] = run(shutil.copytree(out, tmp_path / name), "measure", only=[name])["seconds"]
+        stage = ["measure", *(["--units", *shards] if more else [])]
+        killed = run(out, *stage, only=[name], kill_after=moments.uniform(0, 1) * whole[name])
         if killed["status"] == 0:
             continue
         assert killed["status"] == -signal.SIGKILL
-        kills += 1
-        kept = finished(out)
+        kept = [shard for shard in shards if shard in finished(out)]
         assert set(killed["computed"][:-1]) <= set(
             kept
         )  # at most the last one was computed and not yet saved
-        found.add(len(kept))
-        measured_again(run, out, undisturbed, computing=[shard for shard in SHARDS if shard not in kept])
-        shutil.rmtree(out)
-    assert kills == 20 and len(found) > 3, (kills, found)
+        found.append((name, len(kept)))
+        measured_again(run, out, undisturbed, computing=shards[len(kept) :], only=[name])
+    assert len(found) == 20 and {name for name, _ in found} == kinds.keys() and len(set(found)) > 3, found
 
 
-@pytest.mark.parametrize("moment", ["kill_before_shard", "kill_after_shard"])
-@pytest.mark.parametrize("shard", [OF_COSINES[1], OF_HEADS[1], OF_NEURONS[1], OF_NEURONS[2]])
+@pytest.mark.parametrize(
+    ("shard", "moment"),
+    [
+        (OF_COSINES[1], "kill_before_shard"),
+        (OF_HEADS[1], "kill_after_shard"),
+        (OF_NEURONS[1], "kill_before_shard"),
+        (OF_NEURONS[2], "kill_after_shard"),
+    ],
+)
 def test_killed_amid_any_measurement_loses_no_finished_shard(tmp_path, run, undisturbed, shard, moment):
     """Also of the measurements that it needs, and of those before it."""
     out, kept = tmp_path / "out", SHARDS[: SHARDS.index(shard)]

@@ -118,12 +118,7 @@ def test_every_neuron_equals_a_full_forward_pass(family, name, kind):
         width = clean["z"][layer].shape[-1] // N_HEADS
         part = slice(head * width, (head + 1) * width)
         z = clean["z"][layer][..., part]
-        donated = torch.stack([z[(i + 3) % 6] for i in range(6)])
-        new = {
-            "resample": donated,
-            "mean": z.mean((0, 1)).expand_as(z),
-            "zero": reference.value_bias(hf, layer)[part].expand_as(z),
-        }[kind]
+        new = reference.replaced(kind, z, reference.value_bias(hf, layer)[part])
         _, ablated_activations = slow_run(hf, tokens, (layer, head, new))
         for mlp in later(name, layer):
             before = slow_effects(hf, tokens, clean_activations, mlp, sigma)

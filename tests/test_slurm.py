@@ -1,4 +1,4 @@
-"""The pocket profile over a real SLURM of one node on this machine: many jobs, one of them lost, and the bytes of a local run."""
+"""A small profile over a real SLURM of one node on this machine: many jobs, one of them lost, and the bytes of a local run."""
 
 import json
 import os
@@ -8,20 +8,19 @@ import sys
 import time
 from pathlib import Path
 
-import nbformat
 import pytest
 import yaml
+from houses import results
 
+from selfrepair.measure.measurement import find_measurement, measurement_names
 from selfrepair.run.verify import verify
 
 ROOT = Path(__file__).resolve().parents[1]
 SLURM = ROOT / "tests" / "slurm"
+PROFILE = SLURM / "small.yaml"
 CANNOT_BE_HAD = 2
-#: A run; some minutes on two idle cores.
-TIMEOUT = 2400
-#: What says when, where and how results were made.
-OF_THE_RUN = ("*.manifest.json", "manifest.json", "index.html", "*.log", "*.lock")
-
+#: Seconds of a run; some minutes on two idle cores.
+TIMEOUT = 1200
 
 @pytest.fixture(scope="module")
 def slurm():
@@ -36,11 +35,11 @@ def slurm():
     subprocess.run([SLURM / "stop.sh"], check=True)
 
 
-def start(folder: Path, *options: str) -> subprocess.Popen:
-    """A run of the pocket profile with its results in ``out`` in ``folder``."""
+def start(folder: Path, *options: str | Path) -> subprocess.Popen:
+    """A run of the small profile with its results in ``out`` in ``folder``."""
     command = [sys.executable, "-m", "snakemake", "--logger", "selfrepair", "--directory", folder, *options]
     return subprocess.Popen(
-        [*command, "--config", "profile=pocket", "out=out"],
+        [*command, "--config", f"profile={PROFILE}", "out=out"],
         cwd=ROOT,
         env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
         stderr=subprocess.PIPE,
@@ -55,21 +54,6 @@ def finish(process: subprocess.Popen) -> str:
     return said
 
 
-def results(folder: Path) -> dict[str, object]:
-    """Every file by its path; of a notebook, the outputs."""
-    files = (file for file in (folder / "out").rglob("*") if file.is_file())
-    ours = {file.relative_to(folder / "out"): file for file in files}
-    return {
-        str(path): outputs(file) if path.suffix == ".ipynb" else file.read_bytes()
-        for path, file in ours.items()
-        if not any(path.match(pattern) for pattern in OF_THE_RUN)
-    }
-
-
-def outputs(notebook: Path) -> list[object]:
-    return [cell.outputs for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
-
-
 def submitted(folder: Path) -> int:
     (log,) = (folder / ".snakemake" / "log").glob("*.log")
     return log.read_text().count("has been submitted with SLURM jobid")
@@ -79,6 +63,7 @@ def running() -> list[str]:
     return subprocess.run(["squeue", "--noheader", "--states=R", "--format=%i"], stdout=subprocess.PIPE, text=True).stdout.split()
 
 
+@pytest.mark.slurm("a cluster gives the bytes of one machine, though the node of a job is lost")
 def test_cluster_gives_the_bytes_of_a_local_run_though_a_job_is_lost(slurm, tmp_path):
     process = start(tmp_path / "cluster", "--workflow-profile", SLURM)
     while not running() and process.poll() is None:
@@ -87,21 +72,32 @@ def test_cluster_gives_the_bytes_of_a_local_run_though_a_job_is_lost(slurm, tmp_
     subprocess.run(["scancel", running()[0]], check=True)
     said = finish(process)
     assert said.count("failed: shards") == 1
-    assert all(stage in said for stage in ("shards: 30 of 30", "sweeps: 15 of 15", "notebooks: 6 of 6", "summary: 1 of 1"))
-    assert submitted(tmp_path / "cluster") == 30 + 1 + 15 + 6
-    finish(start(tmp_path / "local", "--workflow-profile", ROOT / "profiles" / "default", "--cores", "2"))
-    cluster, local = (results(tmp_path / name) for name in ("cluster", "local"))
-    shards = {name for name in cluster if name.startswith("shards/")}
-    assert len(shards) == 60 and sum(name.startswith("heads_") for name in cluster) == 3
-    assert cluster.keys() - shards == local.keys()
+    out = tmp_path / "cluster" / "out"
+    plan = json.loads((out / "done" / "plan.json").read_text())
+    stages = [of_model["stages"] for of_model in plan["models"].values()]
+    n_shards = sum(-(-len(units) // plan["units_per_job"]) for of_model in stages for units in of_model[1:])
+    n_measured = sum(len(of_model) - 1 for of_model in stages)
+    counts = {"prompts": 2, "shards": n_shards, "measured": n_measured, "notebooks": 6, "summary": 1}
+    assert (n_shards, n_measured) == (16, 4)
+    assert all(f"{stage}: {n} of {n}" in said for stage, n in counts.items()), said
+    assert submitted(tmp_path / "cluster") == n_shards + 1 + n_measured + 6
+    finish(start(tmp_path / "local", "--workflow-profile", ROOT / "workflow" / "default", "--cores", "2"))
+    cluster, local = results(out), results(tmp_path / "local" / "out")
+    assert cluster.keys() == local.keys() and sum(name.startswith("heads_") for name in cluster) == 3
     assert [name for name in local if cluster[name] != local[name]] == []
-    noted = json.loads((tmp_path / "cluster" / "out" / "manifest.json").read_text())
-    assert len(noted["sweeps"]) == 15
-    assert [finding for finding in verify(tmp_path / "cluster" / "out", "cpu") if not finding.agrees] == []
+    noted = json.loads((out / "manifest.json").read_text())
+    assert len(noted["stores"]) == 2 * len(measurements()) and {path.name for path in out.glob("measured/*.shards")} == set()
+    assert [finding for finding in verify(out, "cpu") if not finding.agrees] == []
+
+
+def measurements() -> list[str]:
+    """Of each model of the small profile, what is measured."""
+    names = [name for name in measurement_names() if not find_measurement(name).on_demand]
+    return [name for name in names if name != "layers_over_training"] + ["heads", "heads"]  # of three kinds of ablation
 
 
 def test_the_tests_use_the_options_of_the_real_profile():
-    ours, real = (yaml.safe_load((folder / "config.yaml").read_text()) for folder in (SLURM, ROOT / "profiles" / "slurm"))
+    ours, real = (yaml.safe_load((folder / "config.yaml").read_text()) for folder in (SLURM, ROOT / "workflow" / "slurm"))
     of_the_cluster = ("jobs", "latency-wait", "default-resources")
     assert {name: ours.get(name) for name in real if name not in of_the_cluster} == {
         name: value for name, value in real.items() if name not in of_the_cluster

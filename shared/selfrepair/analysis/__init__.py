@@ -33,8 +33,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "layers": ["FactRun"],
         "neuron_repair": ["NeuronRepair"],
         "neurons": ["ModelNeurons"],
-        "published": ["published_heads", "published_name"],
-        "self_feeding": ["published_self_feeding", "self_feeding_table"],
+        "published": ["published_heads", "published_name", "published_self_feeding"],
+        "self_feeding": ["self_feeding_table"],
         "token_variation": ["TokenNoise"],
     },
 )

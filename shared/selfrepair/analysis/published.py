@@ -25,6 +25,11 @@ def published_heads(tokens: str = "top2pct") -> pd.DataFrame:
     return table.assign(self_repair=sum(table[f"self_repair_{part}"] for part in PARTS))
 
 
+def published_self_feeding() -> pd.DataFrame:
+    """The authors' released self-feeding numbers (R&N 2024, §6): four heads of five models, in logits."""
+    return pd.read_csv(PUBLISHED / "published_self_feeding_heads.csv")
+
+
 def published_name(model: str) -> str:
     """The released tables' name of a model given so, by hub id (``gpt2`` is one too) or folder name.
 

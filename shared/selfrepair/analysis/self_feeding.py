@@ -7,7 +7,7 @@ import pandas as pd
 import xarray as xr
 
 from selfrepair.analysis.estimates import Estimate, draws
-from selfrepair.paths import PUBLISHED
+from selfrepair.analysis.published import published_self_feeding
 from selfrepair.statistics import later_half
 
 #: What is fed: names in the released table and in what is measured.
@@ -53,11 +53,6 @@ def self_feeding_table(model_name: str, fed: xr.Dataset) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
-
-
-def published_self_feeding() -> pd.DataFrame:
-    """The authors' released self-feeding numbers (R&N 2024, §6): four heads of five models, in logits."""
-    return pd.read_csv(PUBLISHED / "published_self_feeding_heads.csv")
 
 
 def slope_statistics(fed: xr.Dataset, n_bootstrap: int = 1000, seed: int = 0) -> dict[str, Estimate]:
