@@ -18,6 +18,7 @@ from markupsafe import Markup, escape
 from PIL import Image
 
 from selfrepair.analysis.claims import VERDICTS, ClaimResult, read_claims, results
+from selfrepair.engine.ablations import ABLATIONS
 from selfrepair.errors import UserError
 from selfrepair.paths import NOTEBOOKS
 from selfrepair.store.files import write_atomically
@@ -172,12 +173,9 @@ def _claims(path: Path) -> list[ClaimResult]:
 
 def _heads(out_dir: Path) -> dict[str, list[Table]]:
     """Model → its tables of heads, one per kind of ablation."""
-    first = ("resample", "mean", "zero")
     paths = {path.stem.removeprefix("heads_"): path for path in sorted(out_dir.glob("heads_*.csv"))}
     models: dict[str, list[Table]] = {}
-    for ablation in sorted(
-        paths, key=lambda name: (first.index(name) if name in first else len(first), name)
-    ):
+    for ablation in (*(kind for kind in ABLATIONS if kind in paths), *sorted(paths.keys() - set(ABLATIONS))):
         table = _read(paths[ablation], ("model", "layer", "head"), dtype={"model": str})
         for model, heads in table.groupby("model", sort=False):
             models.setdefault(model, []).append(_table(f"{ablation} ablation", _shown(heads)))
