@@ -51,7 +51,13 @@ def copy_house(folder: Path, models: Sequence[str]) -> Path:
     for name in (*COPIED, *(f"shared/models/{model}" for model in models)):
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
     shutil.copy(ROOT / "Snakefile", folder / "Snakefile")
-    profile = {"models": list(models), "ablations": ["resample", "mean"], "n_prompts": 8, "prompt_len": 24, "fraction": 0.1}
+    profile = {
+        "models": list(models),
+        "ablations": ["resample", "mean"],
+        "n_prompts": 8,
+        "prompt_len": 24,
+        "fraction": 0.1,
+    }
     (folder / "profiles" / "small.yaml").write_text(json.dumps(profile))
     return folder
 

@@ -48,7 +48,7 @@ def test_documents_of_files_and_folders(tmp_path):
         ("missing.txt", None, "no such file"),
         ("binary.txt", b"\xff\xfe\x00", "not UTF-8"),
         ("broken.txt.gz", b"\x1f\x8b no gzip", "cannot be read"),
-        ("cut.txt.gz", gzip.compress(b"a long enough text " * 99)[:-12], "cannot be read"),
+        ("cut.txt.gz", gzip.compress(b"a long enough text " * 99, mtime=0)[:-12], "cannot be read"),
         ("empty.txt", b"\n\n", "holds no text"),
     ],
 )

@@ -27,7 +27,9 @@ def test_committed_notebook_was_run_from_top_to_bottom(notebook):
     cells = code_cells(notebook)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     for cell in cells:
-        assert not any(output.output_type == "error" or output.get("name") == "stderr" for output in cell.outputs)
+        assert not any(
+            output.output_type == "error" or output.get("name") == "stderr" for output in cell.outputs
+        )
         assert not cell.source.lstrip().startswith(("!", "%"))
     assert any("NBVAL_CHECK_OUTPUT" in cell.source for cell in cells)
 
@@ -52,7 +54,10 @@ def test_nothing_is_measured_that_no_notebook_reads():
 
 
 def test_a_name_that_the_plan_cannot_read_is_an_error(tmp_path):
-    cells = [nbformat.v4.new_code_cell("study.measured(kind + 's')"), nbformat.v4.new_markdown_cell("study.measured('no')")]
+    cells = [
+        nbformat.v4.new_code_cell("study.measured(kind + 's')"),
+        nbformat.v4.new_markdown_cell("study.measured('no')"),
+    ]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "01_a.ipynb")
     with pytest.raises(ValueError, match="malformed"):
         Notebook(tmp_path / "01_a.ipynb").measurements  # noqa: B018
@@ -64,11 +69,19 @@ def results(tmp_path_factory):
     return tmp_path_factory.mktemp("results")
 
 
-@pytest.mark.slow("notebooks run on another model, seed, ablation, fraction of tokens and head than those of the committed ones")
+@pytest.mark.slow(
+    "notebooks run on another model, seed, ablation, fraction of tokens and head than those of the committed ones"
+)
 @of_each
 def test_runs_on_another_model_and_seed(notebook, results, tmp_path):
     """And with another ablation, fraction of tokens and, where it has that parameter, head."""
-    parameters = {"model": "pocket-pythia-small", "n_prompts": 8, "seed": 1, "ablation": "zero", "fraction": 0.1}
+    parameters = {
+        "model": "pocket-pythia-small",
+        "n_prompts": 8,
+        "seed": 1,
+        "ablation": "zero",
+        "fraction": 0.1,
+    }
     parameters["out_dir"] = str(results)
     if "head" in papermill.inspect_notebook(str(notebook.path)):
         parameters["head"] = [1, 2]
@@ -95,7 +108,11 @@ def test_committed_claims_are_those_of_the_notebooks_and_the_readme():
     assert f"\n## Claims\n\n{claims}" in README.read_text(encoding="utf-8")
     shown = {}
     for notebook in ALL:
-        outputs = [output.get("data", {}).get("text/markdown", "") for cell in code_cells(notebook) for output in cell.outputs]
+        outputs = [
+            output.get("data", {}).get("text/markdown", "")
+            for cell in code_cells(notebook)
+            for output in cell.outputs
+        ]
         (shown[notebook.number],) = [text for text in outputs if text.startswith("| claim |")]
     assert shown == {number: to_markdown(of_one) for number, of_one in table.groupby("notebook")}
 
@@ -131,7 +148,9 @@ def written(folder, sources):
     """Notebooks of a cell each behind one of parameters."""
     for name, source in sources.items():
         cells = [
-            nbformat.v4.new_code_cell("profile = None\nout_dir = None\nseed = 3", metadata={"tags": ["parameters"]}),
+            nbformat.v4.new_code_cell(
+                "profile = None\nout_dir = None\nseed = 3", metadata={"tags": ["parameters"]}
+            ),
             nbformat.v4.new_code_cell(source),
         ]
         metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
@@ -152,11 +171,27 @@ def test_failing_cell_is_named_and_the_others_run(tmp_path, monkeypatch, capsys)
 def test_what_a_notebook_left_is_its_own(tmp_path):
     written(tmp_path, {"03_one": 'table.to_csv(out / "one.csv")'})
     (tmp_path / "out").mkdir()
-    for name in ("notebooks/03_one.ipynb", "notebooks/04_two.ipynb", "claims/03.csv", "claims/04.csv", "one.csv", "two.csv"):
+    for name in (
+        "notebooks/03_one.ipynb",
+        "notebooks/04_two.ipynb",
+        "claims/03.csv",
+        "claims/04.csv",
+        "one.csv",
+        "two.csv",
+    ):
         (tmp_path / "out" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "out" / name).touch()
     for name in ("03_a.png", "03_a.pdf", "04_a.png", "claims.csv"):
         (tmp_path / "out" / "figures").mkdir(exist_ok=True)
         (tmp_path / "out" / "figures" / name).touch()
-    left = {path.relative_to(tmp_path / "out").as_posix() for path in Notebook(tmp_path / "03_one.ipynb").left(tmp_path / "out")}
-    assert left == {"notebooks/03_one.ipynb", "claims/03.csv", "one.csv", "figures/03_a.png", "figures/03_a.pdf"}
+    left = {
+        path.relative_to(tmp_path / "out").as_posix()
+        for path in Notebook(tmp_path / "03_one.ipynb").left(tmp_path / "out")
+    }
+    assert left == {
+        "notebooks/03_one.ipynb",
+        "claims/03.csv",
+        "one.csv",
+        "figures/03_a.png",
+        "figures/03_a.pdf",
+    }

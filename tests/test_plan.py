@@ -18,7 +18,9 @@ MODEL = "pocket-pythia-small"
 
 def study(folder, models=(MODEL,), n_prompts=4):
     made = Study.of(n_prompts=n_prompts, device="cpu", out_dir=folder)
-    profile = made.profile.changed(models=list(models), prompt_len=12, ablations=["zero", "mean"], fraction=0.1)
+    profile = made.profile.changed(
+        models=list(models), prompt_len=12, ablations=["zero", "mean"], fraction=0.1
+    )
     return Study(profile, 0, "cpu", folder)
 
 
@@ -28,11 +30,17 @@ def test_every_shard_is_in_one_stage_after_what_it_needs(tmp_path):
     assert list(planned["models"]) == here.profile.models
     assert list(planned["notebooks"]) == [notebook.stem for notebook in all_notebooks()]
     for model_name, of_model in planned["models"].items():
-        stages = {label: i for i, units in enumerate(of_model["stages"]) for label in {u.split(":")[0] for u in units}}
+        stages = {
+            label: i
+            for i, units in enumerate(of_model["stages"])
+            for label in {u.split(":")[0] for u in units}
+        }
         units = [unit for units in of_model["stages"] for unit in units]
         assert len(units) == len(set(units))
         for task in here.tasks(model_name):
-            assert [unit for unit in units if unit.startswith(f"{task.label}:")] == [f"{task.label}:{s}" for s in task.shards]
+            assert [unit for unit in units if unit.startswith(f"{task.label}:")] == [
+                f"{task.label}:{s}" for s in task.shards
+            ]
             assert all(stages[needed.label] < stages[task.label] for needed in task.needed.values())
         assert of_model["stages"][0] == ["tokens:0"], "the network is needed by nothing else"
         assert {"heads-zero:0", "heads-zero:16", "constants-mean:0"} < set(of_model["stages"][1])
@@ -49,7 +57,9 @@ def test_memory_that_jobs_ask_for(tmp_path):
     on_disk = sum(values.nbytes for values in store.variables.values() if values.ndim == 4) / 1e6
     of_one = plan(study(tmp_path))["models"][MODEL]["mem_mb"]
     weights = 4 * load_model(MODEL, "cpu").hf.num_parameters() / 1e6
-    assert 2 * weights < of_one - 2500 < 3 * weights  # embeddings count twice, as they do where they are not tied
+    assert (
+        2 * weights < of_one - 2500 < 3 * weights
+    )  # embeddings count twice, as they do where they are not tied
     few, many = (plan(study(tmp_path, n_prompts=n))["notebook_mem_mb"] for n in (4, 400_000))
     assert many - few == pytest.approx(4 * on_disk * 1e5, abs=2)
     both = plan(study(tmp_path, [MODEL, "pocket-gpt2"], n_prompts=400_000))["notebook_mem_mb"]
@@ -76,10 +86,17 @@ def test_stages_leave_what_the_plan_names_and_marks_that_answer_for_it(measured)
     for stage, units in enumerate(plan(here)["models"][MODEL]["stages"]):
         said = json.loads(mark(measured, "measured", f"{MODEL}-{stage}").read_text())
         labels = {unit.split(":")[0] for unit in units}
-        wanted = {task.path for task in here.tasks(MODEL) if task.label in labels and workflow.stage_of(task) == stage}
+        wanted = {
+            task.path
+            for task in here.tasks(MODEL)
+            if task.label in labels and workflow.stage_of(task) == stage
+        }
         assert {measured / name for name in said["left"] if name.endswith(".zarr")} == wanted
         assert all(task.is_done() for task in here.tasks(MODEL) if task.path in wanted)
-    assert json.loads(mark(measured, "shards", MODEL, "2-7").read_text())["units"] == ["heads-mean:0", "cosines:0"]
+    assert json.loads(mark(measured, "shards", MODEL, "2-7").read_text())["units"] == [
+        "heads-mean:0",
+        "cosines:0",
+    ]
     assert list(measured.glob("measured/*.shards")) == []
 
 
@@ -118,10 +135,20 @@ def marked(tmp_path):
     for name in ("figures/01_a.png", "figures/02_a.png", "index.html", "measured/a.manifest.json"):
         (tmp_path / name).write_text(name)
     planned = {"notebooks": {"01_first": "1", "02_second": "2"}, "page": "p"}
-    say_done(mark(tmp_path, "measured", "a-all"), [store, tmp_path / "measured/a.manifest.json"], tmp_path, not_measured=[])
+    say_done(
+        mark(tmp_path, "measured", "a-all"),
+        [store, tmp_path / "measured/a.manifest.json"],
+        tmp_path,
+        not_measured=[],
+    )
     say_done(mark(tmp_path, "shards", "a", "1-0"), [], tmp_path, units=["x:0"])
     for number in "12":
-        say_done(mark(tmp_path, "notebooks", f"0{number}"), [tmp_path / f"figures/0{number}_a.png"], tmp_path, key=number)
+        say_done(
+            mark(tmp_path, "notebooks", f"0{number}"),
+            [tmp_path / f"figures/0{number}_a.png"],
+            tmp_path,
+            key=number,
+        )
     say_done(mark(tmp_path, "page"), [tmp_path / "index.html"], tmp_path, key="p")
     return tmp_path, planned
 
@@ -160,7 +187,9 @@ def test_a_mark_is_forgotten_with_what_it_answers_for(marked, name, how):
 def test_marks_of_another_key_are_forgotten(marked):
     folder, planned = marked
     assert forgotten((folder, planned | {"page": "q"})) == {"page"}
-    assert forgotten((folder, planned | {"notebooks": {"01_first": "1", "02_second": "3"}})) == {"notebooks/02"}
+    assert forgotten((folder, planned | {"notebooks": {"01_first": "1", "02_second": "3"}})) == {
+        "notebooks/02"
+    }
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"left": 3}', '{"left": {"index.html": 1}}', "\udcff"])

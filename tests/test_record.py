@@ -55,8 +55,12 @@ def test_manifest_of_a_run_names_its_stores_and_what_they_were_made_from(run):
     same = ("weights_sha256", "code", "model", "measurement", "ablation", "dtype")
     assert {name: made_from[name] for name in same} == {name: attributes[name] for name in same}
     kept = json.loads(manifest_of(store).read_text())
-    assert {name: made_from[name] for name in ("seconds", "finished")} == {name: kept[name] for name in ("seconds", "finished")}
-    assert noted["seconds"] == pytest.approx(sum(note["seconds"] for note in noted["stores"].values()), abs=0.1)
+    assert {name: made_from[name] for name in ("seconds", "finished")} == {
+        name: kept[name] for name in ("seconds", "finished")
+    }
+    assert noted["seconds"] == pytest.approx(
+        sum(note["seconds"] for note in noted["stores"].values()), abs=0.1
+    )
     assert noted["held_out_text_sha256"] == hash_documents(read_documents(HELD_OUT_TEXT))
     assert noted["settings"]["n_prompts"] == 4 and noted["profile"] == "pocket" and noted["seed"] == 0
     assert set(noted["files"]) == {"figures/01_one.png", "index.html"}
@@ -79,10 +83,14 @@ def test_of_two_equal_measurements_that_of_the_models_weights_counts(run):
 def test_a_damaged_manifest_is_one_line(run, content):
     folder, _, store, _ = run
     manifest_of(store).write_bytes(content)
-    with pytest.raises(UserError, match=rf"{manifest_of(store).name}: not .* delete it.* and run again$") as error:
+    with pytest.raises(
+        UserError, match=rf"{manifest_of(store).name}: not .* delete it.* and run again$"
+    ) as error:
         summarise(study(folder, 4))
     assert "\n" not in str(error.value)
-    assert {finding.what for finding in verify(folder, "cpu", seed=0) if finding.agrees is False} >= {store.name}
+    assert {finding.what for finding in verify(folder, "cpu", seed=0) if finding.agrees is False} >= {
+        store.name
+    }
 
 
 def test_a_lost_store_is_found(run):

