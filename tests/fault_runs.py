@@ -29,7 +29,7 @@ import selfrepair.measure.task
 import selfrepair.run.notebooks
 import selfrepair.run.study
 import selfrepair.run.workflow
-from selfrepair.cli import main
+from selfrepair.cli.main import main
 from selfrepair.measure import pairs
 from selfrepair.measure.measurement import find_measurement, measurement_names
 from selfrepair.measure.task import Task

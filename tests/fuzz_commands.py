@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from selfrepair.cli import main
+from selfrepair.cli.main import main
 
 #: A command that takes longer on these tiny inputs is taken to hang.
 SECONDS = 60

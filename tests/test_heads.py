@@ -11,7 +11,7 @@ from families import VOCAB, random_tokens, save_family
 from tasks import heads_task
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GPT2LMHeadModel, OPTConfig
 
-from selfrepair.cli import main
+from selfrepair.cli.main import main
 from selfrepair.engine import batches
 from selfrepair.engine.ablations import ABLATIONS
 from selfrepair.engine.identity_check import IDENTITY_POSITIONS

@@ -8,7 +8,7 @@ import papermill
 import pytest
 
 from selfrepair.analysis.claims import read_claims, to_markdown
-from selfrepair.cli import main
+from selfrepair.cli.main import main
 from selfrepair.measure.measurement import find_measurement, measurement_names
 from selfrepair.paths import FIGURES, README
 from selfrepair.run.notebooks import Notebook, all_notebooks

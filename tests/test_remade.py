@@ -209,9 +209,6 @@ def house(tmp_path_factory):
     return made
 
 
-
-
-
 @pytest.mark.slow(
     "a run in many jobs gives the bytes of a run in few: the real plan, the real Snakefile, the real commands"
 )

@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from selfrepair.cli import main
+from selfrepair.cli.main import main
 from selfrepair.errors import UserError
 from selfrepair.paths import HELD_OUT_TEXT
 from selfrepair.training import loop

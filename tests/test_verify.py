@@ -11,7 +11,7 @@ from families import random_tokens, save_family
 from tasks import of_prompts
 
 from selfrepair import __version__
-from selfrepair.cli import main
+from selfrepair.cli.main import main
 from selfrepair.errors import UserError
 from selfrepair.measure import pairs
 from selfrepair.measure.task import Task

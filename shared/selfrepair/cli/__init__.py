@@ -1,6 +1,2 @@
 """The command line, ``selfrepair``: ``parser`` says what it takes, ``commands`` what it does, ``main`` how
 failures are told."""
-
-from selfrepair.cli.main import main
-
-__all__ = ["main"]

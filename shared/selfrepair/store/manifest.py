@@ -33,7 +33,7 @@ def write_manifest(path: Path, seconds: float, **made_from: object) -> None:
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(seconds, 1),
         "version": __version__,
-        "library": code_version("selfrepair.cli"),
+        "library": code_version("selfrepair.cli.main"),
         "commit": _commit(),
         "python": platform.python_version(),
         "packages": _packages(),
