@@ -249,7 +249,7 @@ case "$MODE" in
         ;;
     update)
         run_workflow
-        exec "$PYTHON" -m selfrepair.cli.main update
+        OMP_NUM_THREADS=1 exec "$PYTHON" -m selfrepair.cli.main update # as jobs of the run, so that figures are the same to the byte
         ;;
     lab)
         exec "$PYTHON" -m jupyterlab notebooks
