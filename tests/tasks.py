@@ -20,6 +20,16 @@ from selfrepair.measure.measurement import (
 )
 from selfrepair.measure.task import Task
 
+#: Variables of the heads' ablations that have an axis of heads.
+OF_HEADS = (
+    "direct_effect",
+    "ablated_direct_effect",
+    "logit_change",
+    "self_repair_heads",
+    "self_repair_mlps",
+    "sigma_ablated",
+)
+
 
 def wanted_settings(tokens: Path, **changes: object) -> dict[str, object]:
     """What a measurement may use, for the prompts of an ``.npy`` file."""

@@ -9,7 +9,7 @@ from readings import HEADS, changes_of, close, effect, measured, prompts, tokens
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from selfrepair.analysis.earlier_input import correlation, mean_changes
-from selfrepair.errors import UserError
+from selfrepair.errors import NotMeasurable, UserError
 from selfrepair.measure import earlier_input as measure
 from selfrepair.models.loading import load_model
 
@@ -79,7 +79,7 @@ def test_bad_requests(family, tmp_path):
     single = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_layer=1, n_head=4, n_embd=32, n_positions=32))
     single.save_pretrained(tmp_path / "single")
     model.tokenizer.save_pretrained(tmp_path / "single")
-    with pytest.raises(UserError, match="one layer"):
+    with pytest.raises(NotMeasurable, match="one layer"):
         measured("earlier_input", load_model(str(tmp_path / "single"), device="cpu"), prompts())
 
 

@@ -243,3 +243,12 @@ def test_later_half_of_an_odd_number_of_layers():
     assert {n: later_half(n) for n in (1, 2, 3, 4, 5, 6, 7, 12, 24)} == {
         1: 0, 2: 1, 3: 2, 4: 2, 5: 2, 6: 3, 7: 4, 12: 6, 24: 12,
     }  # fmt: skip
+
+
+@pytest.mark.filterwarnings("error")
+def test_undefined_values_are_left_out_of_a_nanmean():
+    drawn = np.array([[[1.0, 2], [np.nan, 4]], [[3, np.nan], [5, np.nan]], [[np.nan, 6], [7, np.nan]]])
+    estimate = Estimate(drawn)
+    wanted = [np.mean([1, 3, 5, 7]), np.mean([2, 4, 6])]
+    np.testing.assert_allclose(estimate.nanmean((0, 1)).drawn, wanted)
+    np.testing.assert_array_equal(estimate.nanmean(1).drawn, [[1, 3], [4, np.nan], [7, 6]])

@@ -30,7 +30,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
 from safetensors.torch import load_file, save_file
-from tasks import heads_task
+from tasks import OF_HEADS, heads_task
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import selfrepair.measure.tokens
@@ -1386,20 +1386,7 @@ def empty_folder(store):
     store.mkdir()
 
 
-ARRAYS = (
-    "direct_effect",
-    "ablated_direct_effect",
-    "logit_change",
-    "self_repair_heads",
-    "self_repair_mlps",
-    "sigma_ablated",
-    "sigma_clean",
-    "token",
-    "prompt",
-    "donor",
-    "position",
-    "made_in_shard",
-)
+ARRAYS = (*OF_HEADS, "sigma_clean", "token", "prompt", "donor", "position", "made_in_shard")
 STORES = [
     *(array_without(name) for name in ARRAYS),
     *(of_store(f"{name}/zarr.json", "missing", lambda _: None) for name in ARRAYS),

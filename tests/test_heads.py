@@ -8,7 +8,7 @@ import pytest
 import reference
 import torch
 from families import VOCAB, random_tokens, save_family
-from tasks import heads_task
+from tasks import OF_HEADS, heads_task
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GPT2LMHeadModel, OPTConfig
 
 from selfrepair.cli.main import main
@@ -25,16 +25,7 @@ from selfrepair.store.stores import open_store
 
 N = 22
 TOKENS = random_tokens(N).numpy()
-VARIABLES = {
-    "direct_effect",
-    "ablated_direct_effect",
-    "logit_change",
-    "self_repair_heads",
-    "self_repair_mlps",
-    "sigma_ablated",
-    "sigma_clean",
-    "token",
-}
+VARIABLES = {*OF_HEADS, "sigma_clean", "token"}
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import reference
 import torch
 import xarray as xr
 from families import load_family, random_tokens, save_family
+from tasks import OF_HEADS
 from transformers import AutoModelForCausalLM
 
 from selfrepair.analysis.claims import load_claims
@@ -30,14 +31,6 @@ from selfrepair.measure.tokens import of_prompts
 from selfrepair.statistics import PARTS
 from selfrepair.text.corpora import Prompts
 
-NAMES = (
-    "direct_effect",
-    "ablated_direct_effect",
-    "logit_change",
-    "self_repair_heads",
-    "self_repair_mlps",
-    "sigma_ablated",
-)
 LAYERS, HEADS, PROMPTS, POSITIONS = 4, 2, 6, 25
 FRACTION = 0.1
 
@@ -46,7 +39,7 @@ def fake_sweep(seed=0, architecture="gpt2", ablation="resample"):
     rng = np.random.default_rng(seed)
     data = {
         name: (("layer", "head", "prompt", "position"), rng.normal(size=(LAYERS, HEADS, PROMPTS, POSITIONS)))
-        for name in NAMES
+        for name in OF_HEADS
     }
     data["sigma_ablated"][1][:] = 1 + 0.1 * data["sigma_ablated"][1]
     data["sigma_clean"] = (("prompt", "position"), 1 + 0.1 * rng.normal(size=(PROMPTS, POSITIONS)))
@@ -58,7 +51,7 @@ def tokens_of(dataset, layer, head, prompts=range(PROMPTS)):
     rows = []
     for prompt in range(PROMPTS):
         for position in range(POSITIONS):
-            row = {name: float(dataset[name][layer, head, prompt, position]) for name in NAMES}
+            row = {name: float(dataset[name][layer, head, prompt, position]) for name in OF_HEADS}
             row |= {"prompt": prompt, "sigma_clean": float(dataset["sigma_clean"][prompt, position])}
             repair = row["logit_change"] - (row["ablated_direct_effect"] - row["direct_effect"])
             row["heads"], row["mlps"] = row["self_repair_heads"], row["self_repair_mlps"]

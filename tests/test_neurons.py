@@ -28,7 +28,7 @@ from selfrepair.analysis.neurons import ModelNeurons
 from selfrepair.engine.ablations import ABLATIONS, find_ablation
 from selfrepair.engine.head_ablation import ablate_heads
 from selfrepair.engine.sites import HEADS
-from selfrepair.errors import UserError
+from selfrepair.errors import NotMeasurable, UserError
 from selfrepair.measure import heads, neuron_effects, neurons, pairs
 from selfrepair.measure.neuron_effects import Combination, NeuronEffects
 from selfrepair.measure.neurons import HeadTokens, repairing_neurons, summarize
@@ -553,6 +553,17 @@ def test_bad_heads_are_refused(measured, head, said):
     model, inputs, _ = measured("neox-parallel")
     with pytest.raises(UserError, match=said):
         computed(model, inputs, head=head)
+
+
+def test_a_model_without_a_later_mlp_is_not_measurable(measured):
+    """One parallel block; a sequential one's MLP comes after its heads."""
+    model, inputs, _ = measured("neox-parallel")
+    one = dataclasses.replace(model, blocks=model.blocks[:1])
+    with pytest.raises(NotMeasurable, match="no MLP comes after any of its heads"):
+        neurons.HeadChoice.of(one, inputs["heads"]["direct_effect"], 0.1, None)
+    sequential, inputs, _ = measured("llama")
+    first = dataclasses.replace(sequential, blocks=sequential.blocks[:1])
+    assert neurons.HeadChoice.of(first, inputs["heads"]["direct_effect"], 0.1, None).chosen[0] == 0
 
 
 def test_a_chosen_head_is_taken(measured):

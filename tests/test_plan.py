@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from selfrepair.errors import UserError
+from selfrepair.errors import NotMeasurable, UserError
 from selfrepair.models.loading import load_model
 from selfrepair.run import workflow
 from selfrepair.run.marks import forget_stale, mark, say_done
@@ -111,7 +111,7 @@ def test_what_is_measured_is_not_measured_again(measured, monkeypatch):
     [
         ("heads-zero", "heads-zero: not a shard; give label:number"),
         ("heads-zero:x", "heads-zero:x: not a shard"),
-        (":3", f"{MODEL}: nothing called  is measured"),
+        (":3", ":3: not a shard"),
         ("heads-resample:0", f"{MODEL}: nothing called heads-resample is measured; there are alignment"),
         ("none:0", f"{MODEL}: nothing called none is measured"),
     ],
@@ -120,6 +120,34 @@ def test_shards_that_are_none_are_said(tmp_path, unit, said):
     with pytest.raises(UserError, match=said):
         compute_units(study(tmp_path), MODEL, [unit], "0-0")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_model_cannot_be_measured_on_is_passed_over_and_what_fails_stops_nothing_else(
+    tmp_path, monkeypatch
+):
+    """As a model of one layer, which has no layer before."""
+    made = []
+
+    class Task:
+        def __init__(self, label, error=None):
+            self.label, self.error = label, error
+
+        def is_done(self):
+            return False
+
+        def merge(self, models, progress):
+            if self.error is not None:
+                raise self.error
+            made.append(self.label)
+
+    monkeypatch.setattr(Study, "load", lambda *_: [])
+    tasks = [
+        Task("a", NotMeasurable("one layer")),
+        Task("b", UserError("no room")),
+        Task("c"),
+    ]
+    found = workflow._merge_all(study(tmp_path), MODEL, tasks, False)
+    assert found == (["no room"], ["a: one layer"]) and made == ["c"]
 
 
 # --- marks -------------------------------------------------------------------------------------------------

@@ -84,6 +84,12 @@ class Estimate:
         """Over axes of ``what``."""
         return Estimate(self.drawn.sum(self._axes(axis)))
 
+    def nanmean(self, axis: int | tuple[int, ...] = 0) -> Estimate:
+        """Over axes of ``what``, without what is undefined; NaN where nothing is defined."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Mean of empty slice")
+            return Estimate(np.nanmean(self.drawn, self._axes(axis)))
+
     def _axes(self, axis: int | tuple[int, ...]) -> tuple[int, ...]:
         return normalize_axis_tuple(axis, len(self.shape))
 

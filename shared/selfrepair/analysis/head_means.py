@@ -59,7 +59,7 @@ def head_statistics(heads: HeadMeans) -> Statistics:
     n_layers = len(heads.self_repair)
     later, quarter = slice(later_half(n_layers), None), slice(round(0.25 * n_layers))
     repair, effect = heads.self_repair[later], heads.direct_effect[later]
-    mean_later, mean_early = (part.map(_mean_over_heads) for part in (repair, heads.self_repair[quarter]))
+    mean_later, mean_early = (part.nanmean((0, 1)) for part in (repair, heads.self_repair[quarter]))
     return {
         "self-repair-later-half": mean_later,
         "repaired-heads-later-half": repair.map(lambda drawn: (drawn > 0).mean((0, 1))),
@@ -67,10 +67,6 @@ def head_statistics(heads: HeadMeans) -> Statistics:
         "self-repair-first-quarter": mean_early,
         "self-repair-later-minus-early": mean_later - mean_early,
     }
-
-
-def _mean_over_heads(drawn: np.ndarray) -> np.ndarray:
-    return np.nanmean(drawn, axis=(0, 1))
 
 
 def _sum_over_heads(drawn: np.ndarray) -> np.ndarray:

@@ -1,5 +1,4 @@
-"""What ablating each layer does, over prompts: means of the measurement ``layers``, with samples by
-bootstrap.
+"""What ablating each layer does, over prompts: means of ``layers``, with bootstrap samples.
 
 Components are numbered in order of depth: attention ``2 l`` and MLP ``2 l + 1`` of layer ``l``. All
 quantities are defined in :mod:`selfrepair.measure.layers` (McGrath et al. 2023, §2), in logits.
@@ -30,8 +29,7 @@ NO_VARIANCE = 1e-12
 
 @dataclass(frozen=True)
 class LateMlps:
-    """The late MLPs when one attention layer below them is ablated: the sum of their changes, and its direct
-    effect."""
+    """The late MLPs' summed change when an attention layer below is ablated, and its direct effect."""
 
     change: Estimate
     direct_effect: Estimate
@@ -39,10 +37,9 @@ class LateMlps:
 
 @dataclass(frozen=True)
 class LayerMeans:
-    """Means over prompts (logits), by component; ``change`` and ``absolute_change`` by ablated and observed
-    component.
+    """Means over prompts (logits), by component.
 
-    ``absolute_change`` and ``absolute_direct_effect`` are means of absolute values, so that changes of either
+    ``change`` and ``absolute_change`` are by ablated and observed component. ``absolute_change`` and ``absolute_direct_effect`` are means of absolute values, so that changes of either
     sign count; ``slope`` is that of compensation on direct effect over prompts (least squares, with
     intercept). ``downstream`` says which components lie downstream of which.
     """
@@ -113,8 +110,7 @@ class LayerMeans:
         return 2 * np.flatnonzero(self.downstream[::2, self.late_mlps()[0]])
 
     def strongest_below_late_mlps(self) -> Int[np.ndarray, " draw"]:
-        """That of :meth:`attention_below_late_mlps` with the largest mean direct effect: for each draw
-        anew."""
+        """That of these with the largest mean direct effect, for each draw anew."""
         attention = self.attention_below_late_mlps()
         return attention[self.direct_effect[attention].drawn.argmax(0)]
 
@@ -143,8 +139,7 @@ class LayerMeans:
         return self.compensation[later].sum() / self.direct_effect[later].sum()
 
     def by_layer(self) -> pd.DataFrame:
-        """``model, part, layer, quantity, estimate, low, high`` of every quantity that each component has one
-        of."""
+        """``model, part, layer, quantity, estimate, low, high`` of all quantities of components."""
         tables = []
         for quantity in ("effect", *BY_COMPONENT, "slope"):
             table = getattr(self, quantity).table(

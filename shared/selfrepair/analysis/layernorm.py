@@ -106,7 +106,7 @@ class Breakdown:
 
     def over_tokens(self, part: str) -> dict[str, Estimate]:
         """A part's share, each way: per token within a head, then the mean over all heads."""
-        ways = {way: self.shares[way][part].map(_mean_of_heads) for way in WAYS[:-1]}
+        ways = {way: self.shares[way][part].nanmean((0, 1)) for way in WAYS[:-1]}
         return ways | {"ratio of means": self.restored([part])}
 
     def over_heads(self, part: str) -> dict[str, Estimate]:
@@ -134,10 +134,6 @@ class Breakdown:
             for norm, parts in parts_left.items()
         ]
         return pd.concat(tables, ignore_index=True)
-
-
-def _mean_of_heads(drawn: Float[np.ndarray, "layer head draw"]) -> Float[np.ndarray, " draw"]:
-    return np.nanmean(drawn, axis=(0, 1))
 
 
 def counting_table(ways_of_models: Mapping[str, Mapping[str, Estimate]]) -> pd.DataFrame:

@@ -1,5 +1,4 @@
-"""What notebook 06 says of layers on facts: statistics, tables, one prompt part by part, and the course of
-training."""
+"""What notebook 06 says of layers on facts: statistics, tables, one prompt in parts, training."""
 
 from __future__ import annotations
 
@@ -10,14 +9,13 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from selfrepair.analysis.estimates import Estimate, draws
+from selfrepair.analysis.estimates import Estimate, mean_over_prompts
 from selfrepair.analysis.layer_means import PARTS, LayerMeans
 
 
 @dataclass(frozen=True)
 class FactRun:
-    """A model, the facts it was measured on (``facts``), its layers' effects on them (``layers``) and their
-    means."""
+    """A model's ``facts`` and ``layers`` as they were measured, and the means of the latter."""
 
     facts: xr.Dataset
     effects: xr.Dataset
@@ -39,8 +37,7 @@ class FactRun:
         return bool(self.effects.attrs["trained_without_dropout"])
 
     def by_phrasing(self) -> pd.DataFrame:
-        """For each phrasing: prompts measured, compensation, direct effect and their ratio with its 95 %
-        interval.
+        """By phrasing: prompts, compensation, direct effect, and their ratio with its interval.
 
         Compensation and direct effect are in logits, sums of :meth:`LayerMeans.later_attention`.
         """
@@ -72,7 +69,7 @@ def statistics(means: LayerMeans, without_dropout: bool) -> dict[str, Estimate]:
         "late-mlps-effect": means.effect[late].mean(),
     }
     if len(means.attention_with_downstream()):
-        found["coupled-layers"] = means.coupling().map(lambda drawn: np.nanmean(drawn, axis=0))
+        found["coupled-layers"] = means.coupling().nanmean()
     if len(means.attention_below_late_mlps()):
         ablated = means.late_mlps_ablated()
         found["late-mlps-change"] = ablated.change / ablated.direct_effect
@@ -85,8 +82,7 @@ def statistics(means: LayerMeans, without_dropout: bool) -> dict[str, Estimate]:
 
 
 def prompts_table(runs: Sequence[FactRun]) -> pd.DataFrame:
-    """How many facts each model was asked, answered and is measured on, and the mean number of donors and
-    their spread.
+    """Facts asked, answered and measured on, mean number of donors and their spread, by model.
 
     The spread (logits) is the standard deviation between donors of the total effect of one attention layer on
     one prompt.
@@ -117,8 +113,7 @@ class WorkedPrompt:
 
 
 def worked_prompt(run: FactRun) -> WorkedPrompt:
-    """The attention with the largest mean direct effect, on the prompt whose compensation for it is the
-    median.
+    """The attention with the largest mean direct effect, on the prompt of median compensation.
 
     That is neither the best nor the worst case. Attention with none above does not count, unless there is one
     layer.
@@ -166,7 +161,7 @@ def over_training(effects: xr.Dataset) -> pd.DataFrame:
         n, later, late = means.n_prompts, means.later_attention(), means.late_mlps()
         change = means.late_mlps_ablated().change
         quantities = {
-            "answered": Estimate(draws(n) / n @ here["answered"].values.astype(np.float64)),
+            "answered": mean_over_prompts(here["answered"].values.astype(np.float64)),
             "direct effect": means.direct_effect[later].mean(),
             "total effect": means.total_effect[later].mean(),
             "compensation": means.compensation[later].mean(),

@@ -8,7 +8,6 @@ effect and its sign means the opposite. Among the top 2 % there are none; with `
 from __future__ import annotations
 
 import itertools
-import warnings
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -111,7 +110,7 @@ class TokenNoise:
 
     def over_heads(self) -> dict[str, Estimate]:
         """Mean of each quantity over heads; heads for which it is undefined are left out of it."""
-        return {name: found.map(_mean_of_defined) for name, found in self.quantities.items()}
+        return {name: found.nanmean((0, 1)) for name, found in self.quantities.items()}
 
     def table(self) -> pd.DataFrame:
         """``model, quantity, estimate, low, high``: means over heads, 95 % intervals over prompts."""
@@ -127,12 +126,6 @@ class TokenNoise:
 
 def _share_at_most(tokens: pd.DataFrame) -> Float[np.ndarray, " threshold"]:
     return np.searchsorted(np.sort(tokens["share"]), THRESHOLDS, "right") / max(1, len(tokens))
-
-
-def _mean_of_defined(drawn: Float[np.ndarray, "layer head draw"]) -> Float[np.ndarray, " draw"]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Mean of empty slice")
-        return np.nanmean(drawn, axis=(0, 1))
 
 
 def head_noise(tokens: pd.DataFrame, weights: Float[np.ndarray, "draw prompt"]) -> dict[str, Estimate]:

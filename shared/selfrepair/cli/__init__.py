@@ -1,2 +1,1 @@
-"""The command line, ``selfrepair``: ``parser`` says what it takes, ``commands`` what it does, ``main`` how
-failures are told."""
+"""The command line, ``selfrepair``: what it takes, what it does, how failures are told."""

@@ -1,5 +1,4 @@
-"""What each command does. Imports of torch and transformers wait until it needs them: bad arguments answer
-at once."""
+"""What each command does; torch and transformers wait until needed: bad arguments answer at once."""
 
 from __future__ import annotations
 

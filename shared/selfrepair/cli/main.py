@@ -43,8 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _is_unicode(text: str) -> bool:
-    """False if it holds bytes that were no UTF-8, which Python keeps as lone surrogates and no file format
-    does."""
+    """False if it holds bytes that were no UTF-8: Python keeps them as lone surrogates, no file does."""
     return not any("\ud800" <= c <= "\udfff" for c in text)
 
 

@@ -21,8 +21,7 @@ LONGEST, ENDS = 2000, 500
 
 
 def one_line(message: object) -> str:
-    """The message with escapes for line breaks and whatever else cannot be printed, and without the middle
-    if it is very long."""
+    """The message, what cannot be printed escaped, without its middle if it is very long."""
     text = str(message)
     text = text if len(text) <= LONGEST else f"{text[:ENDS]} … {text[-ENDS:]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -89,7 +88,7 @@ def command_parser() -> argparse.ArgumentParser:
 
     verify = parsers.add_parser(
         "verify",
-        help="check a results folder: files, checksums, and a hundredth of the shards computed again",
+        help="check a results folder: files, checksums, and a sample of every measurement computed again",
     )
     verify.add_argument("results", type=Path)
     verify.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 … (default auto)")

@@ -33,7 +33,12 @@ class Site(Protocol):
 
 @runtime_checkable
 class Replacement(Protocol):
-    """An ablation made ready for one model and one kind of place."""
+    """An ablation made ready for one model and one kind of place.
+
+    ``has_donors``: whether what it puts in differs from donor to donor.
+    """
+
+    has_donors: ClassVar[bool]
 
     def __call__(
         self, place: int, clean: Float[Any, "prompt position *what"], donors: Int[Any, " row"] | None = None
@@ -61,6 +66,8 @@ class Ablation(Protocol):
 class FromDonors:
     """The activation of another prompt at the same position."""
 
+    has_donors: ClassVar[bool] = True
+
     def __call__(
         self, place: int, clean: Float[Any, "prompt position *what"], donors: Int[Any, " row"] | None = None
     ) -> Float[Any, "row position *what"]:
@@ -72,6 +79,7 @@ class Constants:
     """The same at every prompt and position; ``values`` are by place."""
 
     values: Sequence[Float[Any, "*what"]]
+    has_donors: ClassVar[bool] = False
 
     def __call__(
         self, place: int, clean: Float[Any, "prompt position *what"], donors: Int[Any, " row"] | None = None

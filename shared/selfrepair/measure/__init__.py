@@ -1,5 +1,4 @@
-"""Everything that is measured of a model, each kind a module with its :class:`Measurement`; :class:`Task`
-makes and keeps it."""
+"""All that is measured of a model, each kind a :class:`Measurement`; :class:`Task` makes and keeps it."""
 
 import lazy_loader
 

@@ -16,7 +16,7 @@ from selfrepair.engine.ablations import Replacement
 from selfrepair.engine.batches import pairs_that_fit, partner_batches, rows_that_fit
 from selfrepair.engine.forward import Replay, attention_z, carry, z_reached
 from selfrepair.engine.reading import Reading
-from selfrepair.errors import UserError
+from selfrepair.errors import NotMeasurable
 from selfrepair.measure.measurement import Inputs, Measurement, Settings
 from selfrepair.measure.pairs import (
     head_replacement,
@@ -53,7 +53,7 @@ class EarlierInput(Measurement):
 
     def compute(self, model: Model, settings: Settings, inputs: Inputs, shard: int) -> xr.Dataset:
         if model.n_layers < 2:
-            raise UserError(
+            raise NotMeasurable(
                 f"{model.name} has one layer, which has no predecessor: give a model of at least two"
             )
         prompts = prompts_of_shard(inputs, shard)

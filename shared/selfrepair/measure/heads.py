@@ -32,11 +32,10 @@ if TYPE_CHECKING:
 
 
 class Heads(Measurement):
-    """The variables of :class:`selfrepair.engine.head_ablation.HeadAblations` (logits), ``[layer, head,
-    prompt, position]``.
+    """What :class:`~selfrepair.engine.head_ablation.HeadAblations` holds (logits).
 
-    Beside them ``sigma_clean [prompt, position]`` and ``token [prompt, token_position]``. Rushing & Nanda
-    2024, §2 and §4.
+    ``[layer, head, prompt, position]``; beside them ``sigma_clean [prompt, position]`` and
+    ``token [prompt, token_position]``. Rushing & Nanda 2024, §2 and §4.
     """
 
     name: ClassVar[str] = "heads"

@@ -31,7 +31,7 @@ import xarray as xr
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from selfrepair.engine.ablations import Constants, Replacement, find_ablation
+from selfrepair.engine.ablations import Replacement, find_ablation
 from selfrepair.engine.direct_effect import FinalNorm, token_directions
 from selfrepair.engine.forward import CleanRun, Replay, float32_residual, run_clean
 from selfrepair.engine.hooks import watching
@@ -117,8 +117,7 @@ def ablate_layers(
 
 
 def downstream(n_layers: int, parallel: bool) -> Bool[np.ndarray, "ablated observed"]:
-    """Which components lie downstream of which: those of higher layers, and in a sequential block the MLP of
-    its attention."""
+    """Which components lie downstream of which: those above; in a sequential block, its MLP too."""
     layer, is_mlp = np.divmod(np.arange(2 * n_layers), 2)
     above = layer[None] > layer[:, None]
     same_block = (layer[None] == layer[:, None]) & (is_mlp[None] > is_mlp[:, None])
@@ -127,15 +126,14 @@ def downstream(n_layers: int, parallel: bool) -> Bool[np.ndarray, "ablated obser
 
 def _pairs(group: PromptGroup, replacement: Replacement, seed: int) -> Int[np.ndarray, "pair 2"]:
     """Each prompt of a group with each of its donors; with itself where every donor would give the same."""
-    if isinstance(replacement, Constants):
-        return np.arange(len(group.prompts))[:, None].repeat(2, axis=1)
-    return draw_donors(group.answers, N_DONORS, seed)
+    if replacement.has_donors:
+        return draw_donors(group.answers, N_DONORS, seed)
+    return np.arange(len(group.prompts))[:, None].repeat(2, axis=1)
 
 
 @dataclass(frozen=True)
 class CleanLayers:
-    """One clean pass over prompts of one length, and what it takes to read effects on their most likely
-    token."""
+    """A clean pass over prompts of one length, and how to read effects on their likeliest token."""
 
     run: CleanRun
     direction: Float[Tensor, "prompt d_model"]
@@ -164,8 +162,7 @@ class CleanLayers:
     def logit(
         self, model: Model, final: Float[Tensor, "row d_model"], prompt: Int[Tensor, " row"]
     ) -> Float[Tensor, " row"]:
-        """Centred logit of its prompt's token that each row's last residual gives, with the row's own
-        scale."""
+        """Centred logit of its prompt's token that each row's residual gives, by its own scale."""
         sigma = FinalNorm.of(model.final_norm).sigma(final)
         along = torch.linalg.vecdot(final.to(self.direction.dtype), self.direction[prompt])
         return along / sigma + self.constant[prompt]
@@ -179,8 +176,7 @@ def _ablate_group(
     replacement: Replacement,
     components: Int[np.ndarray, " ablated"],
 ) -> xr.Dataset:
-    """The components' ablations on prompts of one length; ``pairs`` are of a prompt and the donor of its
-    replacement."""
+    """The components' ablations on prompts of one length; ``pairs`` are ``(prompt, donor)``."""
     outputs = clean.run.outputs
     n_prompts, length = outputs[0].shape[:2]
     every = torch.arange(n_prompts, device=pairs.device)
@@ -229,16 +225,14 @@ def _run_above(
     new: Float[Tensor, "row position d_model"],
     prompt: Int[Tensor, " row"],
 ) -> tuple[Float[Tensor, "row d_model"], Float[Tensor, "row component"]]:
-    """Last position's final residual with ``new`` in place of the component's output, and the effects of what
-    ran."""
+    """Last final residual with ``new`` for the component's output, and effects of what ran above."""
     layer, is_mlp = divmod(component, 2)
     residuals = [*clean.run.residuals, clean.run.final_residual]
     seen = torch.zeros(len(prompt), 2 * model.n_layers, dtype=clean.direction.dtype, device=prompt.device)
 
     def see(index: int, _: Tensor, output: Tensor) -> None:
-        seen[:, index] = clean.read(
-            output.view_as(new)[:, -1], prompt
-        )  # OPT's MLP runs without a position axis
+        last = output.view_as(new)[:, -1]  # OPT's MLP runs without a position axis
+        seen[:, index] = clean.read(last, prompt)
 
     by_layer = zip(model.output_projections, model.mlp_output_projections, strict=True)
     with watching([projection for pair in by_layer for projection in pair], see):

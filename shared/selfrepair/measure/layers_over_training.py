@@ -23,8 +23,7 @@ N_OVER_TRAINING = 64
 
 
 class LayersOverTraining(Measurement):
-    """The variables of :func:`selfrepair.measure.layers.ablate_layers`, each with the training ``step``
-    before its axes.
+    """What :func:`~selfrepair.measure.layers.ablate_layers` gives, at each training ``step``.
 
     The prompts are the same at each step, drawn whether they are answered or not: effects are on whatever
     token the checkpoint itself finds most likely. A shard is a checkpoint, its number the step.

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from selfrepair.engine.ablations import Replacement
-from selfrepair.errors import UserError
+from selfrepair.errors import NotMeasurable, UserError
 from selfrepair.measure.measurement import Inputs, Measurement, Settings
 from selfrepair.measure.neuron_effects import (
     Combination,
@@ -33,7 +33,6 @@ from selfrepair.measure.pairs import (
     tokens_of,
 )
 from selfrepair.statistics import later_half, select_top
-from selfrepair.store.stores import SHARD
 
 if TYPE_CHECKING:
     from selfrepair.models.loading import Model
@@ -121,8 +120,11 @@ class HeadChoice:
         ``head`` is ``[layer, head]``; by default the strongest of the second-to-last layer.
 
         Raises:
+            NotMeasurable: no head of the model has an MLP after it.
             UserError: no such head, no MLP after it, or ``fraction`` is not in (0, 1].
         """
+        if last_layer(model) < 0:
+            raise NotMeasurable(f"{model.name}: no MLP comes after any of its heads")
         layer = max(0, model.n_layers - 2) if head is None else _layer_of_head(model, head)
         first_later_mlp(model, layer)
         of_layer = _judged_heads(direct_effect, fraction, layer)
@@ -261,6 +263,6 @@ def _assembled(found: Mapping[Combination, xr.Dataset]) -> xr.Dataset:
         own = of_combination.drop_dims("neuron")
         rows.append(own.assign(combination_of_row=("row", np.full(own.sizes["row"], number))))
         totals.append(of_combination.drop_dims("row"))
-    whole = xr.concat(rows, "row").assign(xr.concat(totals, "combination").expand_dims(SHARD).data_vars)
+    whole = xr.concat(rows, "row").assign(xr.concat(totals, "combination").expand_dims("shard").data_vars)
     places = zip(Combination._fields, np.array(list(found)).T, strict=True)
     return whole.assign({name: ("combination", values) for name, values in places})

@@ -23,8 +23,7 @@ SHARD_PAIRS = 16
 
 
 def pair_shards(settings: Settings) -> Sequence[int]:
-    """The first pair of every shard; the prompts of pair ``i`` of ``N`` prompts are ``i`` and ``i + N /
-    2``."""
+    """The first pair of every shard; pair ``i`` of ``N`` prompts is of ``i`` and ``i + N / 2``."""
     return range(0, int(settings["n_prompts"]) // 2, SHARD_PAIRS)
 
 

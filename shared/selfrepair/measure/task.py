@@ -24,7 +24,7 @@ from selfrepair.models.checkpoints import model_identity, short_name
 from selfrepair.store.code_identity import code_version
 from selfrepair.store.files import identity, remove_unfinished, slug
 from selfrepair.store.manifest import manifest_of, write_manifest
-from selfrepair.store.stores import SHARD, is_whole, kept, open_store, write_store
+from selfrepair.store.stores import SHARD, attributes_of, kept, open_store, write_store
 
 if TYPE_CHECKING:
     from selfrepair.models.loading import Model
@@ -82,12 +82,12 @@ class Task:
 
     def is_done(self) -> bool:
         """Whether the store is there whole, made from the inputs that are there."""
-        return (
-            is_whole(self.path) and open_store(self.path).attrs.get("inputs_sha256") == self._inputs_sha256()
-        )
-
-    def _inputs_sha256(self) -> dict[str, str] | None:
-        return _checksums(self.inputs()) if all(task.is_done() for task in self.needed.values()) else None
+        attributes = attributes_of(self.path)
+        if attributes is None or not all(task.is_done() for task in self.needed.values()):
+            return False
+        inputs = {name: attributes_of(task.path) for name, task in self.needed.items()}
+        found = {name: of_input and of_input["sha256"] for name, of_input in inputs.items()}
+        return attributes["inputs_sha256"] == found
 
     def inputs(self) -> Inputs:
         """The stores of what it needs.
@@ -138,9 +138,7 @@ class Task:
         self.folder.mkdir(parents=True, exist_ok=True)
         for task in self.needed.values():
             task.merge(models, progress)
-        with FileLock(
-            self.path.with_suffix(".lock")
-        ):  # a run beside this one that wants the same store waits for it
+        with FileLock(self.path.with_suffix(".lock")):  # who wants the same store beside this run waits
             remove_unfinished(manifest_of(self.path))
             if not self.is_done():
                 self.compute(models, self.shards, progress)
@@ -190,9 +188,8 @@ class Task:
         kept(self._shard_path(shard), compute, lambda found: found.attrs["inputs"] == _checksums(inputs))
 
     def _shard(self, shard: int) -> xr.Dataset:
-        return open_store(
-            self._shard_path(shard)
-        )  # each time anew: what was read of it does not stay in memory
+        """Opened anew each time: what was read of it does not stay in memory."""
+        return open_store(self._shard_path(shard))
 
     def _parts(self, attributes: Mapping[str, object]) -> Iterator[xr.Dataset]:
         """What lies along the shards, in order of its places; then, shard by shard, what is one for each."""

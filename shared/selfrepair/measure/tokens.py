@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import xarray as xr
 
+from selfrepair.errors import UserError
 from selfrepair.measure.measurement import Inputs, Measurement, Settings
 from selfrepair.paths import HELD_OUT_TEXT
 from selfrepair.text.corpora import Prompts, hash_documents, load_tokens, read_documents
@@ -19,8 +20,7 @@ if TYPE_CHECKING:
 
 
 class Tokens(Measurement):
-    """``token [prompt, token_position]``; see :func:`selfrepair.text.corpora.load_tokens` for the
-    settings."""
+    """``token [prompt, token_position]``; settings as :func:`~selfrepair.text.corpora.load_tokens`."""
 
     name: ClassVar[str] = "tokens"
     uses: ClassVar[tuple[str, ...]] = ("text", "dataset", "tokens", "n_prompts", "prompt_len", "seed")
@@ -31,7 +31,10 @@ class Tokens(Measurement):
 
     def fingerprint(self, settings: Settings) -> dict[str, object]:
         if settings["tokens"] is not None:
-            return {"corpus_sha256": hashlib.sha256(Path(str(settings["tokens"])).read_bytes()).hexdigest()}
+            file = Path(str(settings["tokens"]))
+            if not file.is_file():
+                raise UserError(f"{file}: no such file")
+            return {"corpus_sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
         if settings["dataset"] is not None:
             return {}
         text = HELD_OUT_TEXT if settings["text"] is None else str(settings["text"])

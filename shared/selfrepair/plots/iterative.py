@@ -62,15 +62,16 @@ def slope_by_scale(measured: pd.DataFrame, published: pd.DataFrame) -> Figure:
         axis.set(xticks=sorted(rows["scale"].unique()), xlabel="scale")
     _label_left(axes, 4, "slope of direct effect\nafter on before")
     handles = [Line2D([], [], color=COLOURS[vector], label=NAMES[vector]) for vector in NAMES]
+    handles.append(Line2D([], [], color="0.4", lw=0.8, ls="--", label="unchanged"))
     handles += [
         Line2D([], [], color="0.3", marker=MARKERS[i], ls="", ms=4, label=f"head of rank {i + 1}")
         for i in range(STRONGEST)
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncol=4, frameon=False, fontsize=8)
+    figure.legend(handles=handles, loc="outside lower center", ncol=5, frameon=False, fontsize=8)
     _say(
         figure,
-        f"measured: {_tokens(measured)} tokens; shaded: 95 % interval over prompts; "
-        "rank by mean direct effect",
+        f"measured: {_tokens(measured)} tokens, shaded: 95 % interval over prompts; "
+        f"published: {_tokens(published)} tokens; rank by mean direct effect",
     )
     return figure
 
@@ -126,8 +127,8 @@ def effect_after_against_before(fed: dict[str, xr.Dataset]) -> Figure:
     n_tokens, scale = feeding["before"][0].size, int(feeding["scale"][-1])
     _say(
         figure,
-        f"points: {n_tokens} tokens, fed the head's own output; lines: least squares; scale {scale}; "
-        "at most 2 in 1000 lie outside",
+        f"of all heads fed, at scale {scale}; points: {n_tokens} tokens, fed the head's own output, "
+        "at most 2 in 1000 outside; lines: least squares",
     )
     return figure
 

@@ -1,5 +1,4 @@
-"""Runs: profiles say what to measure, studies hold it for notebooks, the workflow makes it, the page and
-``verify`` show it."""
+"""Runs of profiles: studies for notebooks, the workflow, the page, and ``verify``."""
 
 import lazy_loader
 

@@ -1,5 +1,4 @@
-"""Refreshing what is committed from a finished run: notebooks with their outputs, figures, the page, the
-README's claims."""
+"""Refreshing what is committed from a run: notebooks, figures, the page, the README's claims."""
 
 from __future__ import annotations
 
@@ -23,8 +22,7 @@ CLAIMS = ("\n## Claims\n\n", "\nThe rules behind the verdicts")
 
 
 def update_committed(study: Study, summarise: Callable[[Study], object]) -> None:
-    """Executes every notebook in its place, and copies figures, claims and page of the run, which they have
-    just drawn.
+    """Executes every notebook in its place; copies the figures, claims and page that they make.
 
     ``summarise`` writes the run's page and manifest once the notebooks have run. Nothing is
     changed unless every notebook ran through.

@@ -15,8 +15,7 @@ RESULTS = ("*.csv", "figures/*", "claims/*.csv", "notebooks/*.ipynb", "index.htm
 
 
 def mark(out_dir: Path, *place: str) -> Path:
-    """The small file that says to the workflow that something is done: ``mark(out_dir, "notebooks",
-    "01")``."""
+    """The file that says that something is done: ``mark(out_dir, "notebooks", "01")``."""
     return out_dir.joinpath("done", *place[:-1], f"{place[-1]}.done")
 
 
@@ -27,9 +26,11 @@ def say_done(path: Path, left: Sequence[Path], out_dir: Path, **what: object) ->
 
 
 def forget_stale(out_dir: Path, planned: dict[str, object]) -> list[Path]:
-    """Removes every mark of which something is missing or no longer what it was, and those of notebooks and
-    page whose
-    key is another now, so that they are made again; returns them."""
+    """Removes marks of what is to be made again, and returns them.
+
+    These are marks of which something is missing or no longer what it was, and those of notebooks and page
+    whose key is another now.
+    """
     keys = {f"notebooks/{stem[:2]}.done": key for stem, key in planned["notebooks"].items()} | {
         "page.done": planned["page"]
     }

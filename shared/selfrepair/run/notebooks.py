@@ -63,8 +63,7 @@ class Notebook:
         return sorted({str(ast.literal_eval(call.args[0])) for call in asked})
 
     def left(self, out_dir: Path) -> list[Path]:
-        """What it left in the results folder of a run: itself, its figures and claims, and the tables that
-        its cells name."""
+        """What it left in a results folder: itself, figures, claims, and tables that cells name."""
         places = [out_dir / "notebooks" / self.path.name, out_dir / "claims" / f"{self.number}.csv"]
         tables = [table for table in out_dir.glob("*.csv") if f'"{table.name}"' in self.code]
         return (
@@ -82,8 +81,7 @@ def all_notebooks() -> list[Notebook]:
 def run_notebooks(
     profile: str, out_dir: Path, parameters: dict[str, object], jobs: int = 1, only: Sequence[str] = ()
 ) -> list[Path]:
-    """Executes the notebooks (all, or those whose names begin with one of ``only``) into
-    ``out_dir/notebooks``.
+    """Executes notebooks (all, or those that begin with one of ``only``) into a results folder.
 
     Raises:
         UserError: no such notebook, a parameter that a notebook does not have, or cells that failed: the
@@ -108,9 +106,7 @@ def run_notebooks(
             raise UserError(f"{source.name}: has no parameter {', '.join(sorted(misspelt))}")
     target = out_dir / "notebooks"
     target.mkdir(parents=True, exist_ok=True)
-    if (
-        jobs > 1
-    ):  # kernels inherit this; more threads than cores, each spinning while it waits, would slow all of them
+    if jobs > 1:  # kernels inherit this: threads that spin while they wait would slow all of them
         os.environ.setdefault(
             "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // min(jobs, len(sources))))
         )

@@ -1,5 +1,4 @@
-"""What the notebooks share: a profile with the reader's changes, what was measured of it, and where results
-go."""
+"""What notebooks share: a profile with the reader's changes, what was measured of it, where results go."""
 
 from __future__ import annotations
 
@@ -58,8 +57,7 @@ class Study:
         facts: str | None = None,
         n_facts: int | None = None,
     ) -> Study:
-        """The profile with whatever is not ``None`` in its place; results go to ``results/<profile>`` by
-        default.
+        """The profile with what is not ``None`` in its place; by default into ``results/<profile>``.
 
         Raises:
             UserError: as :func:`load_profile`.
@@ -119,8 +117,7 @@ class Study:
                     yield self.task(name, model_name, ablation)
 
     def measured(self, name: str, ablation: str | None = None) -> dict[str, xr.Dataset]:
-        """What was measured of every model that it applies to, by its short name; measured now where it is
-        not on the disk."""
+        """What was measured of every model that has it, by short name; measured now if need be."""
         applies = find_measurement(name).applies_to
         tasks = {model: self.task(name, model, ablation) for model in self.profile.models if applies(model)}
         for model_name, task in tasks.items():
@@ -141,8 +138,7 @@ class Study:
         return [load_model(model_name, device, dtype) for device in devices]
 
     def tokenizer(self, name: str) -> PreTrainedTokenizerBase:
-        """The tokenizer of a model of the profile, by its name there or the short one that :meth:`measured`
-        gives."""
+        """The tokenizer of a model of the profile, by its name or its short one."""
         from transformers import AutoTokenizer
 
         (model_name,) = {model for model in self.profile.models if name in (model, short_name(model))}

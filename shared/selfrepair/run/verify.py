@@ -11,7 +11,6 @@ import numpy as np
 import torch
 import xarray as xr
 
-from selfrepair.engine.fast import fast_path
 from selfrepair.errors import UserError
 from selfrepair.measure.measurement import settings_of
 from selfrepair.measure.task import Task
@@ -47,18 +46,8 @@ class Finding:
         )
 
 
-@dataclass(frozen=True)
-class Measured:
-    """A whole store, and the task that makes it."""
-
-    store: Path
-    task: Task
-    source: str
-
-
 def verify(folder: Path, device: str = "auto", seed: int | None = None) -> Iterator[Finding]:
-    """Checks every file and store of a run against its checksum and manifest, and computes a sample of every
-    measurement again.
+    """Checks files and stores of a run, and computes a sample of every measurement again.
 
     ``seed`` says which shards; without it they are others every time.
 
@@ -79,20 +68,23 @@ def verify(folder: Path, device: str = "auto", seed: int | None = None) -> Itera
         for name, made_from in noted.get("stores", {}).items():
             if not (isinstance(made_from, dict) and made_from.get("store") in there):
                 yield Finding(name, False, "the store that the manifest names is missing")
-    whole: list[Measured] = []
+    tasks: list[Task] = []
     for store in stores:
-        finding, measured = _verify_store(store)
-        whole += [] if measured is None else [measured]
+        finding, task = _verify_store(store)
+        tasks += [] if task is None else [task]
         yield finding
-    chosen = _sample(whole, random.Random(seed))
-    for measured, shard in chosen:
-        yield _compute_again(measured, shard, device)
-    n_shards = sum(len(measured.task.shards) for measured in whole)
-    kinds = {measured.task.measurement.name for measured, _ in chosen}
+    made: set[str] = set()
+    findings: list[Finding] = []
+    for task, shard in _sample(tasks, random.Random(seed)):
+        findings.append(_compute_again(task, shard, device))
+        made |= set() if findings[-1].agrees is None else {task.measurement.name}
+        yield findings[-1]
+    n_made = sum(finding.agrees is not None for finding in findings)
+    n_shards = sum(len(task.shards) for task in tasks)
     yield Finding(
         "computed again",
-        True,
-        f"{len(chosen)} of {n_shards} shards, of {len(kinds)} measurements: {', '.join(sorted(kinds))}",
+        all(finding.agrees is not False for finding in findings) if n_made else None,
+        f"{n_made} of {n_shards} shards, of {len(made)} measurements: {', '.join(sorted(made))}",
     )
 
 
@@ -112,7 +104,8 @@ def _verify_files(folder: Path, noted: dict[str, str]) -> Iterator[Finding]:
     yield Finding("files", same == len(noted) == len(found), f"{same} of {len(noted)} as the run left them")
 
 
-def _verify_store(store: Path) -> tuple[Finding, Measured | None]:
+def _verify_store(store: Path) -> tuple[Finding, Task | None]:
+    """What is found of a store, and the task that makes it, if it can be computed again."""
     try:
         attributes = open_store(store).attrs
         noted = read_manifest(manifest_of(store))
@@ -142,47 +135,41 @@ def _verify_store(store: Path) -> tuple[Finding, Measured | None]:
         return Finding(store.name, None, f"every checksum agrees; {why}"), None
     if task.path.name != store.name:
         return Finding(store.name, False, f"by what determines it, its name should be {task.path.name}"), None
-    return Finding(store.name, True, "every checksum, its manifest and its name"), Measured(
-        store, task, str(noted["source"])
-    )
+    return Finding(store.name, True, "every checksum, its manifest and its name"), task
 
 
-def _sample(whole: list[Measured], chance: random.Random) -> list[tuple[Measured, int]]:
+def _sample(tasks: list[Task], chance: random.Random) -> list[tuple[Task, int]]:
     """Some shards of each measurement, in order of model, so that each model is loaded once."""
-    of_each: dict[str, list[tuple[Measured, int]]] = {}
-    for measured in whole:
-        of_each.setdefault(measured.task.measurement.name, []).extend(
-            (measured, shard) for shard in measured.task.shards
-        )
+    of_each: dict[str, list[tuple[Task, int]]] = {}
+    for task in tasks:
+        of_each.setdefault(task.measurement.name, []).extend((task, shard) for shard in task.shards)
     chosen = [
         pair
         for shards in of_each.values()
         for pair in chance.sample(shards, max(1, round(SHARE_OF_SHARDS * len(shards))))
     ]
-    return sorted(chosen, key=lambda pair: (pair[0].source, pair[0].store.name, pair[1]))
+    return sorted(chosen, key=lambda pair: (pair[0].model_name, pair[0].path.name, pair[1]))
 
 
-def _compute_again(measured: Measured, shard: int, device: str) -> Finding:
-    kept = open_store(measured.store)
-    what = f"{measured.store.name}, shard {shard}"
+def _compute_again(task: Task, shard: int, device: str) -> Finding:
+    kept = open_store(task.path)
+    what = f"{task.path.name}, shard {shard}"
     where = resolve_device(device)
     dtype = str(kept.attrs["dtype"])
     try:
-        model = load_model(measured.source, where, set_precision(dtype, where))
+        model = load_model(task.model_name, where, set_precision(dtype, where))
         if model.weights_sha256 != kept.attrs["weights_sha256"]:
-            return Finding(what, False, f"the weights of {measured.source} are not those it was made from")
-        with fast_path(model) as model:
-            again = measured.task.computed_again(model, shard)
+            return Finding(what, False, f"the weights of {task.model_name} are not those it was made from")
+        again = task.computed_again(model, shard)
     except UserError as error:
         return Finding(what, None, str(error))
     finally:
         torch.set_float32_matmul_precision("highest")
-    return _compare(what, again, measured.task.of_shard(kept, shard), TOLERANCE[dtype])
+    return _compare(what, again, task.of_shard(kept, shard), TOLERANCE[dtype])
 
 
 def _compare(what: str, again: xr.Dataset, kept: xr.Dataset, tolerance: float) -> Finding:
-    """Of a shard computed again with what is on the disk; a value that is not finite agrees with its like
-    only."""
+    """Of a shard made again with the kept one; what is not finite agrees with its like only."""
     largest, counted = 0.0, 0.0
     for name, variable in again.variables.items():
         if name not in kept.variables or kept[name].shape != variable.shape:

@@ -1,5 +1,4 @@
-"""A run of a profile: what there is to do, in which order, and the marks on the disk that say what is
-done."""
+"""A run of a profile: what there is to do, in which order, and doing it."""
 
 from __future__ import annotations
 
@@ -30,8 +29,7 @@ NETWORK_STAGE, ALL_STAGES = 0, "all"
 
 
 def plan(study: Study) -> dict[str, object]:
-    """What a run is made of, as JSON: per model its stages of shards and what a job needs, per notebook what
-    it depends on.
+    """What a run is made of, as JSON: stages of shards of each model, and keys of notebooks.
 
     A ``key`` changes with everything that determines results (code, settings, text, weights, released
     tables): what was made under another key is made again.
@@ -89,8 +87,7 @@ def _with_needs(tasks: Sequence[Task]) -> list[Task]:
 
 
 def _key_of_notebook(study: Study, notebook: Notebook) -> str:
-    """Changes with the notebook, the library that its cells run, the released tables, and the stores that it
-    reads."""
+    """Changes with the notebook, the code that its cells run, and the tables and stores it reads."""
     stores = [
         study.task(name, model_name, ablation).path.stem
         for name in notebook.measurements
@@ -137,8 +134,7 @@ def _weights_mb(study: Study, model_name: str) -> float:
 
 
 def _in_memory_mb(study: Study) -> float:
-    """What notebooks hold: the heads of every model with what is made of them, or of one that is split into
-    parts."""
+    """What notebooks hold: every model's heads twice over, or one model's in four parts."""
     results = []
     for name in study.profile.models:
         own, size = study.profile.of_model(name), _sizes(name)
@@ -200,8 +196,7 @@ def _merge_all(
 
 
 def compute_units(study: Study, model_name: str, units: Sequence[str], job: str) -> None:
-    """Computes shards, given as ``label:shard`` (see :func:`plan`), unless they or what is merged of them
-    are there.
+    """Computes shards, given as ``label:shard`` (see :func:`plan`), unless they are there.
 
     Raises:
         UserError: no such measurement or shard, a job that is no name of a file, or as the measurements say.
@@ -231,6 +226,6 @@ def compute_units(study: Study, model_name: str, units: Sequence[str], job: str)
 def _parsed(units: Sequence[str]) -> Iterator[tuple[str, int]]:
     for unit in units:
         label, _, shard = unit.rpartition(":")
-        if not re.fullmatch("[0-9]{1,9}", shard):
+        if not (label and re.fullmatch("[0-9]{1,9}", shard)):
             raise UserError(f"{unit}: not a shard; give label:number, as 'selfrepair plan' does")
         yield label, int(shard)

@@ -68,8 +68,7 @@ class _Source:
 
 
 def _state(file: Path) -> tuple[int, int]:
-    """By which a file is known to be unchanged in this process: a plan asks for the same files hundreds of
-    times."""
+    """Tells whether a file changed in this process: a plan asks for the same ones hundreds of times."""
     found = file.stat()
     return found.st_mtime_ns, found.st_size
 

@@ -138,11 +138,18 @@ def kept(
 
 def is_whole(path: Path) -> bool:
     """Whether :func:`open_store` can read it."""
+    return attributes_of(path) is not None
+
+
+def attributes_of(path: Path) -> dict[str, object] | None:
+    """The attributes of a store; ``None`` if it is not whole. Its data are read once in a process."""
+    path = path.absolute()
     try:
-        open_store(path)
+        if path not in _seen_whole or _seen_whole[path] != _state(path):
+            return open_store(path).attrs
     except UserError:
-        return False
-    return True
+        return None
+    return dict(zarr.open_group(path, mode="r", use_consolidated=False).attrs)
 
 
 def open_store(path: str | Path) -> xr.Dataset:
