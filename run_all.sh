@@ -258,13 +258,14 @@ case "$MODE" in
         export HF_HUB_OFFLINE=1
         workers="$(count_cores)"
         if ((workers > 4)); then workers=4; fi # each takes memory, and seconds to start
-        side_by_side=(-n "${JOBS:-$workers}" --dist loadscope)
+        side_by_side=(-n "${JOBS:-$workers}" --dist loadscope --no-loadscope-reorder)
         if [[ "$TESTS" == fast ]]; then OMP_NUM_THREADS=1 exec "$PYTHON" -m pytest "${side_by_side[@]}" -m fast tests; fi
         status=0
-        OMP_NUM_THREADS=1 "$PYTHON" -m pytest "${side_by_side[@]}" -m "not slurm" tests || status=$?
+        OMP_NUM_THREADS=1 "$PYTHON" -m pytest "${side_by_side[@]}" -m "not slurm and not after_run" tests || status=$?
         "$PYTHON" -m pytest -m slurm tests || status=$? # with the machine for itself
         if compgen -G 'notebooks/*.ipynb' >/dev/null; then
             run_workflow || status=$? # side by side; the notebooks then read what it measured
+            "$PYTHON" -m pytest -m after_run tests || status=$?
             "$PYTHON" -m pytest "${side_by_side[@]}" --nbval-lax --nbval-current-env --nbval-cell-timeout=1200 notebooks/ || status=$?
         fi
         exit "$status"

@@ -2,6 +2,8 @@ import contextlib
 import functools
 import os
 import subprocess
+from collections import Counter
+from pathlib import Path
 
 import pytest
 from jaxtyping import install_import_hook
@@ -17,12 +19,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 install_import_hook("selfrepair", "typechecker.typechecker")
 
 
+ROOT = Path(__file__).resolve().parents[1]
+
 #: Marks of tests that are not in the quick loop; each says what its test protects.
-KINDS = ("slow", "slurm", "gpu")
+KINDS = ("slow", "slurm", "gpu", "after_run")
 
 
 def pytest_collection_modifyitems(items):
-    """Every test gets exactly one mark: ``fast`` unless it has another."""
+    """Every test gets exactly one mark, ``fast`` unless it has another; files of slow tests come first."""
     for item in items:
         marks = [mark for kind in KINDS for mark in item.iter_markers(kind)]
         if len({mark.name for mark in marks}) > 1:
@@ -31,6 +35,9 @@ def pytest_collection_modifyitems(items):
             raise pytest.UsageError(f"{item.nodeid}: its mark must say what it protects: slow('...')")
         if not marks:
             item.add_marker("fast")
+    # What takes long first: else one process is left with it while the others have nothing to do.
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 def pytest_runtest_setup(item):
@@ -39,6 +46,11 @@ def pytest_runtest_setup(item):
 
         if not torch.cuda.is_available():
             pytest.skip("needs an NVIDIA GPU")
+    if (
+        item.get_closest_marker("after_run")
+        and not (ROOT / "results" / "pocket" / "done" / "page.done").exists()
+    ):
+        pytest.skip("needs a run: ./run_all.sh")
 
 
 @pytest.fixture
@@ -92,7 +104,11 @@ def family(loaded_families):
 
     yield load
     for which, (model, hf, *states) in used.items():
-        assert [state_of(model.hf), state_of(hf)] == states, f"{which}: left changed for other tests"
+        for module, before in zip((model.hf, hf), states, strict=True):
+            after = state_of(module)
+            changed = {what: (before.get(what), after.get(what)) for what in before.keys() | after.keys()}
+            changed = {what: values for what, values in changed.items() if values[0] != values[1]}
+            assert not changed, f"{which}: left changed for other tests"
 
 
 def state_of(hf):
@@ -100,14 +116,14 @@ def state_of(hf):
     import torch
 
     weights = {
-        name: (tensor.data_ptr(), hash(tensor.flatten().contiguous().view(torch.uint8).numpy().tobytes()))
+        f"{name}, weights": (tensor.data_ptr(), hash(tensor.flatten().view(torch.uint8).numpy().tobytes()))
         for name, tensor in hf.state_dict().items()
     }
     modules = {
         name: (len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in vars(m))
         for name, m in hf.named_modules()
     }
-    return weights, modules
+    return weights | modules
 
 
 @pytest.fixture(params=(False, True), ids=("plain", "fast"))

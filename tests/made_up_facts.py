@@ -3,16 +3,17 @@
 import numpy as np
 from families import VOCAB
 
-from selfrepair.measure import layers
+from selfrepair.measure import layer_ablation
 from selfrepair.measure.facts import of_facts
 from selfrepair.text.facts import AskedFact, FactPrompts
 
 
-def ablate_layers(model, prompts, ablation, seed=0, components=None):
-    return layers.ablate_layers(model, of_facts(prompts), ablation, seed, components)
+def ablate_layers(model, prompts, ablation, seed=0, components=None, positions="last"):
+    settings = {"ablation": ablation, "layer_positions": positions, "seed": seed}
+    return layer_ablation.ablate_on_facts(model, of_facts(prompts), settings, components)
 
 
-def made_up_prompts(sizes=((5, 12), (3, 9)), vocab=VOCAB, seed=0):
+def made_up_prompts(sizes=((4, 12), (3, 9)), vocab=VOCAB, seed=0):
     """Random prompts, ``sizes`` = (how many, how long) of each length."""
     rng = np.random.default_rng(seed)
     tokens = [rng.integers(vocab, size=length).tolist() for n, length in sizes for _ in range(n)]

@@ -38,10 +38,11 @@ def measured(name, model, here, **settings):
 
 
 @torch.no_grad()
-def z_with_input(hf, tokens, layer, change):
-    """z of ``layer`` in a full pass in which ``change(residual)`` replaces the residual before that layer."""
-    blocks, projections, _ = _parts(hf)
-    seen = []
+def pass_with_input(hf, tokens, layer, change):
+    """z of ``layer`` and the final residual stream of a full pass in which ``change(residual)`` replaces the
+    residual before that layer."""
+    blocks, projections, norm = _parts(hf)
+    seen = {}
 
     def enter(_, args, kwargs):
         if args:
@@ -50,14 +51,36 @@ def z_with_input(hf, tokens, layer, change):
 
     handles = [
         blocks[layer].register_forward_pre_hook(enter, with_kwargs=True),
-        projections[layer].register_forward_pre_hook(lambda _, args: seen.append(args[0].clone())),
+        projections[layer].register_forward_pre_hook(lambda _, args: seen.update(z=args[0].clone())),
+        norm.register_forward_pre_hook(lambda _, args: seen.update(final=args[0].clone())),
     ]
     try:
         hf(input_ids=tokens, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    return seen[0]
+    return seen["z"], seen["final"]
+
+
+def z_with_input(hf, tokens, layer, change):
+    return pass_with_input(hf, tokens, layer, change)[0]
+
+
+def fed_at_each(hf, tokens, layer, vector, positions):
+    """z of ``layer`` and the final residual stream where ``vector [prompt, position, d_model]`` is added
+    before that layer at one position, for each of ``positions`` in a full pass of its own; elsewhere as they
+    were."""
+    z, final = pass_with_input(hf, tokens, layer, lambda residual: residual)
+    for position in positions:
+
+        def add(residual, position=position):
+            changed = residual.clone()
+            changed[:, position] += vector[:, position]
+            return changed
+
+        for kept, seen in zip((z, final), pass_with_input(hf, tokens, layer, add), strict=True):
+            kept[:, position] = seen[:, position]
+    return z, final
 
 
 def written(hf, z, layer, head):
@@ -81,7 +104,7 @@ def close(found, wanted, tolerance=1e-4):
 
 
 def feeding(slope_by_head, n_layers=4, n_prompts=6, noise=0.0):
-    """Heads whose after is slope · before + 0.3.
+    """Heads whose after is slope · before + 0.3; half of before where fed everywhere, σ a tenth larger.
 
     ``slope_by_head``: (layer, head) → (own output, random head, random direction) at the largest scale.
     """
@@ -97,9 +120,12 @@ def feeding(slope_by_head, n_layers=4, n_prompts=6, noise=0.0):
         {
             "before": (("fed", "prompt", "position"), before),
             "after": (("fed", "vector", "scale", "prompt", "position"), after),
+            "after_everywhere": (("fed", "prompt", "position"), before / 2),
+            "sigma_ratio": (("fed", "vector", "prompt", "position"), np.full_like(after[:, :, -1], 1 / 1.1)),
         },
         {
             "prompt": range(n_prompts),
+            "position": [1, 3, 5, 7, 9],
             "scale": list(SCALES),
             "layer": ("fed", list(layers)),
             "head": ("fed", list(heads)),

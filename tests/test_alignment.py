@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from families import ALL_FAMILIES, random_tokens
+from families import ALL_FAMILIES, load_family, random_tokens
 from readings import close, measured, prompts, tokens_of
 from reference import _parts
 
@@ -19,8 +19,9 @@ def loss_of(hf, tokens):
 
 
 @pytest.mark.parametrize("name", ALL_FAMILIES)
-def test_gradients_equal_central_differences(family, name):
-    model, hf = family(name, torch.float64)
+def test_gradients_equal_central_differences(family, name, tmp_path):
+    _, hf = family(name)
+    model = load_family(name, tmp_path, torch.float64)
     reference.in_float64(model.hf)
     tokens = random_tokens(2, 7)
     gradients = residual_gradients(model, Replay(model, 7), tokens).gradients

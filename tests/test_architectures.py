@@ -347,6 +347,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow("loading a model takes the memory of its weights, not twice that")
 @pytest.mark.skipif(sys.platform != "linux", reason="a process's peak memory is read from /proc")
 def test_host_memory_of_loading_is_the_weights(like_hub, tmp_path):
     shape = dict(

@@ -62,6 +62,7 @@ def rows_of(section, header):
     ]
 
 
+@pytest.mark.slow("the benchmark of the engine runs")
 def test_engine(tmp_path):
     arguments = (
         "--shape",
@@ -86,6 +87,7 @@ def test_engine(tmp_path):
     assert len(rows_of(section, "difference from the fast path")) == 4 + 3
 
 
+@pytest.mark.slow("the benchmark of scaling runs")
 def test_scaling(tmp_path):
     arguments = (
         "--shape",
@@ -115,6 +117,7 @@ def test_scaling(tmp_path):
         assert [row[0] for row in rows] == sizes and float(rows[1][4]) > 1
 
 
+@pytest.mark.slow("the benchmark of precision runs")
 def test_precision(tmp_path):
     arguments = ("--models", "pocket-pythia-small", "--prompts", "2", "--prompt-len", "16")
     section = run_script("precision.py", tmp_path / "R.md", *arguments)
@@ -331,6 +334,7 @@ def test_layers_swept_and_heads_timed():
     assert engine.sample_heads(layers, 4, 4) == [(3, 1), (11, 2), (19, 3), (27, 0)]
 
 
+@pytest.mark.slow("the benchmarks measure memory")
 def test_memory_is_the_growth_of_the_peak():
     before, peak = machine.in_fresh_process(machine.memory_of, CPU, partial(np.ones, 8 << 20))
     assert 60 << 20 < peak - before < 90 << 20

@@ -1,5 +1,6 @@
 """Claims and statistics as they are registered, judged, kept and shown."""
 
+import datetime
 import math
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,30 +9,34 @@ import pandas as pd
 import pytest
 import yaml
 
-from selfrepair.analysis import claims
+from selfrepair.analysis import rules
 from selfrepair.analysis.claims import (
     COLUMNS,
-    VERDICTS,
-    Claim,
+    LEGEND,
+    PUBLISHED,
     claims_table,
-    judge,
-    load_claims,
-    load_statistics,
     read_claims,
     results,
     to_markdown,
-    verdict,
     verdicts,
     write_claims,
 )
-from selfrepair.analysis.estimates import Estimate
+from selfrepair.analysis.estimates import Estimate, Interval
+from selfrepair.analysis.rules import VERDICTS, Claim, judge, load_claims, load_statistics, verdict
 from selfrepair.errors import UserError
 
 STATISTICS = [
-    {"id": "repair", "sentence": "mean repair | all heads", "unit": "logits", "control": None},
+    {
+        "id": "repair",
+        "sentence": "mean repair | all heads",
+        "unit": "logits",
+        "control": 0,
+        "control_is": "random signs",
+    },
     {"id": "share", "sentence": "share of repair", "unit": "share", "control": "chance"},
     {"id": "chance", "sentence": "share of harm", "unit": "share", "control": None},
 ]
+RULE = {"written": "after", "date": "2026-11-25"}
 CLAIMS = [
     {
         "id": "exists",
@@ -40,6 +45,7 @@ CLAIMS = [
         "claim": "It exists.",
         "statistic": "repair",
         "at_least": 0,
+        **RULE,
     },
     {
         "id": "some",
@@ -49,6 +55,7 @@ CLAIMS = [
         "statistic": "share",
         "at_least": 0.2,
         "at_most": 0.4,
+        **RULE,
     },
     {
         "id": "small",
@@ -57,6 +64,7 @@ CLAIMS = [
         "claim": "Small.",
         "statistic": "repair",
         "at_most": 0.1,
+        **RULE | {"written": "before"},
     },
 ]
 
@@ -69,7 +77,7 @@ def registered(tmp_path, monkeypatch):
         for name, rows in (("CLAIMS_FILE", claim_rows), ("STATISTICS_FILE", statistic_rows)):
             file = tmp_path / name.replace("_FILE", ".yaml").lower()
             file.write_text(yaml.safe_dump(rows, allow_unicode=True), encoding="utf-8")
-            monkeypatch.setattr(claims, name, file)
+            monkeypatch.setattr(rules, name, file)
 
     register()
     return register
@@ -84,14 +92,19 @@ MODELS = {
     "m|1": {
         "repair": between(0.05, 0.03, 0.0712),
         "share": between(0.3, 0.25, 0.35),
-        "chance": between(0.5, 0.4, 0.6),
+        "chance": Estimate.bare(0.125),
     },
-    "NA": {"repair": between(-1.234, -2.5, -0.25), "share": between(0.3, 0.1, 0.35)},
+    "NA": {
+        "repair": between(-1.234, -2.5, -0.25),
+        "share": between(0.3, 0.25, 0.35),
+        "chance": between(0.3, 0.2, 0.375),
+    },
     "without": {},
 }
 RELEASED = {
     "gpt2": {"repair": Estimate.bare(0.0256)},
-    "opt": {"share": Estimate.bare(0.5), "chance": Estimate.bare(0.125)},
+    "opt": {"share": Estimate.bare(0.375), "chance": Estimate.bare(0.5)},
+    "neo": {"share": Estimate.bare(0.25)},
 }
 
 
@@ -101,14 +114,14 @@ RELEASED = {
 def test_shipped_claims_and_statistics_belong_together():
     known, found = load_statistics(), load_claims()
     used = {claim.statistic for claim in found}
-    used |= {known[name].control for name in used}
+    used |= {known[name].control_id for name in used}
     assert used - {None} == set(known), "each statistic is in a claim or is a control"
     assert len({statistic.sentence for statistic in known.values()}) == len(known)
     for claim in found:
         assert (
             claim.notebook and claim.source and claim.claim and claim.at_least < claim.at_most and claim.rule
         )
-    assert known["erasing-share"].control == "supporting-share"
+        assert datetime.date.fromisoformat(claim.date) <= datetime.date.today()
 
 
 @pytest.mark.parametrize(
@@ -134,6 +147,10 @@ def test_shipped_claims_and_statistics_belong_together():
         ),
         ({}, {"unit": None}, "statistics.yaml: 'chance' lacks the key 'unit'"),
         ({}, {"id": "repair"}, "statistics.yaml: 'repair' comes twice"),
+        ({}, {"control": 0.5}, "statistics.yaml: 'chance' needs 'control_is' if its control is a number"),
+        ({}, {"control_is": "luck"}, "statistics.yaml: 'chance' needs 'control_is' if its control is a num"),
+        ({"statistic": "chance"}, {}, "claims.yaml: 'small' is about 'chance', which has no control"),
+        ({"written": "then"}, {}, "claims.yaml: 'small': 'written' must be before or after, not 'then'"),
     ],
 )
 def test_a_fault_in_a_registry_is_one_line(registered, claim_changes, statistic_changes, said):
@@ -158,49 +175,102 @@ def test_a_statistic_that_is_not_registered_is_refused(registered):
             claims_table("01", measured, published)
 
 
+def test_what_is_measured_without_its_control_is_refused(registered):
+    alone = {"share": Estimate.bare(0.3)}
+    with pytest.raises(UserError, match=r"^m: 'share' was measured without its control 'chance'$"):
+        claims_table("01", {"m": alone})
+    assert set(claims_table("01", {}, {"released": alone})["holds"]) == {"yes"}
+
+
 # --- what is judged -------------------------------------------------------------------------------
 
 
-def test_rules():
-    claim = Claim("x", "", "", "", "", at_least=0, at_most=1)
+def claim(**ends):
+    return Claim("x", "", "", "", "", "after", "2026-11-25", **ends)
+
+
+def test_a_model_says_yes_where_its_interval_lies_in_the_range():
     intervals = {(0.1, 0.9): "yes", (-0.1, 0.5): "open", (0.5, 1.5): "open", (1.1, 2): "no", (-2, -1): "no"}
     intervals |= {(0, 1): "yes", (math.nan, math.nan): "open"}
-    assert {interval: judge(*interval, claim) for interval in intervals} == intervals
-    assert verdict(["yes", "yes"]) == "reproduced"
-    assert verdict(["yes", "no"]) == verdict(["yes", "open"]) == "partly"
-    assert verdict(["no", "open"]) == "not reproduced"
-    assert verdict([]) == "not testable here"
-    assert VERDICTS == ("reproduced", "partly", "not reproduced", "not testable here")
+    found = {ends: judge(claim(at_least=0, at_most=1), Interval(*ends), None) for ends in intervals}
+    assert found == intervals
+
+
+@pytest.mark.parametrize(
+    ("ends", "advantage", "said"),
+    [
+        ((0.1, 0.9), (0.01, 0.5), "yes"),
+        ((0.1, 0.9), (-0.01, 0.5), "open"),
+        ((0.1, 0.9), (-0.5, -0.01), "no"),
+        ((0.1, 0.9), (0, 0), "no"),
+        ((-0.1, 0.9), (0.01, 0.5), "open"),
+        ((-0.1, 0.9), (-0.5, -0.01), "no"),
+        ((-0.3, -0.1), (0.01, 0.5), "no"),
+        ((0.1, 0.9), (math.nan, math.nan), "open"),
+    ],
+)
+def test_and_lies_beyond_its_control(ends, advantage, said):
+    assert judge(claim(at_least=0, at_most=1), Interval(*ends), Interval(*advantage)) == said
+
+
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [
+        (["yes", "yes"], "reproduced"),
+        (["yes", "no"], "partly"),
+        (["yes", "open", "open"], "partly"),
+        (["open", "open"], "undecided"),
+        (["no", "open"], "undecided"),
+        (["no", "no", "open"], "not reproduced"),
+        (["no"], "not reproduced"),
+        ([], "not testable here"),
+    ],
+)
+def test_verdicts(said, found):
+    assert verdict(said) == found
+    assert found in VERDICTS and f"*{found}*: {VERDICTS[found]}" in LEGEND
 
 
 def test_rules_in_signs():
     ends = [{"at_least": 0.5}, {"at_most": 0}, {"at_least": 0.2, "at_most": 0.4}]
-    assert [Claim("", "", "", "", "", **end).rule for end in ends] == ["≥ 0.5", "≤ 0", "≥ 0.2 and ≤ 0.4"]
+    assert [claim(**end).rule for end in ends] == ["≥ 0.5", "≤ 0", "≥ 0.2 and ≤ 0.4"]
+    assert [claim(**end).side for end in ends] == [1, -1, 1]
+
+
+def test_the_control_is_on_the_other_side_of_a_claim_of_little(registered):
+    registered([CLAIMS[2] | {"statistic": "share", "at_most": 0.5}])
+    below, above = Estimate.bare(0.1), Estimate.bare(0.4)
+    models = {"less": {"share": below, "chance": above}, "more": {"share": above, "chance": below}}
+    assert list(claims_table("02", models)["holds"]) == ["yes", "no"]
 
 
 def test_the_long_table_by_hand(registered):
     nan = math.nan
+    exists, some = ("exists", "01"), ("some", "01")
+    repair, share = ("repair", "logits"), ("share", "share")
     wanted = [
-        ("exists", "01", "gpt2", "published", "repair", "logits", 0.0256, nan, nan, "", nan),
-        ("exists", "01", "m|1", "measured", "repair", "logits", 0.05, 0.03, 0.0712, "yes", nan),
-        ("exists", "01", "NA", "measured", "repair", "logits", -1.234, -2.5, -0.25, "no", nan),
-        ("exists", "01", "without", "measured", "repair", "logits", nan, nan, nan, "", nan),
-        ("some", "01", "opt", "published", "share", "share", 0.5, nan, nan, "", 0.125),
-        ("some", "01", "m|1", "measured", "share", "share", 0.3, 0.25, 0.35, "yes", 0.5),
-        ("some", "01", "NA", "measured", "share", "share", 0.3, 0.1, 0.35, "open", nan),
-        ("some", "01", "without", "measured", "share", "share", nan, nan, nan, "", nan),
+        (*exists, "gpt2", "published", *repair, 0.0256, nan, nan, 0, nan, nan, "yes"),
+        (*exists, "m|1", "measured", *repair, 0.05, 0.03, 0.0712, 0, 0.03, 0.0712, "yes"),
+        (*exists, "NA", "measured", *repair, -1.234, -2.5, -0.25, 0, -2.5, -0.25, "no"),
+        (*exists, "without", "measured", *repair, nan, nan, nan, 0, nan, nan, ""),
+        (*some, "opt", "published", *share, 0.375, nan, nan, 0.5, nan, nan, "no"),
+        (*some, "neo", "published", *share, 0.25, nan, nan, nan, nan, nan, "yes"),
+        (*some, "m|1", "measured", *share, 0.3, 0.25, 0.35, 0.125, 0.125, 0.225, "yes"),
+        (*some, "NA", "measured", *share, 0.3, 0.25, 0.35, 0.3, -0.025, 0.05, "open"),
+        (*some, "without", "measured", *share, nan, nan, nan, nan, nan, nan, ""),
     ]
     table = claims_table("01", MODELS, RELEASED)
-    pd.testing.assert_frame_equal(table, pd.DataFrame(wanted, columns=list(COLUMNS)))
+    pd.testing.assert_frame_equal(table, pd.DataFrame(wanted, columns=list(COLUMNS)), check_dtype=False)
     assert verdicts(table) == {"exists": "partly", "some": "partly"}
-    assert verdicts(claims_table("02", MODELS, RELEASED)) == {"small": "reproduced"}
+    assert verdicts(table, PUBLISHED) == {"exists": "reproduced", "some": "partly"}
+    assert verdicts(claims_table("02", MODELS, RELEASED)) == {"small": "partly"}
 
 
-def test_published_numbers_and_models_without_the_statistic_are_not_judged(registered):
+def test_models_without_the_statistic_are_not_judged(registered):
     released = {"gpt2": {"repair": Estimate.bare(-5.0)}}
-    assert verdicts(claims_table("01", {"without": {}}, released)) == dict.fromkeys(
-        ("exists", "some"), "not testable here"
-    )
+    table = claims_table("01", {"without": {}}, released)
+    assert verdicts(table) == dict.fromkeys(("exists", "some"), "not testable here")
+    assert verdicts(table, PUBLISHED) == {"exists": "not reproduced", "some": "not testable here"}
     both = {"m": {"repair": between(1, 1, 2)}, "without": {}}
     assert verdicts(claims_table("01", both, released))["exists"] == "reproduced"
 
@@ -211,25 +281,42 @@ def test_published_numbers_and_models_without_the_statistic_are_not_judged(regis
 def test_a_table_for_people(registered):
     lines = to_markdown(claims_table("01", MODELS, RELEASED)).splitlines()
     assert lines == [
-        "| claim | measured by; holds if | published | measured | verdict |",
+        "| claim | measured by; holds if; control | published | measured | verdict |",
         "| --- | --- | --- | --- | --- |",
-        "| It exists. (R&N) | mean repair \\| all heads; ≥ 0 | gpt2 0.03 "
+        "| It exists. (R&N) | mean repair \\| all heads; ≥ 0; control: 0, random signs. Rule written after looking, "
+        "2026-11-25 | gpt2 0.026 yes<br>*reproduced* "
         "| m\\|1 0.050 [0.030, 0.071] yes<br>NA -1.23 [-2.50, -0.25] no | **partly** |",
-        "| Some. (R&N) | share of repair; ≥ 0.2 and ≤ 0.4 | opt 0.50 "
-        "| m\\|1 0.30 [0.25, 0.35] yes<br>NA 0.30 [0.10, 0.35] open | **partly** |",
+        "| Some. (R&N) | share of repair; ≥ 0.2 and ≤ 0.4; control: share of harm. Rule written after looking, "
+        "2026-11-25 | opt 0.38 (control 0.50) no<br>neo 0.25 yes<br>*partly* "
+        "| m\\|1 0.30 [0.25, 0.35] (control 0.12) yes<br>NA 0.30 [0.25, 0.35] (control 0.30) open | **partly** |",
+        "",
+        LEGEND,
     ]
-    untested = to_markdown(claims_table("02", {"without": {}})).splitlines()[2:]
-    assert untested == ["| Small. (R&N) | mean repair \\| all heads; ≤ 0.1 |  |  | **not testable here** |"]
+    untested = to_markdown(claims_table("02", {"without": {}})).splitlines()[2]
+    assert untested == (
+        "| Small. (R&N) | mean repair \\| all heads; ≤ 0.1; control: 0, random signs. Rule written before looking, "
+        "2026-11-25 |  |  | **not testable here** |"
+    )
 
 
 def test_results_name_what_is_shown(registered):
     exists, some = results(claims_table("01", MODELS, RELEASED))
     assert (exists.claim.id, exists.statistic.unit, exists.verdict) == ("exists", "logits", "partly")
+    assert (exists.control, some.control) == ("random signs", "share of harm")
+    assert (exists.published_verdict, some.published_verdict) == ("reproduced", "partly")
     assert [(shown.model, shown.value, shown.holds) for shown in some.measured] == [
-        ("m|1", "0.30 [0.25, 0.35]", "yes"),
-        ("NA", "0.30 [0.10, 0.35]", "open"),
+        ("m|1", "0.30 [0.25, 0.35] (control 0.12)", "yes"),
+        ("NA", "0.30 [0.25, 0.35] (control 0.30)", "open"),
     ]
-    assert [(shown.model, shown.value, shown.holds) for shown in some.published] == [("opt", "0.50", "")]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(123.45, "123"), (-12.34, "-12.3"), (1.234, "1.23"), (0.012345, "0.012"), (0.0012, "0.0012")],
+)
+def test_values_have_two_or_three_significant_digits(registered, value, shown):
+    (result, _) = results(claims_table("01", {"m": {"repair": Estimate.bare(value)}}))
+    assert result.measured[0].value == shown
 
 
 # --- what is kept ---------------------------------------------------------------------------------

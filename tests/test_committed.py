@@ -26,10 +26,14 @@ def repository(tmp_path, monkeypatch):
 
 
 def update(repository):
-    def summarise(study):
+    study = Study.of("pocket", out_dir=repository / "results" / "pocket")
+
+    def summarise():
+        before = {path.read_text() for path in (repository / "notebooks").iterdir()}
+        assert not any('"execution_count": 1' in text for text in before), "the tree is still clean"
         (study.out_dir / "index.html").write_text(study.profile.name)
 
-    committed.update_committed(Study.of("pocket", out_dir=repository / "results" / "pocket"), summarise)
+    committed.update_committed(study, summarise)
 
 
 def write(repository, name, source):

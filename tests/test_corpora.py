@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfrepair.errors import UserError
-from selfrepair.text.corpora import pack, read_documents
+from selfrepair.measure.tokens import of_prompts
+from selfrepair.text.corpora import load_tokens, pack, read_documents
 
 BOS = 0
 documents_of_tokens = st.lists(st.lists(st.integers(1, 50), max_size=40), max_size=12)
@@ -31,6 +32,17 @@ def test_packing_by_hand():
     rows = pack([[1, 2, 3, 4, 5], [6], [7, 8, 9, 10]], BOS, 4)
     assert rows.tolist() == [[0, 1, 2, 3], [0, 4, 5, 0], [0, 6, 0, 7], [0, 8, 9, 10]]
     assert pack([], BOS, 4).shape == (0, 4)
+
+
+def test_rows_of_a_token_file_keep_their_order(tmp_path):
+    """Whatever the seed: the first ``n`` are taken, and the donor of row ``i`` is row ``i + n/2`` of the file."""
+    rows = np.arange(40).reshape(10, 4)
+    np.save(tmp_path / "rows.npy", rows)
+    for seed in (0, 7):
+        taken = load_tokens(None, tokens=tmp_path / "rows.npy", n_prompts=6, seed=seed)
+        assert taken.tokens.tolist() == rows[:6].tolist()
+        assert of_prompts(taken)["donor"].values.tolist() == [3, 4, 5, 0, 1, 2]
+    assert load_tokens(None, tokens=tmp_path / "rows.npy").tokens.tolist() == rows.tolist()
 
 
 def test_documents_of_files_and_folders(tmp_path):

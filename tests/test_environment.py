@@ -217,8 +217,8 @@ def clone(tmp_path) -> Clone:
 
 
 WORKERS = min(4, len(os.sched_getaffinity(0)))
-SIDE_BY_SIDE = f"-n {WORKERS} --dist loadscope"
-TESTS = [f"-m pytest {SIDE_BY_SIDE} -m not slurm tests", "-m pytest -m slurm tests"]
+SIDE_BY_SIDE = f"-n {WORKERS} --dist loadscope --no-loadscope-reorder"
+TESTS = [f"-m pytest {SIDE_BY_SIDE} -m not slurm and not after_run tests", "-m pytest -m slurm tests"]
 NBVAL = "--nbval-lax --nbval-current-env --nbval-cell-timeout=1200"
 
 
@@ -229,7 +229,8 @@ def workflow(clone: Clone, cores: int = len(os.sched_getaffinity(0))) -> str:
 
 
 def checks_of_notebooks(clone: Clone) -> list[str]:
-    return [workflow(clone), f"-m pytest {SIDE_BY_SIDE} {NBVAL} notebooks/"]
+    of_the_run = "-m pytest -m after_run tests"
+    return [workflow(clone), of_the_run, f"-m pytest {SIDE_BY_SIDE} {NBVAL} notebooks/"]
 
 
 @needs_bash
@@ -388,19 +389,26 @@ def test_without_a_recent_python_it_says_so_in_one_line(clone, tmp_path):
 @needs_bash
 @pytest.mark.parametrize(
     "failing, status",
-    [("nothing", 0), ("-m not slurm", 3), ("-m slurm", 3), ("snakemake", 3), ("--nbval-lax", 3)],
+    [
+        ("nothing", 0),
+        ("-m not slurm", 3),
+        ("-m slurm", 3),
+        ("snakemake", 3),
+        ("-m after_run", 3),
+        ("--nbval-lax", 3),
+    ],
 )
 def test_tests_and_notebook_tests_all_run_and_any_failing_fails(clone, failing, status):
     clone.add_notebook()
     assert clone.run("--test", FAIL_AT=failing).returncode == status
-    assert clone.calls[-4:] == [*TESTS, *checks_of_notebooks(clone)]
+    assert clone.calls[-5:] == [*TESTS, *checks_of_notebooks(clone)]
 
 
 @needs_bash
 def test_the_quick_loop_is_the_quick_tests_alone(clone):
     clone.add_notebook()
     assert clone.run("--test=fast", "--jobs", "7").returncode == 0
-    assert clone.calls[-1] == "-m pytest -n 7 --dist loadscope -m fast tests"
+    assert clone.calls[-1] == "-m pytest -n 7 --dist loadscope --no-loadscope-reorder -m fast tests"
     assert clone.run("--test=fast", FAIL_AT="-m fast").returncode == 3
     assert len(clone.calls) == 1
 
@@ -409,7 +417,7 @@ def test_the_quick_loop_is_the_quick_tests_alone(clone):
 def test_ci_runs_the_tests(clone):
     clone.add_notebook()
     assert clone.run(script=".ci/run").returncode == 0
-    assert clone.calls[-4:] == [*TESTS, *checks_of_notebooks(clone)]
+    assert clone.calls[-5:] == [*TESTS, *checks_of_notebooks(clone)]
     assert clone.run(script=".ci/run", FAIL_AT="-m not slurm").returncode == 3
 
 

@@ -95,6 +95,7 @@ def test_no_held_out_phrasing_in_training_text():
             assert any(before.format(s=s)[1:] in text for s in WORLD.entities[relation.subject_kind])
 
 
+@pytest.mark.slow("the training text states every planted fact and no false one")
 def test_training_text_states_every_fact_and_no_false_one():
     text = " ".join(PARAGRAPHS)
     truth = {(fact.relation, fact.subject): fact.object for fact in WORLD.facts}

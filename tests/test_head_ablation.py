@@ -123,10 +123,17 @@ def test_direct_effects_sum_to_the_centred_logit(family, name, dtype, tolerance,
     assert (total - wanted).abs().max() < tolerance * max(1.0, wanted.abs().max())
 
 
+class Oneself:
+    has_donors = False
+
+    def __call__(self, place, clean, donors=None):
+        return clean
+
+
 @pytest.mark.parametrize("name", ALL_FAMILIES)
 def test_ablating_with_oneself_changes_nothing_at_all(family, name, path):
     model = path(family(name)[0])
-    found = ablate_heads(model, random_tokens(), lambda layer, z: z)
+    found = ablate_heads(model, random_tokens(), Oneself())
     for field in ("logit_change", "self_repair_heads", "self_repair_mlps"):
         assert (getattr(found, field) == 0).all()
     assert torch.equal(found.direct_effect, found.ablated_direct_effect)

@@ -1,15 +1,18 @@
 """Tables and means of a model's heads, and what the claims of notebook 01 are about."""
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
+from fake_sweeps import without_repair
 
-from selfrepair.analysis.claims import claims_table, load_claims, verdicts
+from selfrepair.analysis.claims import claims_table, verdicts
 from selfrepair.analysis.estimates import Estimate
-from selfrepair.analysis.head_means import HeadMeans, head_statistics
+from selfrepair.analysis.head_means import HeadMeans, head_statistics, restored_table
 from selfrepair.analysis.head_table import (
     PARTS,
+    extreme_heads,
     heads_of_models,
     heads_table,
     layer_means,
@@ -17,7 +20,9 @@ from selfrepair.analysis.head_table import (
     write_heads,
 )
 from selfrepair.analysis.published import published_heads
+from selfrepair.analysis.rules import VERDICTS, load_claims
 from selfrepair.errors import UserError
+from selfrepair.plots.across_models import self_repair_by_depth
 
 NAMES = ("direct_effect", "ablated_direct_effect", "logit_change", "self_repair_heads", "self_repair_mlps")
 
@@ -43,6 +48,8 @@ def test_heads_table_against_plain_loops():
         assert row.self_repair_layernorm == pytest.approx(sum(layernorm) / 25)
         shares = [min(1, max(0, part / de[i])) for part, i in zip(layernorm, top, strict=True)]
         assert row.clipped_share_layernorm == pytest.approx(sum(shares) / 25)
+        floors = [min(1, abs(part / de[i])) / 2 for part, i in zip(layernorm, top, strict=True)]
+        assert row.clipped_floor_layernorm == pytest.approx(sum(floors) / 25)
         assert row.share_of_means_mlps == pytest.approx(sum(mlps[i] for i in top) / sum(de[i] for i in top))
         assert row.self_repair_low < row.self_repair < row.self_repair_high
 
@@ -66,6 +73,10 @@ def test_columns_are_those_of_the_published_tables_and_more():
         name for name in published_heads() if name in columns
     ]
     assert set(published_heads()) <= set(columns)
+    shares = columns.index("clipped_share_layernorm")
+    assert columns[shares : shares + 6] == [
+        f"clipped_{what}_{part}" for what in ("share", "floor") for part in PARTS
+    ]
 
 
 def test_tables_of_several_models_are_one_under_the_other_and_kept(tmp_path):
@@ -86,6 +97,25 @@ def test_layer_means():
     )
     means = layer_means(table)
     assert means["self_repair"].tolist() == [2, 0, 6] and means["relative_depth"].tolist() == [0, 0.5, 1]
+
+
+def test_extreme_heads():
+    table = pd.DataFrame(
+        {
+            "model": ["a", "a", "a", "b", "b"],
+            "layer": [0, 0, 1, 0, 1],
+            "head": [0, 1, 0, 0, 0],
+            "self_repair": [1.0, -3, 2, 5, 4],
+            "direct_effect": [1.0, 2, 3, 4, 5],
+        }
+    )
+    found = extreme_heads(table).to_dict("list")
+    assert found == {
+        "model": ["a", "a", "b", "b"],
+        "head": ["L0H1", "L1H0", "L1H0", "L0H0"],
+        "self_repair": [-3.0, 2.0, 4.0, 5.0],
+        "direct_effect": [2.0, 3.0, 5.0, 4.0],
+    }
 
 
 def test_strongest_head():
@@ -142,8 +172,37 @@ def test_statistics_by_hand():
     }
 
 
+def test_what_is_restored_over_top_and_all_tokens_as_released():
+    """Of the later half of layers; no share where the direct effects do not sum to more than 0."""
+    released = {
+        tokens: {
+            model: HeadMeans.of_table(rows)
+            for model, rows in published_heads(tokens).groupby("model", sort=False)
+        }
+        for tokens in ("top2pct", "all_tokens")
+    }
+    top, everywhere = (restored_table(models).set_index("model") for models in released.values())
+    assert top["share"].round(2).to_dict() == {
+        "gpt2-small": 0.39,
+        "gpt2-medium": 0.43,
+        "pythia-160m": 0.27,
+        "pythia-410m": 0.51,
+    }
+    assert everywhere["share"].round(2).to_dict() == {"gpt2-small": -0.44, "pythia-160m": -0.36}
+    rows = published_heads("all_tokens").query("model == 'gpt2-small' and layer >= 6")
+    assert everywhere.loc["gpt2-small", "self-repair"] == pytest.approx(sum(rows["self_repair"]) / 72)
+    assert everywhere.loc["gpt2-small", "direct effect"] == pytest.approx(sum(rows["direct_effect"]) / 72)
+    assert everywhere[["low", "high"]].isna().all(axis=None)
+
+    repair, effect = np.array([[[1.0, 2]], [[1, 3]]]), np.array([[[5.0, 5]], [[-1, 6]]])
+    found = restored_table({"m": HeadMeans(Estimate(repair), Estimate(effect))}).iloc[0]
+    assert (found["direct effect"], found["self-repair"]) == (-1, 1) and np.isnan(found["share"])
+    assert (found["low"], found["high"]) == (0.5, 0.5)
+
+
 def test_statistics_have_samples_head_by_head():
-    repair, effect = (np.random.default_rng(i).normal(size=(4, 2, 6)) for i in range(2))
+    repair, effect = (np.random.default_rng(i).normal(i, 0.3 + i, (4, 2, 6)) for i in range(2))
+    effect = np.abs(effect)
     repair[2, 0, 3] = effect[2, 0, 3] = np.nan  # a head that has no tokens in a draw
     found = head_statistics(HeadMeans(Estimate(repair), Estimate(effect)))
     for k in range(6):
@@ -170,5 +229,43 @@ def test_claims_of_notebook_01_are_computed():
     table = claims_table("01", {"fake": measured}, {"p": released})
     found = verdicts(table)
     assert list(found) == [claim.id for claim in load_claims() if claim.notebook == "01"]
-    assert set(found.values()) <= {"reproduced", "partly", "not reproduced"}
+    assert set(found.values()) <= set(VERDICTS) - {"not testable here"}
     assert len(table) == 2 * len(found) and table["estimate"].notna().all()
+
+
+def test_a_model_without_repair_reproduces_nothing():
+    """Noise of no sign in the place of self-repair: every rule of notebook 01 is met by chance at most."""
+    measured = {f"model {i}": head_statistics(HeadMeans.of_sweep(without_repair(i), 0.1)) for i in range(4)}
+    assert set(verdicts(claims_table("01", measured)).values()) <= {"undecided", "not reproduced"}
+
+
+# --- the figure of all heads ---
+
+
+def test_panels_share_one_linear_scale_and_tails_are_at_its_edge():
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame(
+        [(m, layer, h, rng.normal()) for m in "ab" for layer in range(3) for h in range(40)],
+        columns=["model", "layer", "head", "self_repair"],
+    )
+    far = table.assign(model="far " + table["model"])
+    far.loc[0, "self_repair"], far.loc[1, "self_repair"] = 1000, -500
+    intervals = pd.DataFrame({"layer": [0, 1, 2], "low": -0.2, "high": 0.2})
+    figure = self_repair_by_depth({"measured": table, "published": far}, {"a": intervals})
+    left, right = figure.axes
+    assert left.get_ylim() == right.get_ylim() and left.get_yscale() == "linear"
+    for axis, shown in ((left, table), (right, far)):
+        low, high = axis.get_ylim()
+        offsets = [part.get_offsets().data for part in axis.collections if part.get_offsets().size]
+        points = np.concatenate([one for one in offsets if np.abs(one).max()])
+        inside = points[(points[:, 1] > low) & (points[:, 1] < high), 1]
+        wanted = shown["self_repair"][shown["self_repair"].between(low, high)]
+        assert sorted(inside) == pytest.approx(sorted(wanted))
+        by_layer = layer_means(shown)
+        means = [rows["self_repair"] for _, rows in by_layer.groupby("model", sort=False)]
+        drawn = [line.get_ydata() for line in axis.lines if line.get_label() in set(shown["model"])]
+        assert [list(line) for line in drawn] == [pytest.approx(list(mean)) for mean in means]
+        assert all(low < value < high for mean in means for value in mean)
+        beyond = int((shown["self_repair"] > high).sum()), int((shown["self_repair"] < low).sum())
+        assert ((points[:, 1] == high).sum(), (points[:, 1] == low).sum()) == beyond
+    plt.close(figure)

@@ -7,13 +7,20 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from selfrepair.analysis.claims import load_claims
 from selfrepair.analysis.layer_means import LayerMeans
-from selfrepair.analysis.layers import FactRun, worked_prompt, worked_table
+from selfrepair.analysis.layers import (
+    PUBLISHED,
+    LayerRun,
+    best_layers,
+    by_phrasing,
+    statistics_of_models,
+    worked_prompt,
+    worked_table,
+)
 from selfrepair.analysis.layers import statistics as layer_statistics
-from selfrepair.measure.layers import downstream
-from selfrepair.plots import layers as plots
-from selfrepair.plots import style
+from selfrepair.analysis.rules import load_claims, load_statistics
+from selfrepair.measure.layer_ablation import downstream
+from selfrepair.plots import layer_compensation, layers, style
 from selfrepair.statistics import bootstrap_weights
 
 
@@ -23,12 +30,12 @@ def made_up_facts(n_prompts=9):
             "texts": [f"prompt {i}" for i in range(n_prompts)],
             "answers": [" answer"] * n_prompts,
             "phrasings": ["trained" if i % 2 else "held out" for i in range(n_prompts)],
-            **{"n_asked": n_prompts, "n_answered": n_prompts, "n_alone": 0},
+            **{"n_asked": n_prompts, "n_answered": n_prompts},
         }
     )
 
 
-def made_up_effects(n_layers=6, n_prompts=9, parallel=False, seed=0):
+def made_up_effects(n_layers=6, n_prompts=9, parallel=False, seed=0, without_dropout=True):
     rng = np.random.default_rng(seed)
     c = 2 * n_layers
     change = rng.normal(size=(c, n_prompts, c)) * downstream(n_layers, parallel)[:, None]
@@ -40,74 +47,140 @@ def made_up_effects(n_layers=6, n_prompts=9, parallel=False, seed=0):
     data["change"] = (("ablated", "prompt", "observed"), change)
     data["effect"] = (("prompt", "observed"), rng.normal(size=(n_prompts, c)))
     data["downstream"] = (("ablated", "observed"), downstream(n_layers, parallel))
-    return xr.Dataset(data, attrs={"model": "fake"})
+    return xr.Dataset(data, attrs={"model": "fake", "trained_without_dropout": without_dropout})
 
 
-def by_hand(effects, prompts, n_layers, parallel):
-    """The claims' statistics from plain loops over the prompts (one may come twice)."""
+class ByHand:
+    """The claims' statistics from plain loops over prompts, of which one may come twice."""
 
-    def values(name, component):
-        return [float(effects[name].transpose(..., "prompt")[component, i]) for i in prompts]
+    def __init__(self, effects, n_layers, parallel):
+        self.effects, self.n_layers, self.parallel = effects, n_layers, parallel
+        self.later = range(n_layers // 2, n_layers)
+        self.late = [2 * layer + 1 for layer in range(2 * n_layers // 3, n_layers)]
 
-    def changes(ablated, observed):
-        return [
-            float(effects["change"].transpose("ablated", "observed", "prompt")[ablated, observed, i])
-            for i in prompts
-        ]
+    def values(self, name, component, prompts):
+        return [float(self.effects[name].transpose(..., "prompt")[component, i]) for i in prompts]
 
-    def mean(name, component):
-        return statistics.fmean(values(name, component))
+    def changes(self, ablated, observed, prompts):
+        change = self.effects["change"].transpose("ablated", "observed", "prompt")
+        return [float(change[ablated, observed, i]) for i in prompts]
 
-    later = range(n_layers // 2, n_layers)
-    above = [2 * layer for layer in later if layer < n_layers - 1]
-    late = [2 * layer + 1 for layer in range(2 * n_layers // 3, n_layers)]
-    couplings = []
-    for layer in range(n_layers):
-        below = [o for o in range(2 * n_layers) if o // 2 > layer or (not parallel and o == 2 * layer + 1)]
-        if below:
-            size = statistics.fmean(map(abs, values("direct_effect", 2 * layer)))
-            couplings.append(
-                statistics.fmean(
-                    statistics.fmean(map(abs, changes(2 * layer, o))) > 0.1 * size for o in below
-                )
+    def mean(self, name, component, prompts):
+        return statistics.fmean(self.values(name, component, prompts))
+
+    def attention_above(self, layer):
+        return [2 * other for other in range(layer + 1, self.n_layers)]
+
+    def coupled(self, prompts, size_of):
+        """Mean over layers of the share of attention above whose ``size_of(ablated, observed)`` is large."""
+        shares = []
+        for layer in range(self.n_layers - 1):
+            own = statistics.fmean(map(abs, self.values("direct_effect", 2 * layer, prompts)))
+            sizes = [size_of(2 * layer, other) for other in self.attention_above(layer)]
+            shares.append(statistics.fmean(size > 0.1 * own for size in sizes))
+        return statistics.fmean(shares)
+
+    def correlation(self, component, prompts):
+        x, y = (self.values(name, component, prompts) for name in ("direct_effect", "compensation"))
+        return statistics.correlation(x, y)
+
+    def best(self, prompts):
+        """Attention with anything above whose compensation and direct effect correlate most."""
+        any_above = range(self.n_layers if not self.parallel else self.n_layers - 1)
+        return max((2 * layer for layer in any_above), key=lambda a: self.correlation(a, prompts))
+
+    def strongest_below(self, component, prompts):
+        below = [2 * layer for layer in range(component // 2 + (not self.parallel))]
+        return max(below, key=lambda a: self.mean("direct_effect", a, prompts))
+
+    def all(self, prompts, even, odd):
+        """``prompts`` for what is of all; what is chosen on ``even`` is read off ``odd``."""
+        pairs = [
+            x > y
+            for layer in range(self.n_layers)
+            for x, y in zip(
+                self.values("effect", 2 * layer, prompts),
+                self.values("total_effect", 2 * layer, prompts),
+                strict=True,
             )
-    candidates = [2 * layer for layer in range(n_layers) if layer < late[0] // 2 + (not parallel)]
-    strongest = max(candidates, key=lambda component: mean("direct_effect", component))
-    given = sum(mean("compensation", a) for a in above) / sum(mean("direct_effect", a) for a in above)
-    return [
-        sum(mean("total_effect", 2 * layer) for layer in later)
-        / sum(mean("effect", 2 * layer) for layer in later),
-        given,
-        statistics.fmean(
-            float(np.polyfit(values("direct_effect", a), values("compensation", a), 1)[0]) for a in above
-        ),
-        statistics.fmean(couplings),
-        statistics.fmean(mean("effect", o) for o in late),
-        sum(statistics.fmean(changes(strongest, o)) for o in late) / mean("direct_effect", strongest),
-        given,
-    ]
+        ]
+        above = [2 * layer for layer in self.later if layer < self.n_layers - 1]
+        given = sum(self.mean("compensation", a, prompts) for a in above) / sum(
+            self.mean("direct_effect", a, prompts) for a in above
+        )
+        best = self.best(even)
+        x, y = (self.values(name, best, odd) for name in ("direct_effect", "compensation"))
+        correlation = statistics.correlation(x, y)
+        erasing = [m for m in self.late if self.mean("effect", m, even) < 0]
+        ablated = self.strongest_below(erasing[0], even)
+        weakened = sum(statistics.fmean(self.changes(ablated, m, odd)) for m in erasing)
+        return {
+            "unembedding-larger": statistics.fmean(pairs),
+            "downstream-compensation": given,
+            "downstream-compensation-without-dropout": given,
+            "best-layer-slope": statistics.linear_regression(x, y).slope,
+            "best-layer-r2": correlation * abs(correlation),
+            "coupled-attention": self.coupled(
+                prompts, lambda a, o: statistics.fmean(map(abs, self.changes(a, o, prompts)))
+            ),
+            "coupled-attention-replaced": self.coupled(
+                prompts, lambda _, o: statistics.fmean(map(abs, self.values("direct_effect", o, prompts)))
+            ),
+            "late-mlps-effect": statistics.fmean(self.mean("effect", m, prompts) for m in self.late),
+            "erasing-mlps-change": weakened / self.mean("direct_effect", ablated, odd),
+        }
 
 
+@pytest.mark.parametrize("condition", ("facts", "prose"))
 @pytest.mark.parametrize("parallel", (False, True))
-def test_claims_by_hand(parallel):
-    effects = made_up_effects(parallel=parallel)
-    statistics_of = layer_statistics(LayerMeans.of(effects, n_bootstrap=4, seed=7), without_dropout=True)
-    names = [claim.statistic for claim in load_claims() if claim.notebook == "06"]
-    assert set(statistics_of) == set(names) and len(names) == 7
-    draws = [
-        range(9),
-        *([i for i, k in enumerate(w) for _ in range(int(k))] for w in bootstrap_weights(9, 4, 7)),
-    ]
-    for sample, prompts in enumerate(draws):
-        wanted = by_hand(effects, prompts, 6, parallel)
-        assert [statistics_of[name].drawn[sample] for name in names] == pytest.approx(wanted), sample
-    unknown = layer_statistics(LayerMeans.of(effects, n_bootstrap=4), without_dropout=False)
-    assert set(names) - set(unknown) == {names[-1]} == {"downstream-compensation-without-dropout"}
+def test_claims_by_hand(parallel, condition):
+    n, n_bootstrap = 13, 4
+    effects = made_up_effects(n_prompts=n, parallel=parallel, seed=3)
+    found = layer_statistics(LayerRun.of(condition, effects, n_bootstrap))
+    by_hand = ByHand(effects, 6, parallel)
+    drawn = [range(n)]
+    drawn += [[i for i, k in enumerate(w) for _ in range(int(k))] for w in bootstrap_weights(n, n_bootstrap)]
+    for sample, prompts in enumerate(drawn):
+        wanted = by_hand.all(prompts, range(0, n, 2), [i for i in prompts if i % 2])
+        assert {name.removesuffix(f"-{condition}") for name in found} == set(wanted)
+        for name, value in wanted.items():
+            assert found[f"{name}-{condition}"].drawn[sample] == pytest.approx(value), (name, sample)
+    claimed = {claim.statistic for claim in load_claims() if claim.notebook == "06"}
+    assert {name for name in claimed if name.endswith(condition)} == set(found) - {
+        f"coupled-attention-replaced-{condition}"
+    }
 
 
-def test_few_layers_leave_statistics_out():
-    found = layer_statistics(LayerMeans.of(made_up_effects(n_layers=2), n_bootstrap=4), without_dropout=True)
-    assert len(found) == 4 and all(np.isfinite(estimate.drawn).all() for estimate in found.values())
+def test_every_statistic_is_known_and_published_ones_are_claimed():
+    runs = [LayerRun.of(condition, made_up_effects(seed=3), 2) for condition in ("facts", "prose")]
+    (found,) = statistics_of_models(runs).values()
+    assert set(found) <= set(load_statistics()) and len(found) == 2 * len(layer_statistics(runs[0]))
+    claimed = {claim.statistic for claim in load_claims()}
+    assert all(set(of_model) <= claimed for of_model in PUBLISHED.values())
+
+
+def test_what_is_left_out():
+    """Too few layers, no late MLP that lowers the token, trained with dropout or nobody knows how."""
+    few = layer_statistics(LayerRun.of("facts", made_up_effects(n_layers=2, seed=1), 4))
+    assert "downstream-compensation-facts" not in few and "coupled-attention-facts" in few
+    raising = made_up_effects(without_dropout=False)
+    raising["effect"] = abs(raising["effect"])
+    found = layer_statistics(LayerRun.of("facts", raising, 4))
+    assert {"late-mlps-effect-facts", "downstream-compensation-facts"} <= set(found)
+    left_out = {"erasing-mlps-change-facts", "downstream-compensation-without-dropout-facts"}
+    assert not left_out & set(found)
+
+
+def test_no_draw_chooses_its_own_layer():
+    """The layer with the largest direct effect is chosen once, whatever a draw has."""
+    effects = made_up_effects(n_prompts=40)
+    effects["direct_effect"][:] = np.random.default_rng(5).normal(0, 1, size=(12, 40))
+    effects["effect"][:] = -1.0
+    run = LayerRun.of("facts", effects, n_bootstrap=50)
+    ablated, mlps = run.strongest_below_late_mlps(), run.means.late_mlps()
+    found = layer_statistics(run)["erasing-mlps-change-facts"]
+    wanted = run.reading.change[ablated, mlps].sum() / run.reading.direct_effect[ablated]
+    np.testing.assert_allclose(found.drawn, wanted.drawn)
 
 
 def test_means_of_some_prompts():
@@ -118,51 +191,79 @@ def test_means_of_some_prompts():
     assert part.effect.value[3] == pytest.approx(
         statistics.fmean(float(effects["effect"][i, 3]) for i in (0, 2, 4, 6, 8))
     )
-    table = part.by_layer().set_index(["part", "layer", "quantity"])["estimate"]
-    assert table["MLP", 1, "effect"] == pytest.approx(part.effect.value[3])
-    assert table["attention", 4, "slope"] == pytest.approx(part.slope.value[8])
+    table = part.by_layer(condition="facts").set_index(["condition", "part", "layer", "quantity"])["estimate"]
+    assert table["facts", "MLP", 1, "effect"] == pytest.approx(part.effect.value[3])
+    slope = part.compensation_fit.slope.value[8]
+    assert table["facts", "attention", 4, "compensation_slope"] == pytest.approx(slope)
+    by = [table["facts", "attention", 2, f"compensation_by_{part}"] for part in ("attention", "mlps")]
+    assert sum(by) == pytest.approx(part.compensation.value[4])
 
 
+def drawn(runs):
+    return (
+        draw(runs)
+        for draw in (
+            layers.effects_by_layer,
+            layers.ablation_against_unembedding,
+            layers.unembedding_larger,
+            layers.downstream_change,
+            layers.late_mlps,
+            layer_compensation.compensation_scatter,
+            layer_compensation.compensation_by_layer,
+            layer_compensation.compensation_split,
+            layer_compensation.coupling,
+        )
+    )
+
+
+@pytest.mark.slow("models of any depth get statistics and figures")
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("sizes", ([1], [1, 2, 3], [24]))
-def test_models_of_any_depth_are_counted_and_drawn(sizes):
+@pytest.mark.parametrize(
+    ("sizes", "conditions"), [([1], ["facts"]), ([1, 2, 3], ["facts", "prose"]), ([24], ["prose"])]
+)
+def test_models_of_any_depth_are_counted_and_drawn(sizes, conditions):
     """One parallel block, in which nothing is downstream of attention, up to more layers than labels fit."""
     runs = []
-    for n in sizes:
-        effects = made_up_effects(n_layers=n, parallel=n == 1).assign_attrs(model=f"{n} layers")
-        effects = effects.assign(clean_logit=("prompt", np.ones(9)))
-        run = FactRun.of(made_up_facts(), effects, n_bootstrap=4)
-        found = layer_statistics(run.means, True)
-        assert all(np.isfinite(estimate.drawn).all() for estimate in found.values())
-        assert len(found) == {1: 2, 2: 4, 3: 4, 24: 7}[n]
-        assert run.by_phrasing()["prompts"].tolist() == [5, 4]
-        worked_table(run, worked_prompt(run))
-        runs.append(run)
+    for condition in conditions:
+        for n in sizes:
+            effects = made_up_effects(n_layers=n, parallel=n == 1).assign_attrs(model=f"{n} layers")
+            run = LayerRun.of(condition, effects.assign(clean_logit=("prompt", np.ones(9))), n_bootstrap=4)
+            found = layer_statistics(run)
+            assert all(np.isfinite(estimate.value) for estimate in found.values())
+            assert by_phrasing(run, made_up_facts())["prompts"].tolist() == [5, 4]
+            worked_table(run, worked_prompt(run, made_up_facts()))
+            runs.append(run)
+    assert len(best_layers(runs)) == 2 * len(conditions) * sum({1: 0, 2: 2}.get(n, 2) for n in sizes)
     style.use_style()
-    for draw in (
-        plots.effects_by_layer,
-        plots.ablation_against_unembedding,
-        plots.downstream_change,
-        plots.compensation_scatter,
-        plots.compensation_slopes,
-        plots.coupling,
-        plots.late_mlps,
-    ):
-        figure = draw(runs)
+    for figure in drawn(runs):
         figure.canvas.draw()
         plt.close(figure)
 
 
+def test_a_model_without_one_condition_leaves_its_panel_empty():
+    runs = [
+        LayerRun.of(condition, made_up_effects().assign_attrs(model=name), 2)
+        for condition, name in (("facts", "a"), ("facts", "b"), ("prose", "a"))
+    ]
+    axes = layers.late_mlps(runs).axes
+    assert [axis.axison for axis in axes] == [True, True, True, False]
+    plt.close("all")
+
+
 def test_figures_show_the_means():
-    run = FactRun.of(made_up_facts(), made_up_effects(), n_bootstrap=4)
+    run = LayerRun.of("facts", made_up_effects(), n_bootstrap=4)
     means = run.means
-    lines = plots.effects_by_layer([run]).axes[1].containers
+    lines = layers.effects_by_layer([run]).axes[1].containers
     np.testing.assert_allclose(lines[0][0].get_ydata(orig=False), means.effect.value[1::2])
     np.testing.assert_allclose(lines[1][0].get_ydata(orig=False), means.total_effect.value[1::2])
-    image = plots.downstream_change([run]).axes[0].images[0].get_array()
+    image = layers.downstream_change([run]).axes[0].images[0].get_array()
     assert image[2, 5] == means.change.value[4, 5] and np.ma.getmaskarray(np.ma.masked_invalid(image))[2, 4]
-    clean, ablated = plots.late_mlps([run]).axes[0].containers
-    last = means.effect.value[11] + means.change.value[means.strongest_below_late_mlps()[0], 11]
-    np.testing.assert_allclose(clean[0].get_ydata(orig=False), means.effect.value[1::2])
+    raw, centred, ablated = layers.late_mlps([run]).axes[0].containers
+    last = means.effect.value[11] + means.change.value[run.strongest_below_late_mlps(), 11]
+    np.testing.assert_allclose(raw[0].get_ydata(orig=False), means.effect.value[1::2])
+    np.testing.assert_allclose(centred[0].get_ydata(orig=False), means.direct_effect.value[1::2])
     assert ablated[0].get_ydata(orig=False)[-1] == pytest.approx(last)
+    axis = layer_compensation.compensation_split([run]).axes[0]
+    total = sum(bar.get_height() for bars in axis.containers for bar in list(bars)[2:3])
+    assert total == pytest.approx(means.compensation.value[4] + means.norm_term.value[4])
     plt.close("all")

@@ -1,151 +1,37 @@
-"""Notebook 03: the final norm's scale, the breakdown by part, and ways of counting it."""
+"""Notebook 03: the final norm's scale, and what the claims are about."""
 
-import math
 import statistics
 
 import numpy as np
 import pytest
 import reference
-import torch
-import xarray as xr
-from families import load_family, random_tokens, save_family
-from tasks import OF_HEADS
-from transformers import AutoModelForCausalLM
+from fake_sweeps import (
+    FRACTION,
+    HEADS,
+    LAYERS,
+    PROMPTS,
+    counted,
+    fake_sweep,
+    floor,
+    tokens_of,
+    without_repair,
+)
+from families import random_tokens
 
-from selfrepair.analysis.claims import load_claims
+from selfrepair.analysis.claims import claims_table, verdicts
 from selfrepair.analysis.head_table import heads_table, strongest_head
 from selfrepair.analysis.layernorm import (
-    WAYS,
-    Breakdown,
     ScaleRatios,
     by_model,
-    counting_table,
     layernorm_statistics,
-    published_statistics,
     scale_ratios,
     scale_table,
 )
-from selfrepair.analysis.published import published_heads
+from selfrepair.analysis.rules import load_claims, load_statistics
 from selfrepair.measure.heads import MEASUREMENT
 from selfrepair.measure.tokens import of_prompts
-from selfrepair.statistics import PARTS
+from selfrepair.statistics import bootstrap_weights
 from selfrepair.text.corpora import Prompts
-
-LAYERS, HEADS, PROMPTS, POSITIONS = 4, 2, 6, 25
-FRACTION = 0.1
-
-
-def fake_sweep(seed=0, architecture="gpt2", ablation="resample"):
-    rng = np.random.default_rng(seed)
-    data = {
-        name: (("layer", "head", "prompt", "position"), rng.normal(size=(LAYERS, HEADS, PROMPTS, POSITIONS)))
-        for name in OF_HEADS
-    }
-    data["sigma_ablated"][1][:] = 1 + 0.1 * data["sigma_ablated"][1]
-    data["sigma_clean"] = (("prompt", "position"), 1 + 0.1 * rng.normal(size=(PROMPTS, POSITIONS)))
-    return xr.Dataset(data, attrs={"model": "fake", "architecture": architecture, "ablation": ablation})
-
-
-def tokens_of(dataset, layer, head, prompts=range(PROMPTS)):
-    """Plain numbers of a head's top tokens; a prompt named twice gives its tokens twice."""
-    rows = []
-    for prompt in range(PROMPTS):
-        for position in range(POSITIONS):
-            row = {name: float(dataset[name][layer, head, prompt, position]) for name in OF_HEADS}
-            row |= {"prompt": prompt, "sigma_clean": float(dataset["sigma_clean"][prompt, position])}
-            repair = row["logit_change"] - (row["ablated_direct_effect"] - row["direct_effect"])
-            row["heads"], row["mlps"] = row["self_repair_heads"], row["self_repair_mlps"]
-            row["layernorm"] = repair - row["heads"] - row["mlps"]
-            rows.append(row)
-    rows.sort(key=lambda row: -row["direct_effect"])
-    top = rows[: math.ceil(FRACTION * len(rows))]
-    return [row for prompt in prompts for row in top if row["prompt"] == prompt]
-
-
-def counted(rows, part):
-    ratios = [row[part] / row["direct_effect"] for row in rows]
-    return {
-        "clipped": statistics.fmean(min(1, max(0, ratio)) for ratio in ratios),
-        "unclipped mean": statistics.fmean(ratios),
-        "median": statistics.median_low(ratios),
-        "ratio of means": sum(row[part] for row in rows) / sum(row["direct_effect"] for row in rows),
-    }
-
-
-def test_ways_of_counting_by_hand():
-    dataset = fake_sweep()
-    breakdown = Breakdown.of_sweep(dataset, FRACTION, n_bootstrap=20)
-    by_layer = breakdown.by_layer().set_index(["layer", "part", "quantity"])["estimate"]
-    for part in PARTS:
-        found = {}
-        for layer in range(LAYERS):
-            for head in range(HEADS):
-                rows = tokens_of(dataset, layer, head)
-                found[layer, head] = counted(rows, part)
-                for way in WAYS:
-                    assert breakdown.shares[way][part][layer, head].value == pytest.approx(
-                        found[layer, head][way]
-                    )
-            both = [row for head in range(HEADS) for row in tokens_of(dataset, layer, head)]
-            assert by_layer[layer, part, "ratio of means"] == pytest.approx(
-                counted(both, part)["ratio of means"]
-            )
-            assert by_layer[layer, part, "logits"] == pytest.approx(
-                statistics.fmean(row[part] for row in both)
-            )
-            for way in WAYS[:-1]:
-                assert by_layer[layer, part, way] == pytest.approx(
-                    statistics.fmean(found[layer, head][way] for head in range(HEADS))
-                )
-        over_tokens, over_heads = breakdown.over_tokens(part), breakdown.over_heads(part)
-        ratios = [way["ratio of means"] for way in found.values()]
-        assert over_heads["unclipped mean"].value == pytest.approx(statistics.fmean(ratios))
-        assert over_heads["median"].value == pytest.approx(statistics.median(ratios))
-        for way in WAYS[:-1]:
-            assert over_tokens[way].value == pytest.approx(
-                statistics.fmean(one[way] for one in found.values())
-            )
-
-
-def test_samples_are_of_drawn_prompts():
-    """The bootstrap samples of every way are what counting the drawn prompts' tokens anew gives."""
-    from selfrepair.statistics import bootstrap_weights
-
-    dataset = fake_sweep(seed=1)
-    breakdown = Breakdown.of_sweep(dataset, FRACTION, n_bootstrap=5, seed=3)
-    for sample, weights in enumerate(bootstrap_weights(PROMPTS, 5, 3)):
-        drawn = [prompt for prompt, count in enumerate(weights) for _ in range(int(count))]
-        rows = tokens_of(dataset, 2, 1, drawn)
-        for way, value in counted(rows, "heads").items():
-            assert breakdown.shares[way]["heads"][2, 1].samples[sample] == pytest.approx(value)
-
-
-def test_all_tokens_with_a_direct_effect_of_zero_are_counted_without_a_ratio():
-    dataset = fake_sweep()
-    dataset["direct_effect"][0, 0, 0, :5] = 0
-    breakdown = Breakdown.of_sweep(dataset, 1.0, n_bootstrap=5)
-    assert all(np.isfinite(breakdown.shares[way][part].drawn).all() for way in WAYS for part in PARTS)
-
-
-def test_released_tables_are_counted_alike():
-    """A heads table of a sweep gives what the sweep gives, as far as it can."""
-    dataset = fake_sweep()
-    table = heads_table(dataset, FRACTION)
-    of_sweep, of_table = Breakdown.of_sweep(dataset, FRACTION, 5), Breakdown.of_table(table)
-    for part in PARTS:
-        for way, estimate in of_table.over_heads(part).items():
-            assert estimate.value == pytest.approx(of_sweep.over_heads(part)[way].value)
-            assert not estimate.samples.size
-
-
-def test_published_shares():
-    shares = {
-        model: published_statistics(rows)["layernorm-clipped-share"].value
-        for model, rows in published_heads().groupby("model")
-    }
-    assert shares == pytest.approx(
-        {"pythia-160m": 0.34, "gpt2-small": 0.32, "pythia-410m": 0.25, "gpt2-medium": 0.30}, abs=0.01
-    )
 
 
 def test_scale_ratios_by_hand():
@@ -201,87 +87,127 @@ def test_one_head_of_two_models_under_every_ablation():
         assert row[6] == (one.all_tokens > 1).mean()
 
 
-def test_counting_table_has_a_row_for_each_model_and_way():
-    measured = Breakdown.of_sweep(fake_sweep(), FRACTION, 30).over_heads("layernorm")
-    released = Breakdown.of_table(published_heads().query("model == 'gpt2-small'")).over_heads("layernorm")
-    table = counting_table({"fake": measured, "published": released})
-    assert table["way"].tolist() == 2 * list(WAYS) and table["model"].tolist() == 4 * ["fake"] + 4 * [
-        "published"
-    ]
-    for row in table.iloc[:4].itertuples():
-        samples = measured[row.way].samples
-        assert row.estimate == measured[row.way].value
-        assert (row.low, row.high) == pytest.approx(tuple(np.quantile(samples, [0.025, 0.975])))
-    assert table.loc[4:, ["low", "high"]].isna().all(axis=None) and np.isfinite(table["estimate"]).all()
-
-
-def test_claims_by_hand():
-    kinds = {
-        kind: fake_sweep(seed, "gpt_neox", kind) for seed, kind in enumerate(("resample", "mean", "zero"))
-    }
-    found = layernorm_statistics(kinds, FRACTION, 10)
+def plain_statistics(kinds, prompts=range(PROMPTS)):
+    """Of sweeps by kind of ablation, the prompts as often as they are named."""
     every = [(layer, head) for layer in range(LAYERS) for head in range(HEADS)]
-    shares = [
-        statistics.fmean(counted(tokens_of(one, *head), "layernorm")["clipped"] for head in every)
-        for one in kinds.values()
-    ]
-    first = kinds["resample"]
+    shares, floors = (
+        [statistics.fmean(count(tokens_of(one, *head, prompts)) for head in every) for one in kinds.values()]
+        for count in (
+            lambda rows: counted(rows, "layernorm")["clipped"],
+            lambda rows: floor(rows, "layernorm"),
+        )
+    )
+    first = next(iter(kinds.values()))
+    clean, ablated = first["sigma_clean"].values, first["sigma_ablated"].values[-1]
     above = [
         statistics.fmean(
-            row["sigma_clean"] > row["sigma_ablated"] for row in tokens_of(first, LAYERS - 1, head)
+            row["sigma_clean"] > row["sigma_ablated"] for row in tokens_of(first, LAYERS - 1, head, prompts)
         )
         for head in range(HEADS)
     ]
-    later = [row for layer in (2, 3) for head in range(HEADS) for row in tokens_of(first, layer, head)]
-    assert {name: estimate.value for name, estimate in found.items()} == pytest.approx(
+    everywhere = [
+        clean[prompt, position] > ablated[head, prompt, position]
+        for head in range(HEADS)
+        for prompt in prompts
+        for position in range(clean.shape[1])
+    ]
+    later = [tokens_of(first, layer, head, prompts) for layer in (2, 3) for head in range(HEADS)]
+    mlps, effects = (
+        sum(statistics.fmean(row[name] for row in rows) for rows in later)
+        for name in ("mlps", "direct_effect")
+    )
+    return {
+        "layernorm-clipped-share": shares[0],
+        "layernorm-clipped-floor": floors[0],
+        "sigma-falls-last-layer": statistics.fmean(above),
+        "sigma-falls-all-tokens": statistics.fmean(everywhere),
+        "layernorm-share-over-ablations": max(shares) - min(shares),
+        "layernorm-floor-over-ablations": max(floors) - min(floors),
+        "mlp-repair-pythia": mlps / effects,
+    }
+
+
+def test_claims_and_their_controls_by_hand():
+    """Values, and every sample as counting the drawn prompts anew gives it."""
+    kinds = {
+        kind: fake_sweep(seed, "gpt_neox", kind) for seed, kind in enumerate(("resample", "mean", "zero"))
+    }
+    found = layernorm_statistics(kinds, FRACTION, 3, seed=1)
+    assert {name: one.value for name, one in found.items()} == pytest.approx(plain_statistics(kinds))
+    for sample, weights in enumerate(bootstrap_weights(PROMPTS, 3, 1)):
+        drawn = [prompt for prompt, count in enumerate(weights) for _ in range(int(count))]
+        for name, value in plain_statistics(kinds, drawn).items():
+            assert found[name].samples[sample] == pytest.approx(value), name
+    used = {claim.statistic for claim in load_claims() if claim.notebook == "03"}
+    assert set(found) == used | {load_statistics()[name].control_id for name in used} - {None}
+    alone = layernorm_statistics({"zero": fake_sweep()}, FRACTION, 10)
+    assert len(alone) == 4 and not any("over-ablations" in name for name in alone)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "neox-parallel", "llama-gqa"])
+def test_claims_against_full_forward_passes(family, name):
+    """Every statistic and its control, from plain float64 models."""
+    model, hf = family(name)
+    tokens = random_tokens(8)
+    inputs = {"tokens": of_prompts(Prompts(tokens.numpy(), "random"))}
+    found = layernorm_statistics(
+        {
+            kind: MEASUREMENT.compute(model, {"ablation": kind}, inputs, 0).assign_attrs(
+                model=model.name, architecture="gpt_neox"
+            )
+            for kind in ("resample", "zero")
+        },
+        0.25,
+        2,
+    )
+    n_layers, n_heads = model.n_layers, model.n_heads
+    clipped, floors, top_falls, all_falls, mlps, effects = {}, {}, [], [], 0.0, 0.0
+    for kind in ("resample", "zero"):
+        clipped[kind], floors[kind] = [], []
+        for layer in range(n_layers):
+            for head in range(n_heads):
+                wanted = reference.ablate(hf, tokens, layer, head, kind)
+                effect = wanted["direct_effect"].flatten()
+                top = effect.argsort(descending=True)[:22]  # a quarter of 88
+                ratio = (wanted["layernorm_formula"].flatten() / effect)[top]
+                clipped[kind].append(ratio.clamp(0, 1).mean().item())
+                floors[kind].append(ratio.abs().clamp(max=1).mean().item() / 2)
+                falls = (wanted["sigma_clean"] > wanted["sigma_ablated"]).flatten().double()
+                if kind == "resample" and layer == n_layers - 1:
+                    top_falls.append(falls[top].mean().item())
+                    all_falls.append(falls.mean().item())
+                if kind == "resample" and layer >= round(0.5 * n_layers):
+                    mlps += wanted["self_repair_mlps"].flatten()[top].sum().item()
+                    effects += effect[top].sum().item()
+    shares, levels = ([statistics.fmean(of_kind) for of_kind in by.values()] for by in (clipped, floors))
+    assert {name: one.value for name, one in found.items()} == pytest.approx(
         {
             "layernorm-clipped-share": shares[0],
-            "sigma-falls-last-layer": statistics.fmean(above),
+            "layernorm-clipped-floor": levels[0],
+            "sigma-falls-last-layer": statistics.fmean(top_falls),
+            "sigma-falls-all-tokens": statistics.fmean(all_falls),
             "layernorm-share-over-ablations": max(shares) - min(shares),
-            "mlp-repair-pythia": counted(later, "mlps")["ratio of means"],
-        }
+            "layernorm-floor-over-ablations": max(levels) - min(levels),
+            "mlp-repair-pythia": mlps / effects,
+        },
+        rel=1e-3,
+        abs=1e-4,
     )
-    assert set(found) == {claim.statistic for claim in load_claims() if claim.notebook == "03"}
-    assert len(layernorm_statistics({"zero": fake_sweep()}, FRACTION, 10)) == 2
 
 
-@pytest.mark.parametrize("family", ["gpt2", "neox-parallel", "llama-gqa"])
-def test_what_remains_with_the_norm_frozen(family, tmp_path):
-    """Against a full forward pass with σ_clean forced on the final norm of the ablated run, in float64."""
-    tokens = random_tokens()
-    model = load_family(family, tmp_path)
-    prompts = {"tokens": of_prompts(Prompts(tokens.numpy(), "random"))}
-    dataset = MEASUREMENT.compute(model, {"ablation": "resample"}, prompts, 0).assign_attrs(model=model.name)
-    hf = AutoModelForCausalLM.from_pretrained(save_family(family, tmp_path / "again"), dtype=torch.float64)
-    clean = reference.forward(hf, tokens)
-    n_layers, n_heads = dataset.sizes["layer"], dataset.sizes["head"]
-    norm = (
-        hf.base_model.ln_f
-        if family == "gpt2"
-        else hf.base_model.final_layer_norm
-        if family == "neox-parallel"
-        else hf.base_model.norm
-    )
-    sigma = reference.sigma(hf, clean["residual"][n_layers])[..., None]
-
-    def frozen(_, args):
-        residual = args[0]
-        centred = residual - residual.mean(-1, keepdim=True) if family != "llama-gqa" else residual
-        return norm.weight * centred / sigma + (0 if getattr(norm, "bias", None) is None else norm.bias)
-
-    total, effect = 0.0, 0.0
-    for layer in range(round(0.5 * n_layers), n_layers):
-        for head in range(n_heads):
-            wanted = reference.ablate(hf, tokens, layer, head, "resample")
-            width = clean["z"][layer].shape[-1] // n_heads
-            z = clean["z"][layer][..., head * width : (head + 1) * width].roll(len(tokens) // 2, 0)
-            handle = norm.register_forward_hook(lambda _, args, __: frozen(_, args))
-            ablated = reference.forward(hf, tokens, (layer, head, z))["logits"]
-            handle.remove()
-            change = reference.centred_correct_logit(ablated, tokens) - reference.centred_correct_logit(
-                clean["logits"], tokens
-            )
-            total += (change - (wanted["ablated_direct_effect"] - wanted["direct_effect"])).sum().item()
-            effect += wanted["direct_effect"].sum().item()
-    table = Breakdown.of_sweep(dataset, 1.0, 5).with_norm_frozen().set_index("final norm")
-    assert table.loc["frozen", "estimate"] == pytest.approx(total / effect, rel=1e-4)
+def test_a_model_without_repair_reproduces_nothing():
+    """Its clipped share is in the paper's range, but not above its floor."""
+    measured = {
+        f"model {i}": layernorm_statistics(
+            {kind: without_repair(10 * i + k, kind) for k, kind in enumerate(("resample", "mean", "zero"))},
+            0.1,
+        )
+        for i in range(4)
+    }
+    for found in measured.values():
+        share, level = (found[f"layernorm-clipped-{what}"] for what in ("share", "floor"))
+        assert 0.2 < share.value < 0.4 and share.value == pytest.approx(level.value, abs=0.005)
+    table = claims_table("03", measured)
+    assert set(verdicts(table).values()) <= {"undecided", "not reproduced"}
+    share = table[table["claim"] == "layernorm-share"]
+    assert set(share["holds"]) <= {"open", "no"} and np.isfinite(share["control"]).all()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-KINDS = ("slow", "slurm", "gpu")
+KINDS = ("slow", "slurm", "gpu", "after_run")
 
 
 def mark_of(node):
@@ -82,4 +82,4 @@ def conftest():
         for node in tree.body
         if ast.unparse(node).split(" ")[0] in wanted or getattr(node, "name", "") in wanted
     ]
-    return "import pytest\n" + "\n".join(map(ast.unparse, kept))
+    return "import pytest\nfrom collections import Counter\n" + "\n".join(map(ast.unparse, kept))

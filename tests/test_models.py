@@ -64,6 +64,7 @@ def test_card_and_table_are_what_was_measured(name):
     assert table == render_table(METRICS)
 
 
+@pytest.mark.slow("the model cards say what the models do")
 @pytest.mark.parametrize("name", embedded_models())
 def test_recall_of_a_model_is_what_its_card_says(name):
     """A slow count over some prompts, one forward pass each, within sampling error of the card's share."""

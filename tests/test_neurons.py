@@ -1,5 +1,5 @@
-"""Neurons against full hooked forward passes of plain Hugging Face models, and summaries against loops over
-tokens."""
+"""Neurons against full hooked forward passes of plain Hugging Face models: what is measured, and its tables
+and figures."""
 
 import dataclasses
 import functools
@@ -12,29 +12,24 @@ import pytest
 import reference
 import torch
 from families import ALL_FAMILIES, PARALLEL, load_family, random_tokens
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from matplotlib.patches import Rectangle
 
-from selfrepair.analysis import neuron_repair
-from selfrepair.analysis.claims import load_claims
-from selfrepair.analysis.neuron_repair import (
-    NeuronRepair,
-    chance_overlap,
-    mean_overlap,
-    pair_overlaps,
-    repairs_by_head,
-)
-from selfrepair.analysis.neurons import ModelNeurons
+from selfrepair.analysis.claims import claims_table
+from selfrepair.analysis.neuron_repair import repairs_of, totals_of
+from selfrepair.analysis.neuron_sets import chance_overlap, mean_overlap, pair_overlaps
+from selfrepair.analysis.neurons import ModelNeurons, by_selection, claimed, statistics_table
+from selfrepair.analysis.rules import load_claims, load_statistics
 from selfrepair.engine.ablations import ABLATIONS, find_ablation
 from selfrepair.engine.head_ablation import ablate_heads
 from selfrepair.engine.sites import HEADS
 from selfrepair.errors import NotMeasurable, UserError
 from selfrepair.measure import heads, neuron_effects, neurons, pairs
-from selfrepair.measure.neuron_effects import Combination, NeuronEffects
-from selfrepair.measure.neurons import HeadTokens, repairing_neurons, summarize
+from selfrepair.measure.neuron_summary import SELECTIONS, HeadTokens
+from selfrepair.measure.neurons import repairing_neurons
 from selfrepair.measure.task import Task
 from selfrepair.measure.tokens import of_prompts
 from selfrepair.plots import neurons as figures
+from selfrepair.plots import top_neurons as top_figures
 from selfrepair.store.stores import open_store
 from selfrepair.text.corpora import Prompts
 
@@ -203,7 +198,8 @@ def test_chunks_bound_what_is_held_and_change_nothing(family, name, monkeypatch)
 
 
 def on_all_tokens(tokens):
-    return HeadTokens(np.ones(everywhere(tokens).shape), everywhere(tokens))
+    ones = np.ones(everywhere(tokens).shape)
+    return HeadTokens(ones, ones, ones, np.ones((*ones.shape, len(SELECTIONS)), dtype=bool))
 
 
 def test_nothing_kept_grows_with_tokens_times_neurons(family):
@@ -214,89 +210,9 @@ def test_nothing_kept_grows_with_tokens_times_neurons(family):
     assert set(kept) == {(1, h, mlp) for h in range(N_HEADS) for mlp in (1, 2)}
     n_tokens = tokens.numel() - len(tokens)
     for of_combination in kept.values():
-        assert of_combination.sizes["row"] == n_tokens and of_combination.sizes["neuron"] == 128
-        assert all(array.size <= max(20 * n_tokens, 2 * 128) for array in of_combination.data_vars.values())
-
-
-def repair_of(clean, change, direct_effect, prompt=None, head=0):
-    """Of one chunk of tokens in MLP 2 after a head of layer 1."""
-    n = len(clean)
-    prompt = torch.arange(n) if prompt is None else torch.as_tensor(prompt)
-    of = Combination(1, head, 2)
-    effects = NeuronEffects(
-        of, prompt, torch.arange(n), torch.as_tensor(clean).double(), torch.as_tensor(change).double()
-    )
-    kept = neurons._assembled({of: summarize(effects, torch.as_tensor(direct_effect).double())})
-    return repairs_by_head(kept)[1, head][2]
-
-
-def test_by_hand():
-    repair = repair_of(
-        [[2.0, 1, -1, -1, 1], [1, 1, 1, 1, -1]], [[-5.0, 3, 4, 2, 1], [0, 0, 0, 0, 0]], [10.0, 10]
-    )
-    assert repair.moved.tolist() == [True, False]
-    assert repair.largest[0].tolist() == [4, 3, 2, 1, -5] and repair.repairers[0].tolist() == [2, 1, 3, 4, 0]
-    assert repair.n_for_half[0] == 2 and np.isnan(repair.n_for_half[1])  # 4 + 3 of 10
-    assert repair.repair.tolist() == [10, 0] and repair.repair_by_erasing.tolist() == [6, 0]
-    assert repair.harm.tolist() == [-5, 0] and repair.harm_by_supporting.tolist() == [-5, 0]
-    np.testing.assert_allclose(repair.share_by_rank, np.array([[4, 7, 9, 10, 10], [5, 5, 5, 5, 5]]) / 15)
-    assert repair.clean_by_rank.tolist() == [[-1, 1, -1, 1, 0], [2, 0, 0, 0, 0]]
-    assert repair.tokens_by_rank.tolist() == [[1, 1, 1, 1, 0], [1, 0, 0, 0, 0]]
-    assert repair.clean_by_neuron.tolist() == [3, 2, 0, 0, 0] and repair.change_by_neuron.tolist() == [
-        -5,
-        3,
-        4,
-        2,
-        1,
-    ]
-    alone = repair.repaired_alone(np.ones((1, 2))).value
-    assert alone[0].tolist() == [0, 0, 0, 0, 0]  # half of the direct effect would be 5
-    assert alone[1].tolist() == [0.5, 0.5, 0.5, 0.5, 0]  # at least a tenth, on one of two tokens
-    assert (
-        repair_of([[1.0, 1]], [[1.0, -2]], [-1.0]).repaired_alone(np.ones((1, 1))).value.max() == 0
-    )  # nothing to repair
-    assert repair_of([[-1.0, -2]], [[0.5, 0.5]], [1.0]).n_for_half[0] == 1  # half is reached exactly
-
-
-@settings(max_examples=40, deadline=None)
-@given(n_tokens=st.integers(1, 8), n_neurons=st.integers(1, 40), seed=st.integers(0, 999))
-def test_summaries_equal_loops(n_tokens, n_neurons, seed):
-    rng = np.random.default_rng(seed)
-    clean, change = rng.normal(size=(2, n_tokens, n_neurons))
-    effect = rng.normal(1, 1, n_tokens)
-    halves = [
-        repair_of(clean[i::2], change[i::2], effect[i::2], np.arange(n_tokens)[i::2])
-        for i in range(2)
-        if len(clean[i::2])
-    ]
-    repair = NeuronRepair.joined(halves)
-    assert repair.prompt.tolist() == list(range(n_tokens))
-    curve = np.zeros((2, n_neurons))
-    for t in range(n_tokens):
-        ranked = sorted(range(n_neurons), key=lambda n: -change[t, n])
-        assert repair.repairers[t].tolist() == ranked[:20]
-        assert repair.erasers[t].tolist() == sorted(range(n_neurons), key=lambda n: clean[t, n])[:20]
-        np.testing.assert_allclose(repair.largest[t], [change[t, n] for n in ranked[:10]])
-        ups = [change[t, n] for n in ranked if change[t, n] > 0]
-        wanted = next((k for k in range(1, len(ups) + 1) if sum(ups[:k]) >= sum(ups) / 2 - 1e-12), np.nan)
-        np.testing.assert_equal(repair.n_for_half[t], wanted)
-        assert repair.repair_by_erasing[t] == pytest.approx(
-            sum(change[t, n] for n in ranked if change[t, n] > 0 > clean[t, n])
-        )
-        assert repair.harm_by_supporting[t] == pytest.approx(
-            sum(change[t, n] for n in ranked if change[t, n] < 0 < clean[t, n])
-        )
-        for k in range(n_neurons):
-            curve[0, k] += sum(max(0, change[t, n]) for n in ranked[: k + 1]) / np.abs(change[t]).sum()
-            curve[1, k] += sum(max(0, -change[t, n]) for n in ranked[::-1][: k + 1]) / np.abs(change[t]).sum()
-    np.testing.assert_allclose(repair.share_by_rank, curve)
-    np.testing.assert_allclose(repair.change_by_neuron, change.sum(0))
-    alone = repair.repaired_alone(np.ones((1, n_tokens))).value
-    for (i, threshold), n in itertools.product(
-        enumerate((0.5, 0.1, 0.05, 0.025, 0.01)), range(min(10, n_neurons))
-    ):
-        hits = [effect[t] > 0 and sorted(change[t])[-1 - n] / effect[t] >= threshold for t in range(n_tokens)]
-        assert alone[i, n] == pytest.approx(np.mean(hits))
+        for dims, values in of_combination.values():
+            assert values.shape[0] == (n_tokens if dims[0] == "row" else 2 if dims[0] == "side" else 128)
+            assert values.size <= max(20 * n_tokens, 2 * 128)
 
 
 def test_tokens_on_which_nothing_can_change_are_marked(family):
@@ -309,70 +225,9 @@ def test_tokens_on_which_nothing_can_change_are_marked(family):
         model, tokens, prepared(model, tokens, "resample"), {(2, 1): on_all_tokens(tokens)}
     )
     (kept,) = found.values()
-    assert (kept["moved"] == (kept["position"] >= 4)).all()
-    assert (np.isfinite(kept["n_for_half"]) == kept["moved"]).all()
-
-
-@pytest.mark.parametrize(("n", "size"), [(5, 2), (6, 3), (7, 3), (4, 4), (9, 1)])
-def test_chance_overlap_is_that_of_all_pairs_of_sets(n, size):
-    sets = [set(chosen) for chosen in itertools.combinations(range(n), size)]
-    wanted = np.mean([len(a & b) / len(a | b) for a in sets for b in sets])
-    assert chance_overlap(n, size) == pytest.approx(wanted, abs=1e-12)
-
-
-def test_random_sets_overlap_by_chance():
-    rng = np.random.default_rng(0)
-    change = rng.normal(size=(300, 60))
-    repair = repair_of(-change, change, np.ones(300))
-    assert mean_overlap(pair_overlaps(repair, repair, 300), np.ones((1, 300))).value == pytest.approx(
-        chance_overlap(60, 20), abs=0.002
-    )
-
-
-@settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 999), at_once=st.sampled_from((1, 700, 10**6)))
-def test_overlaps_equal_loops_over_pairs(seed, at_once):
-    rng = np.random.default_rng(seed)
-    parts = []
-    for head in range(2):
-        prompt = rng.integers(0, 4, 7)
-        change = rng.normal(size=(7, 30))
-        change[rng.integers(7)] = 0  # not moved: in no pair
-        parts.append(repair_of(-change, change, np.ones(7), prompt, head))
-    weights = np.concatenate([np.ones((1, 4)), rng.integers(0, 3, (3, 4))])
-    original, neuron_repair.COMPARED_AT_ONCE = neuron_repair.COMPARED_AT_ONCE, at_once
-    try:
-        found = [mean_overlap(pair_overlaps(parts[0], other, 4), weights).drawn for other in parts]
-    finally:
-        neuron_repair.COMPARED_AT_ONCE = original
-    for got, other in zip(found, parts, strict=True):
-        for sample, counts in enumerate(weights):
-            drawn = [p for p in range(4) for _ in range(int(counts[p]))]  # whole prompts, as often as drawn
-            tokens = [
-                [t for p in drawn for t in np.flatnonzero((r.prompt == p) & r.moved)]
-                for r in (parts[0], other)
-            ]
-            wanted = []
-            for a, b in itertools.product(*tokens):
-                if parts[0].prompt[a] != other.prompt[b]:
-                    one, two = set(parts[0].repairers[a].tolist()), set(other.repairers[b].tolist())
-                    wanted.append(len(one & two) / len(one | two))
-            np.testing.assert_allclose(got[sample], np.mean(wanted) if wanted else np.nan)
-
-
-def test_ratios_draw_whole_prompts():
-    rng = np.random.default_rng(3)
-    prompt = np.array([0, 0, 1, 3, 3, 3])
-    repair = repair_of(rng.normal(size=(6, 4)), rng.normal(size=(6, 4)), np.ones(6), prompt)
-    top, bottom = rng.random((2, 6))
-    weights = np.array([[1.0, 1, 1, 1], [2, 0, 1, 1], [0, 0, 4, 0]])
-    wanted = []
-    for counts in weights:
-        drawn = [t for p in range(4) for _ in range(int(counts[p])) for t in np.flatnonzero(prompt == p)]
-        wanted.append(top[drawn].sum() / bottom[drawn].sum() if drawn else np.nan)
-    np.testing.assert_allclose(repair.token_ratio(top, bottom, weights).drawn, wanted)
-    twice = repair.token_ratio(np.stack([top, 2 * top]), bottom, weights)
-    np.testing.assert_allclose(twice[1].drawn, 2 * np.array(wanted))
+    moved, position, n_for_half = (kept[name][1] for name in ("moved", "position", "n_for_half"))
+    assert (moved == (position >= 4)).all()
+    assert ((n_for_half > 0) == moved[:, None]).all()
 
 
 SETTINGS = {"n_prompts": 8, "ablation": "resample", "dtype": "float32", "fraction": 0.5, "head": None}
@@ -405,11 +260,12 @@ def measured(tmp_path_factory):
     return measure
 
 
-@pytest.mark.parametrize("fraction", (0.5, 0.01))
-def test_shards_merge_to_one_computation(monkeypatch, tmp_path, fraction):
-    """One token for each head leaves most shards without tokens of some heads, and one without any."""
+@pytest.mark.slow("shards of neurons are one computation")
+@pytest.mark.parametrize(("fraction", "n_prompts", "n_with_tokens"), [(0.5, 8, 4), (0.001, 32, 8)])
+def test_shards_merge_to_one_computation(monkeypatch, tmp_path, fraction, n_prompts, n_with_tokens):
+    """One token for each head and selection leaves most shards without tokens of some, and some without any."""
     model = load_family("llama", tmp_path)
-    np.save(tmp_path / "tokens.npy", random_tokens(8).numpy())
+    np.save(tmp_path / "tokens.npy", random_tokens(n_prompts).numpy())
     text = {
         "text": None,
         "dataset": None,
@@ -417,27 +273,28 @@ def test_shards_merge_to_one_computation(monkeypatch, tmp_path, fraction):
         "prompt_len": 12,
         "seed": 0,
     }
-    task = Task(
-        "neurons", str(tmp_path / "llama"), SETTINGS | text | {"fraction": fraction}, tmp_path / "measured"
-    )
+    wanted = SETTINGS | text | {"fraction": fraction, "n_prompts": n_prompts}
+    task = Task("neurons", str(tmp_path / "llama"), wanted, tmp_path / "measured")
     with monkeypatch.context() as patch:
         patch.setattr(pairs, "SHARD_PAIRS", 1)
-        assert len(task.shards) == 4
+        assert len(task.shards) == n_prompts // 2
         merged = open_store(task.merge([model]))
     assert len(task.shards) == 1
     whole = task.computed_again(model, 0)
-    assert merged.sizes["shard"] == 4 and whole.sizes["shard"] == 1
-    assert len(np.unique(merged["made_in_shard"])) == (4 if fraction == 0.5 else 3)
+    assert merged.sizes["shard"] == n_prompts // 2 and whole.sizes["shard"] == 1
+    assert len(np.unique(merged["made_in_shard"])) == n_with_tokens
     assert merged.attrs | whole.attrs == merged.attrs
     for name, values in whole.data_vars.items():
         assert (merged[name].dims, merged[name].dtype) == (values.dims, values.dtype)
-    found, wanted = (repairs_by_head(data) for data in (merged, whole))
-    assert found.keys() == wanted.keys()
-    for head, of_mlps in wanted.items():
-        assert found[head].keys() == of_mlps.keys()
-        for mlp, repair in of_mlps.items():
-            for name, values in vars(repair).items():
-                np.testing.assert_allclose(getattr(found[head][mlp], name), values, rtol=1e-4, atol=1e-5)
+    found, wanted = ({**repairs_of(data), "totals": totals_of(data)} for data in (merged, whole))
+    for selection, heads_wanted in wanted.items():
+        assert found[selection].keys() == heads_wanted.keys()
+        for head, of_mlps in heads_wanted.items():
+            assert found[selection][head].keys() == of_mlps.keys()
+            for mlp, repair in of_mlps.items():
+                for name, values in vars(repair).items():
+                    got = getattr(found[selection][head][mlp], name)
+                    np.testing.assert_allclose(got, values, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ("llama", "neox-parallel"))
@@ -451,71 +308,236 @@ def test_heads_are_the_strongest_with_an_mlp_after_them(measured, name):
     last = 1 if name == "neox-parallel" else 2
     assert found.strongest == [(layer, strength[layer].argmax()) for layer in range(2, last + 1)]
     assert found.later_mlps == list(later(name, 1))
-    for head, of_mlps in found.by_head.items():
-        total = sum(repair.repair + repair.harm for repair in of_mlps.values())
+    for head, of_mlps in found.repairs["direct effect"].items():
+        total = sum(repair.mlp_repair for repair in of_mlps.values())
         prompt, position = (getattr(of_mlps[2], axis) for axis in ("prompt", "position"))
         wanted = inputs["heads"]["self_repair_mlps"].values[head][prompt, position]
         np.testing.assert_allclose(total, wanted, atol=1e-4 * np.abs(wanted).max())
+        np.testing.assert_array_equal(of_mlps[2].mlps_repair, wanted)
         assert (of_mlps[2].direct_effect == effect[head][prompt, position]).all()
         assert effect[head][prompt, position].min() >= np.median(effect[head])
+
+
+@pytest.mark.parametrize("name", ("llama", "neox-parallel"))
+def test_tokens_are_selected_by_effect_and_by_what_the_mlps_repair(measured, name):
+    """As in the authors' figure code: by the head's direct effect, or by the sum over all MLPs."""
+    _, inputs, found = measured(name)
+    swept = {key: values.values.astype(np.float64) for key, values in inputs["heads"].data_vars.items()}
+    ranked = {
+        "direct effect": swept["direct_effect"],
+        "repair": swept["self_repair_mlps"],
+        "breakage": -swept["self_repair_mlps"],
+    }
+    repair = swept["logit_change"] - swept["ablated_direct_effect"] + swept["direct_effect"]
+    for selection, by in ranked.items():
+        for head, of_mlps in found.repairs[selection].items():
+            wanted = sorted(by[head].ravel())[::-1][:44]
+            for of_mlp in of_mlps.values():
+                at = of_mlp.prompt, of_mlp.position
+                assert len(set(zip(*at, strict=True))) == 44
+                np.testing.assert_allclose(sorted(by[head][at])[::-1], wanted)
+                np.testing.assert_allclose(of_mlp.self_repair, repair[head][at], atol=1e-5)
+
+
+def head_statistics(repair, mirror, n):
+    """Of one head and MLP, from single tokens, pair by pair; without the overlaps' bootstrap."""
+    alone, broken, first, either = [], [], [], []
+    for t in range(n):
+        alone.append(
+            repair.direct_effect[t] > 0 and repair.largest[t, 0, 0] / repair.direct_effect[t] >= 0.05
+        )
+        broken.append(
+            mirror.direct_effect[t] > 0 and mirror.largest[t, 1, 0] / mirror.direct_effect[t] >= 0.05
+        )
+        first.append(repair.largest_clean[t, 0, 0] < 0)
+        either += [repair.largest_clean[t, 0, 0] < 0, repair.largest_clean[t, 1, 0] > 0]
+    overlaps = []
+    for sets in (repair.repairers, repair.strongest):
+        sets = [set(of.tolist()) for of in sets]
+        two = [(a, b) for a, b in itertools.combinations(range(n), 2) if repair.prompt[a] != repair.prompt[b]]
+        overlaps.append(np.mean([len(sets[a] & sets[b]) / len(sets[a] | sets[b]) for a, b in two]))
+    return {
+        "neurons-for-half": np.mean(repair.n_for_half[:, 0]) / 48,
+        "tokens-repaired-by-one-neuron": np.mean(alone),
+        "tokens-broken-by-one-neuron": np.mean(broken),
+        "repairing-neurons-overlap": overlaps[0],
+        "strongest-neurons-overlap": overlaps[1],
+        "erasing-share": sum(repair.by_erasing[:, 0]) / sum(repair.total[:, 0]),
+        "erasers-part-of-change": sum(repair.changed_by_erasing[:, 0]) / repair.total.sum(),
+        "first-repairer-erases": np.mean(first),
+        "first-changer-erases": np.mean(either),
+        "supporting-share": sum(mirror.by_erasing[:, 1]) / sum(mirror.total[:, 1]),
+    }
 
 
 def test_statistics_are_means_over_the_strongest_heads(measured):
     _, _, found = measured("llama")
     found = dataclasses.replace(found, strongest=[found.chosen, (1, 0), *found.strongest])
-    statistics = found.statistics()
-    names = {claim.statistic for claim in load_claims() if claim.notebook == "04"}
-    assert len(names) == 4 and names < set(statistics)
-    assert all(of.drawn.shape == (1001,) and np.isfinite(of.drawn).all() for of in statistics.values())
-    heads = [found.by_head[head][2] for head in found.strongest]
-    assert list(statistics) == [
-        "neurons-for-half",
-        "tokens-repaired-by-one-neuron",
-        "repairing-neurons-overlap",
-        "erasing-share",
-        "supporting-share",
-    ]
-    half, single, overlap, erasing, supporting = (of.value for of in statistics.values())
-    assert half == pytest.approx(np.mean([h.n_for_half.mean() / 48 for h in heads]))
-    assert single == pytest.approx(
-        np.mean([(h.largest.max(1) / h.direct_effect >= 0.05)[h.direct_effect > 0].sum() / 44 for h in heads])
+    by = by_selection({"llama": found})
+    for (selected, statistics), names in zip(
+        by.items(), (("direct effect", "direct effect"), ("repair", "breakage")), strict=True
+    ):
+        statistics = statistics["llama"]
+        assert all(of.drawn.shape == (1001,) and np.isfinite(of.drawn).all() for of in statistics.values())
+        of_heads = [
+            head_statistics(*(found.repairs[name][head][2] for name in names), 44) for head in found.strongest
+        ]
+        wanted = {name: np.mean([of[name] for of in of_heads]) for name in of_heads[0]}
+        assert statistics.keys() == wanted.keys() | {"neurons-for-half-gaussian"}, selected
+        for name, value in wanted.items():
+            assert statistics[name].value == pytest.approx(value), name
+
+
+def slow_statistics(clean, change, effect, mirrored, prompt):
+    """From all neurons of every token [token, neuron], and of the tokens of the mirror image."""
+    tokens, d_mlp = range(len(clean)), clean.shape[1]
+    half, alone, first, either, erasing, moved, ups = ([] for _ in range(7))
+    sets = {"repairing-neurons-overlap": [], "strongest-neurons-overlap": []}
+    for t in tokens:
+        order = sorted(range(d_mlp), key=lambda n: -change[t, n])
+        up = [change[t, n] for n in order if change[t, n] > 0]
+        half.append(next(k for k in range(1, d_mlp) if sum(up[:k]) >= sum(up) / 2) / d_mlp)
+        alone.append(effect[t] > 0 and up[0] >= 0.05 * effect[t])
+        first.append(clean[t, order[0]] < 0)
+        either += [clean[t, order[0]] < 0, clean[t, order[-1]] < 0]
+        erasing.append(sum(change[t, n] for n in order if change[t, n] > 0 > clean[t, n]))
+        moved.append(sum(abs(change[t, n]) for n in order if clean[t, n] < 0))
+        ups.append(sum(up))
+        sets["repairing-neurons-overlap"].append(set(order[:20]))
+        strongest = sorted(range(d_mlp), key=lambda n: -abs(clean[t, n]))
+        sets["strongest-neurons-overlap"].append(set(strongest[:20]))
+    two = [(a, b) for a, b in itertools.combinations(tokens, 2) if prompt[a] != prompt[b]]
+    overlaps = {
+        name: np.mean([len(of[a] & of[b]) / len(of[a] | of[b]) for a, b in two]) for name, of in sets.items()
+    }
+    other_clean, other_change, other_effect = mirrored
+    down = np.minimum(other_change, 0)
+    return overlaps | {
+        "neurons-for-half": np.mean(half),
+        "tokens-repaired-by-one-neuron": np.mean(alone),
+        "tokens-broken-by-one-neuron": np.mean((other_effect > 0) & (down.min(1) <= -0.05 * other_effect)),
+        "erasing-share": sum(erasing) / sum(ups),
+        "erasers-part-of-change": sum(moved) / np.abs(change).sum(),
+        "first-repairer-erases": np.mean(first),
+        "first-changer-erases": np.mean(either),
+        "supporting-share": down[other_clean > 0].sum() / down.sum(),
+    }
+
+
+def test_statistics_equal_full_passes_in_float64(family):
+    """From the selection of heads and tokens on: nothing of the library but what is compared."""
+    model, hf = family("gpt2", torch.float64)
+    prompts = of_prompts(Prompts(random_tokens(8).numpy(), "random"))
+    swept = heads.MEASUREMENT.compute(model, SETTINGS, {"tokens": prompts}, 0)
+    found = loaded(model, {"tokens": prompts, "heads": swept}, fraction=0.25)
+    tokens = random_tokens(8)
+    slow = {head: reference.ablate(hf, tokens, 2, head, "resample") for head in range(N_HEADS)}
+    strongest = max(slow, key=lambda head: slow[head]["direct_effect"].flatten().sort().values[-22:].sum())
+    assert found.strongest == [(2, strongest)]
+    clean, before = slow_run(hf, tokens)
+    width = clean["z"][2].shape[-1] // N_HEADS
+    part = slice(strongest * width, (strongest + 1) * width)
+    new = reference.replaced("resample", clean["z"][2][..., part], None)
+    _, after = slow_run(hf, tokens, (2, strongest, new))
+    sigma = reference.sigma(hf, clean["residual"][N_LAYERS])
+    effects, ablated = (
+        slow_effects(hf, tokens, of, 2, sigma).detach().flatten(0, 1).numpy() for of in (before, after)
     )
-    assert erasing == pytest.approx(np.mean([h.repair_by_erasing.sum() / h.repair.sum() for h in heads]))
-    assert supporting == pytest.approx(np.mean([h.harm_by_supporting.sum() / h.harm.sum() for h in heads]))
-    by_head = []
-    for h in heads:
-        sets = [set(s.tolist()) for s in h.repairers]
-        pairs = [(a, b) for a, b in itertools.combinations(range(44), 2) if h.prompt[a] != h.prompt[b]]
-        by_head.append(np.mean([len(sets[a] & sets[b]) / len(sets[a] | sets[b]) for a, b in pairs]))
-    assert overlap == pytest.approx(np.mean(by_head))
+    change = ablated - effects
+    effect, mlps = (slow[strongest][name].flatten().numpy() for name in ("direct_effect", "self_repair_mlps"))
+    prompt = np.repeat(np.arange(8), 11)
+    tokens_of = {
+        name: np.argsort(-by)[:22] for name, by in (("effect", effect), ("up", mlps), ("down", -mlps))
+    }
+    for selected, here, there in (
+        ("largest direct effect", "effect", "effect"),
+        ("largest MLP repair", "up", "down"),
+    ):
+        here, there = tokens_of[here], tokens_of[there]
+        mirrored = effects[there], change[there], effect[there]
+        wanted = slow_statistics(effects[here], change[here], effect[here], mirrored, prompt[here])
+        got = found.statistics(selected)
+        assert got.keys() == wanted.keys() | {"neurons-for-half-gaussian"}
+        for name, value in wanted.items():
+            assert got[name].value == pytest.approx(value, abs=1e-9), (selected, name)
+
+
+def test_claims_are_about_the_tokens_that_the_paper_selects(measured):
+    _, _, found = measured("llama")
+    by = by_selection({"llama": found})
+    made = claimed(by)["llama"]
+    by_effect, by_repair = (of["llama"] for of in by.values())
+    for name, estimate in made.items():
+        assert estimate is (by_repair if name.startswith("first-") else by_effect)[name]
+    known = load_statistics()
+    own = [claim for claim in load_claims() if claim.notebook == "04"]
+    assert len(own) == 5
+    for claim in own:
+        assert {claim.statistic, known[claim.statistic].control} < set(made)
+    assert len(claims_table("04", claimed(by))) == 5
+    table = statistics_table(by).set_index(["statistic", "tokens by"])["llama"]
+    assert len(table) == 2 * (len(made) + 1)  # and the mirror image of the erasing share
+    for selected, statistics in by.items():
+        for name, estimate in statistics["llama"].items():
+            assert table[name, selected] == estimate.value
 
 
 def test_a_model_without_later_heads_has_no_statistics(measured):
     _, _, found = measured("neox-parallel")
-    assert (
-        found.strongest == [] and found.statistics() == {}
-    )  # three layers: the later half is the last one alone
+    by = by_selection({"neox": found})
+    assert found.strongest == []  # three layers: the later half is the last one alone
+    assert claimed(by) == {"neox": {}}
+    assert all(models == {"neox": {}} for models in by.values())
+    assert set(claims_table("04", claimed(by))["holds"]) == {""}
+    assert statistics_table(by).empty and len(top_figures.against_controls(by).axes) == 6
 
 
 def test_tables(measured):
     model, inputs, found = measured("llama")
     layer, head = found.chosen
     alone = found.single_neurons()
-    assert alone[["heads", "MLP"]].values.tolist() == [
-        [s, m] for m in (1, 2) for s in (f"L1H{head}", "all heads of L1")
+    assert alone[["heads", "MLP", "change"]].values.tolist() == [
+        [s, m, c] for m in (1, 2) for s in (f"L1H{head}", "all heads of L1") for c in ("repairs", "breaks")
     ]
-    assert alone.iloc[2]["≥ 0.1"] == found.scopes()[f"L1H{head}"].repaired_alone(np.ones((1, 8))).value[1, 0]
-    everyone = found.scopes(1)["all heads of L1"]
+    once = np.ones((1, 8))
+    repair, everyone = found.scopes().values()
+    assert alone.iloc[4]["≥ 0.1"] == repair.repaired_alone(once).value[1, 0]
+    assert alone.iloc[5]["≥ 0.1"] == repair.repaired_alone(once, 1).value[1, 0]
     assert len(everyone.prompt) == N_HEADS * 44 and set(everyone.head) == set(range(N_HEADS))
     overlaps = found.overlaps()
     assert overlaps["chance"].unique().tolist() == [chance_overlap(48, 20)]
-    heads = [found.by_head[1, h][2] for h in range(N_HEADS)]
-    pairs = sum(pair_overlaps(a, b, 8) for a, b in zip(heads, [*heads[1:], heads[0]], strict=True))
-    assert overlaps.iloc[5]["overlap"] == pytest.approx(mean_overlap(pairs, np.ones((1, 8))).value)
-    assert ((overlaps["low"] <= overlaps["overlap"]) & (overlaps["overlap"] <= overlaps["high"])).all()
+    for kind, column in (("repairers", "overlap"), ("strongest", "strongest")):
+        heads = [found.repairs["direct effect"][1, h][2].sets(kind) for h in range(N_HEADS)]
+        two = sum(pair_overlaps(a, b, 8) for a, b in zip(heads, [*heads[1:], heads[0]], strict=True))
+        assert overlaps.iloc[5][column] == pytest.approx(mean_overlap(two, once).value)
+        low, high = (overlaps[f"{column} {end}"] for end in ("low", "high"))
+        assert ((low <= overlaps[column]) & (overlaps[column] <= high)).all()
+
+    parts = found.mlp_parts()
+    assert parts["of"].tolist() == ["all later MLPs", "last MLP"] * 2
+    for row, of, part in ((0, repair, repair.mlps_repair), (3, everyone, everyone.mlp_repair)):
+        assert parts.iloc[row]["part"] == pytest.approx(part.mean())
+        assert parts.iloc[row]["repaired"] == (of.self_repair > 0).mean()
+
+    first = found.first_neurons()
+    assert first["change"].tolist() == ["repairs", "breaks"] * 2
+    (_, broken) = found.scopes("breakage").values()
+    supports = [broken.largest_clean[t, 1, 0] < 0 for t in range(N_HEADS * 44)]
+    assert first.iloc[3]["erases"] == pytest.approx(np.mean(supports))
+    part = [
+        sum(few[1]) / -mlps for few, mlps in zip(broken.largest, broken.mlps_repair, strict=True) if mlps < 0
+    ]
+    assert first.iloc[3]["few of MLPs"] == pytest.approx(np.median(part))
+
+    often = found.frequencies()
+    counts = [sum(n in of[:10] for of in repair.repairers.tolist()) for n in range(48)]
+    assert often["neurons"].tolist() == ["repairers", "strongest", "random"] * 2
+    assert often.iloc[0]["first"] == max(counts) / 44
+    assert often.iloc[0]["ten"] == pytest.approx(sum(sorted(counts)[-10:]) / 440)
+    assert often.iloc[0]["ever"] == np.mean([count > 0 for count in counts])
 
     mask = np.zeros((8, 11), dtype=bool)
-    mask[found.by_head[layer, head][1].prompt, found.by_head[layer, head][1].position] = True
+    mask[repair.prompt, repair.position] = True
     tokens = torch.from_numpy(inputs["tokens"]["token"].values)
     effects = dense(effects_of(model, tokens, "resample", {(layer, head): mask}), mask.shape)
     clean, change = (
@@ -538,10 +560,7 @@ def test_tables(measured):
     assert first["tokens erased most often"].startswith(tuple(repr(text) for text in decoded))
 
     examples = found.examples(n=3)
-    best = sorted(
-        -found.by_head[layer, head][2].direct_effect[found.by_head[layer, head][2].prompt == p].max()
-        for p in range(8)
-    )[:3]
+    best = sorted(-repair.direct_effect[repair.prompt == p].max() for p in range(8))[:3]
     np.testing.assert_allclose(examples["direct effect"], np.negative(best))
 
 
@@ -560,10 +579,10 @@ def test_a_model_without_a_later_mlp_is_not_measurable(measured):
     model, inputs, _ = measured("neox-parallel")
     one = dataclasses.replace(model, blocks=model.blocks[:1])
     with pytest.raises(NotMeasurable, match="no MLP comes after any of its heads"):
-        neurons.HeadChoice.of(one, inputs["heads"]["direct_effect"], 0.1, None)
+        neurons.HeadChoice.of(one, inputs["heads"], 0.1, None)
     sequential, inputs, _ = measured("llama")
     first = dataclasses.replace(sequential, blocks=sequential.blocks[:1])
-    assert neurons.HeadChoice.of(first, inputs["heads"]["direct_effect"], 0.1, None).chosen[0] == 0
+    assert neurons.HeadChoice.of(first, inputs["heads"], 0.1, None).chosen[0] == 0
 
 
 def test_a_chosen_head_is_taken(measured):
@@ -576,31 +595,72 @@ def test_a_chosen_head_is_taken(measured):
     )
 
 
+def shown_lines(axis, style="-"):
+    return [line for line in axis.lines if line.get_linestyle() == style]
+
+
 def test_figures_show_the_numbers(measured):
     models = [measured(name)[2] for name in ("llama", "neox-parallel")]
+    scopes = [repair for model in models for repair in model.scopes().values()]
+    once = np.ones((1, 8))
     figure = figures.single_neurons(models)
-    for axis, repair in zip(
-        np.array(figure.axes).reshape(2, 2).T.flat,
-        [r for m in models for r in m.scopes().values()],
-        strict=True,
-    ):
-        lines = np.stack([line.get_ydata() for line in axis.lines])
-        np.testing.assert_array_equal(lines, repair.repaired_alone(np.ones((1, 8))).value)
+    for axis, repair in zip(np.array(figure.axes).reshape(2, 2).T.flat, scopes, strict=True):
+        for style, side in (("-", 0), ("--", 1)):
+            lines = np.stack([line.get_ydata() for line in shown_lines(axis, style)])
+            np.testing.assert_array_equal(lines, repair.repaired_alone(once, side).value)
     figure = figures.cumulative_change(models)
     ends = [line.get_ydata()[-1] for line in figure.axes[0].lines]
-    assert sum(ends) == pytest.approx(1)  # all repairing and all harming neurons make up the whole change
-    repair = next(iter(models[0].scopes().values()))
-    colours = figure.axes[0].collections[0].get_array()
-    assert colours[0] == pytest.approx(repair.clean_by_rank[0, 0] / repair.tokens_by_rank[0, 0])
+    assert sum(ends) == pytest.approx(1)  # all repairing and all breaking neurons make up the whole change
+    totals = next(iter(models[0].total_scopes().values()))
+    for side, sign in ((0, 1), (1, -1)):
+        colours = figure.axes[0].collections[side].get_array()
+        assert colours[0] == pytest.approx(
+            sign * totals.clean_by_rank[side, 0] / totals.tokens_by_rank[side, 0]
+        )
     figure = figures.neurons_for_half(models)
-    assert figure.axes[0].lines[0].get_xdata().max() == pytest.approx(100 * repair.n_for_half.max() / 48)
+    for line, side in zip(figure.axes[0].lines[:2], (0, 1), strict=True):
+        assert line.get_xdata().max() == pytest.approx(100 * scopes[0].n_for_half[:, side].max() / 48)
     table = pd.concat([model.overlaps() for model in models])
     shown = {round(float(x), 9) for line in figures.overlaps(table).axes[0].lines for x in line.get_xdata()}
-    assert shown == {round(float(x), 9) for x in table[["overlap", "low", "high", "chance"]].values.flat}
-    statistics = {"llama": models[0].statistics()}
-    shown = [
-        line.get_xdata()[0]
-        for line in figures.erasure_shares(statistics).axes[0].lines
-        if len(line.get_xdata()) == 1
-    ]
-    assert shown == [statistics["llama"][name].value for name in ("erasing-share", "supporting-share")]
+    kinds = [f"{kind}{end}" for kind in ("overlap", "strongest") for end in ("", " low", " high")]
+    assert shown == {round(float(x), 9) for x in table[[*kinds, "chance"]].values.flat}
+
+
+def test_figures_after_the_authors_code_show_the_numbers(measured):
+    models = [measured(name)[2] for name in ("llama", "neox-parallel")]
+    axis = top_figures.parts_of_self_repair(models).axes[0]
+    means = [line.get_xdata()[0] for line in axis.lines]
+    row = models[0].mlp_parts().iloc[2]
+    np.testing.assert_allclose(means, [100 * row["clipped"], 100 * row["floor"]])
+    bars = [bar.get_height() for bar in axis.patches[:20]]
+    assert sum(bars) == pytest.approx(1) and bars[0] > 0
+
+    few = top_figures.few_neurons(models).axes
+    heights = [bar.get_height() for bar in few[0].patches if isinstance(bar, Rectangle)]
+    (_, repair) = models[0].scopes("repair").values()
+    share = np.minimum(repair.largest[:, 0].sum(1) / repair.mlps_repair, 3)[repair.mlps_repair > 0]
+    np.testing.assert_allclose(heights, np.histogram(share, 30, (0, 3))[0] / len(share))
+
+    first = top_figures.first_neuron(models).axes
+    for axis, selection, side in ((first[0], "direct effect", 0), (first[4], "breakage", 1)):
+        repair = next(iter(models[0].scopes(selection).values()))
+        clean = repair.largest_clean[:, side, 0]
+        points = np.stack([clean, clean + repair.largest[:, side, 0]], 1)
+        np.testing.assert_allclose(axis.collections[0].get_offsets(), points)
+        assert f"{100 * (clean < 0).mean():.0f} %" in axis.texts[0].get_text()
+
+    axis = top_figures.frequencies(models).axes[0]
+    repair = next(iter(models[0].scopes().values()))
+    counts = sorted((sum(n in of[:10] for of in repair.repairers.tolist()) for n in range(48)), reverse=True)
+    np.testing.assert_allclose(axis.lines[0].get_ydata(), 100 * np.array(counts) / 44)
+
+    found = by_selection({"llama": models[0], "neox": models[1]})
+    known = load_statistics()
+    axes = top_figures.against_controls(found).axes
+    claims = [claim for claim in load_claims() if claim.notebook == "04"]
+    for axis, claim in zip(axes, claims, strict=False):
+        names = [claim.statistic, known[claim.statistic].control]
+        names += ["supporting-share"] if claim.id == "erasure-neurons" else []
+        points = [line.get_xdata()[0] for line in axis.lines if len(line.get_xdata()) == 1]
+        assert points == [of["llama"][name].value for of in found.values() for name in names]
+        assert [label.get_text() for label in axes[0].get_yticklabels()] == ["llama"]

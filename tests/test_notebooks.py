@@ -4,14 +4,17 @@ import json
 import re
 
 import nbformat
+import pandas as pd
 import papermill
 import pytest
 
 from selfrepair.analysis.claims import read_claims, to_markdown
 from selfrepair.cli.main import main
 from selfrepair.measure.measurement import find_measurement, measurement_names
-from selfrepair.paths import FIGURES, README
+from selfrepair.paths import FIGURES, README, REPOSITORY
 from selfrepair.run.notebooks import Notebook, all_notebooks
+from selfrepair.run.study import Study
+from selfrepair.run.workflow import notebook_keys
 
 PARAMETERS = {"model", "profile", "n_prompts", "seed", "device", "ablation", "fraction", "out_dir"}
 ALL = all_notebooks()
@@ -115,6 +118,26 @@ def test_committed_claims_are_those_of_the_notebooks_and_the_readme():
         ]
         (shown[notebook.number],) = [text for text in outputs if text.startswith("| claim |")]
     assert shown == {number: to_markdown(of_one) for number, of_one in table.groupby("notebook")}
+
+
+@pytest.mark.slow("the committed page shows what today's code and notebooks make, from a clean commit")
+def test_the_committed_page_is_of_these_notebooks_and_of_a_clean_commit():
+    """Else ``./run_all.sh --update`` makes it so; commit what it changes."""
+    page = (FIGURES / "pocket" / "index.html").read_text(encoding="utf-8")
+    noted = dict(re.findall(r"<dt>([^<]+)</dt>\n<dd>\s*([^<]+?)\s*</dd>", page))
+    assert re.fullmatch("[0-9a-f]{40}", noted["commit"])
+    keys = notebook_keys(Study.of("pocket"))
+    assert {stem: noted[stem] for stem in keys} == keys
+
+
+@pytest.mark.after_run("the numbers that are committed and shown in the README are those of a run")
+def test_a_run_makes_the_committed_claims_again():
+    """Numbers to a thousandth or a millionth, because machines round differently."""
+    made, committed = (
+        read_claims(folder / "claims.csv")
+        for folder in (REPOSITORY / "results" / "pocket" / "figures", FIGURES / "pocket")
+    )
+    pd.testing.assert_frame_equal(made, committed, rtol=1e-3, atol=1e-6)
 
 
 @of_each

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from selfrepair.errors import NotMeasurable, UserError
+from selfrepair.measure.task import Task
 from selfrepair.models.loading import load_model
 from selfrepair.run import workflow
 from selfrepair.run.marks import forget_stale, mark, say_done
@@ -81,6 +82,7 @@ def measured(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow("every stage leaves the stores that the plan names")
 def test_stages_leave_what_the_plan_names_and_marks_that_answer_for_it(measured):
     here = study(measured)
     for stage, units in enumerate(plan(here)["models"][MODEL]["stages"]):
@@ -100,6 +102,7 @@ def test_stages_leave_what_the_plan_names_and_marks_that_answer_for_it(measured)
     assert list(measured.glob("measured/*.shards")) == []
 
 
+@pytest.mark.slow("a run that goes on loads no model in vain")
 def test_what_is_measured_is_not_measured_again(measured, monkeypatch):
     monkeypatch.setattr(Study, "load", lambda *_: pytest.fail("loaded again"))
     measure(study(measured), MODEL)
@@ -128,7 +131,7 @@ def test_what_a_model_cannot_be_measured_on_is_passed_over_and_what_fails_stops_
     """As a model of one layer, which has no layer before."""
     made = []
 
-    class Task:
+    class Made(Task):
         def __init__(self, label, error=None):
             self.label, self.error = label, error
 
@@ -142,9 +145,9 @@ def test_what_a_model_cannot_be_measured_on_is_passed_over_and_what_fails_stops_
 
     monkeypatch.setattr(Study, "load", lambda *_: [])
     tasks = [
-        Task("a", NotMeasurable("one layer")),
-        Task("b", UserError("no room")),
-        Task("c"),
+        Made("a", NotMeasurable("one layer")),
+        Made("b", UserError("no room")),
+        Made("c"),
     ]
     found = workflow._merge_all(study(tmp_path), MODEL, tasks, False)
     assert found == (["no room"], ["a: one layer"]) and made == ["c"]

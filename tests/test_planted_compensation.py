@@ -6,9 +6,9 @@ import torch
 from made_up_facts import ablate_layers, made_up_prompts
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from selfrepair.analysis.layer_means import LayerMeans
+from selfrepair.analysis.layers import LayerRun
 from selfrepair.analysis.layers import statistics as layer_statistics
-from selfrepair.measure import layers
+from selfrepair.measure import layer_ablation
 from selfrepair.measure.task import described
 from selfrepair.models.loading import load_model
 from selfrepair.paths import MODELS
@@ -94,12 +94,9 @@ def test_planted_compensation_is_found_and_nothing_else(planted):
     )
     np.testing.assert_allclose(measured["effect"], centred * wanted_effect, atol=1e-9)
     lost = np.zeros_like(written)
-    for number, members in enumerate(prompts.groups):
-        pairs = draw_donors(prompts.answers[members], layers.N_DONORS, 5 + number)
-        for i, member in enumerate(members):
-            lost[member] = centred * (
-                written[member] - np.mean([written[members[j]] for k, j in pairs if k == i])
-            )
+    pairs = draw_donors(prompts.answers, layer_ablation.N_DONORS["last"], 5)
+    for i in range(len(written)):
+        lost[i] = centred * (written[i] - np.mean([written[j] for k, j in pairs if k == i]))
     assert np.abs(lost).max() > 0.5
     np.testing.assert_allclose(measured["direct_effect"][WRITER], lost, atol=1e-9)
     np.testing.assert_allclose(measured["compensation"][WRITER], SHARE * lost, atol=1e-9)
@@ -115,21 +112,26 @@ def test_planted_compensation_in_what_the_notebook_says(planted):
     part, model = planted
     prompts = made_up_prompts(((12, 5),), vocab=8, seed=2)
     measured = ablate_layers(model, prompts, "resample").assign_attrs(described(model))
-    means = LayerMeans.of(measured, n_bootstrap=50)
-    found = layer_statistics(means, without_dropout=True)
+    run = LayerRun.of("facts", measured.assign_attrs(trained_without_dropout=True), n_bootstrap=50)
+    found, means = layer_statistics(run), run.means
     written = np.mean([np.mean(np.array(tokens) + 1.0) for tokens in prompts.tokens])
     late = -SHARE * 7 / 8 * (written + 0.5) if part == "MLP" else 0
     wanted = {
         "downstream-compensation": SHARE,
         "downstream-compensation-without-dropout": SHARE,
-        "compensation-slope": SHARE,
-        "coupled-layers": 1 / 3 / 4,
+        "best-layer-slope": SHARE,
+        "best-layer-r2": 1,
         "late-mlps-effect": late,
-        "late-mlps-change": SHARE * (part == "MLP"),
-    }
+        "coupled-attention": 1 / 3 * (part == "attention"),
+    } | ({"erasing-mlps-change": SHARE} if part == "MLP" else {})
     for statistic, value in wanted.items():
-        assert found[statistic].value == pytest.approx(value, abs=1e-9), statistic
-    for statistic in list(wanted)[:3]:
-        np.testing.assert_allclose(found[statistic].samples, SHARE, atol=1e-8)  # on every prompt alike
-    assert means.coupling().value[2] == pytest.approx(1 / 3) and means.coupling(2 * SHARE).value[2] == 0
-    assert means.strongest_below_late_mlps()[0] == WRITER
+        assert found[f"{statistic}-facts"].value == pytest.approx(value, abs=1e-9), statistic
+    assert ("erasing-mlps-change-facts" in found) == (part == "MLP")
+    for statistic in list(wanted)[:4]:  # on every prompt alike
+        drawn = found[f"{statistic}-facts"].samples
+        np.testing.assert_allclose(drawn[np.isfinite(drawn)], wanted[statistic], atol=1e-8)
+    assert run.best("attention") == WRITER == run.strongest_below_late_mlps()
+    assert run.best("MLP") is None  # none of them differs from prompt to prompt, or has one above
+    is_touched = [means.coupling(name).value[2] for name in COMPENSATOR]
+    assert is_touched == pytest.approx([float(name == part) / (1, 2)[name == "MLP"] for name in COMPENSATOR])
+    assert means.coupling(part, 2 * SHARE).value[2] == 0

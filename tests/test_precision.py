@@ -23,6 +23,7 @@ def self_repair(logit_change, ablated_direct_effect, direct_effect, **_):
     return logit_change - (ablated_direct_effect - direct_effect)
 
 
+@pytest.mark.slow("with 16-bit weights, the residual stream and all results stay float32")
 @pytest.mark.parametrize("name", ("gpt2", "neox-parallel", "llama-gqa", "opt"))
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 def test_residual_stream_and_results_are_float32(family, name, dtype, path):
@@ -63,6 +64,7 @@ def removing():
         yield stack
 
 
+@pytest.mark.slow("with 16-bit weights, small changes of the residual stream are not lost")
 def test_float32_residual_stream_is_worth_it(removing):
     """Against float64 with the same (rounded) weights, the error is smaller than with one in bfloat16."""
     model, exact = (load_model("pocket-gpt2", "cpu", dtype) for dtype in (torch.bfloat16, torch.float64))
@@ -140,6 +142,7 @@ def test_out_of_memory_leaves_nothing_behind():
         unless_out_of_memory(lambda: 1 / 0)
 
 
+@pytest.mark.slow("compiled norms give the numbers of plain ones")
 def test_compiled_norms_change_nothing(family):
     model, _ = family("llama")
     tokens = random_tokens()

@@ -120,6 +120,7 @@ def test_profiles_of_the_paper_measure_as_many_tokens_as_they_say(name, models, 
         ({"dtype": "float31"}, "dtype must be one of float64, float32, tf32, bfloat16, float16, not"),
         ({"dtype": ["float32"]}, "dtype"),
         ({"dtype": None}, "dtype"),
+        ({"layer_positions": "first"}, "layer_positions must be one of last, all, not 'first'"),
     ],
 )
 def test_bad_profiles_are_one_line(tmp_path, changes, said):

@@ -25,6 +25,10 @@ def study(folder, n_prompts):
     return dataclasses.replace(settings, profile=settings.profile.changed(prompt_len=12))
 
 
+#: Keys of what notebooks show.
+NOTEBOOKS = {"01_one": "the key of 01"}
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A finished run without notebooks, its store, and the store of an earlier run of other prompts."""
@@ -33,7 +37,7 @@ def finished(tmp_path_factory):
     earlier, store = (study(folder, n).task("heads", MODEL).merge(models) for n in (6, 4))
     (folder / "figures").mkdir()
     Image.new("RGB", (4, 4)).save(folder / "figures" / "01_one.png")
-    return folder, earlier.name, store.name, summarise(study(folder, 4), "the key")
+    return folder, earlier.name, store.name, summarise(study(folder, 4), NOTEBOOKS, "the key")
 
 
 @pytest.fixture
@@ -48,7 +52,7 @@ def test_manifest_of_a_run_names_its_stores_and_what_they_were_made_from(run):
     folder, earlier, store, said = run
     noted = json.loads((folder / "manifest.json").read_text())
     assert said.endswith("/index.html") and (folder / "index.html").is_file()
-    assert set(noted["stores"]) == {HEADS, f"{MODEL} tokens"}
+    assert set(noted["stores"]) == {HEADS, f"{MODEL} tokens"} and noted["notebooks"] == NOTEBOOKS
     made_from = noted["stores"][HEADS]
     assert made_from["store"] == store.name != earlier.name
     attributes = open_store(store).attrs
@@ -75,10 +79,11 @@ def test_of_two_equal_measurements_that_of_the_models_weights_counts(run):
     note = json.loads(manifest_of(store).read_text())
     for finished in ("1999-01-01T00:00:00+00:00", "2999-01-01T00:00:00+00:00"):
         manifest_of(other).write_text(json.dumps(note | {"finished": finished}))
-        summarise(study(folder, 4))
+        summarise(study(folder, 4), NOTEBOOKS)
         assert json.loads((folder / "manifest.json").read_text())["stores"][HEADS]["store"] == store.name
 
 
+@pytest.mark.slow("a damaged manifest is one line")
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"stores": 3}', b"\xff"])
 def test_a_damaged_manifest_is_one_line(run, content):
     folder, _, store, _ = run
@@ -86,7 +91,7 @@ def test_a_damaged_manifest_is_one_line(run, content):
     with pytest.raises(
         UserError, match=rf"{manifest_of(store).name}: not .* delete it.* and run again$"
     ) as error:
-        summarise(study(folder, 4))
+        summarise(study(folder, 4), NOTEBOOKS)
     assert "\n" not in str(error.value)
     assert {finding.what for finding in verify(folder, "cpu", seed=0) if finding.agrees is False} >= {
         store.name
@@ -105,4 +110,4 @@ def test_a_run_without_figures_is_not_summed_up(run):
     folder = run[0]
     (folder / "figures" / "01_one.png").unlink()
     with pytest.raises(UserError, match="holds no figures; run 'selfrepair notebooks' into it first"):
-        summarise(study(folder, 4))
+        summarise(study(folder, 4), NOTEBOOKS)

@@ -99,6 +99,7 @@ def planned(tmp_path_factory):
     planner.close()
 
 
+@pytest.mark.slow("an edited file changes the identity of what it has a part in, and of nothing else")
 @pytest.mark.parametrize("name", EDITS)
 def test_an_edit_changes_the_identity_of_what_it_has_a_part_in(planned, name):
     house, planner, before = planned
@@ -134,14 +135,14 @@ def test_released_tables_are_read_in_one_place():
 
 # --- the run itself ----------------------------------------------------------------------------------------
 
-STORES = {f"{model} {label}" for model in MODELS for label in labels(*EVERYTHING)}
+STORES = {f"{PYTHIA} {label}" for label in labels(*EVERYTHING)}
 
 
 class House:
-    """A copy of the repository with a tiny profile and two notebooks, in which the real command runs."""
+    """A copy of the repository with a tiny profile of one model and two notebooks: the real command runs in it."""
 
     def __init__(self, folder):
-        self.folder = copy_house(folder, MODELS)
+        self.folder = copy_house(folder, [PYTHIA])
         for notebook in (self.folder / "notebooks").glob("0[!34]*.ipynb"):
             notebook.unlink()
         self.state = {}
@@ -187,10 +188,7 @@ class House:
 def name_of(place):
     """``pocket-gpt2 heads-mean`` of a store, ``03`` of a notebook, ``page``."""
     if place.suffix == ".zarr":
-        label = place.stem.rpartition("-")[0]
-        return next(
-            f"{model} {label.removeprefix(f'{model}-')}" for model in MODELS if label.startswith(f"{model}-")
-        )
+        return f"{PYTHIA} {place.stem.rpartition('-')[0].removeprefix(f'{PYTHIA}-')}"
     return "page" if place.name == "index.html" else place.name[:2]
 
 
@@ -201,11 +199,11 @@ def stages(said):
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory):
-    """After a run from nothing, in which each model was one job."""
+    """After a run from nothing, in which the model was one job."""
     made = House(tmp_path_factory.mktemp("run") / "house")
     said, done = made.run()
     assert done == {*STORES, "03", "04", "page"}
-    assert stages(said) == {"measured": "2 of 2", "notebooks": "2 of 2", "summary": "1 of 1"}
+    assert stages(said) == {"measured": "1 of 1", "notebooks": "2 of 2", "summary": "1 of 1"}
     return made
 
 
@@ -214,7 +212,7 @@ def house(tmp_path_factory):
 )
 def test_many_jobs_give_the_bytes_of_few(house):
     said, done = house.run("many", units_per_job=5)
-    counts = {"prompts": 2, "shards": 8, "measured": 4, "notebooks": 2, "summary": 1}
+    counts = {"prompts": 1, "shards": 4, "measured": 2, "notebooks": 2, "summary": 1}
     assert stages(said) == {stage: f"{n} of {n}" for stage, n in counts.items()}
     assert done == {*STORES, "03", "04", "page"}
     few, many = (results(house.folder / out) for out in ("out", "many"))
@@ -228,11 +226,7 @@ def test_many_jobs_give_the_bytes_of_few(house):
         "breakdown_by_layer.csv",
     }
     noted = [json.loads((house.folder / out / "manifest.json").read_text()) for out in ("out", "many")]
-    assert (
-        noted[0]["stores"].keys()
-        == noted[1]["stores"].keys()
-        == STORES - {f"{model} constants-mean" for model in MODELS}
-    )
+    assert noted[0]["stores"].keys() == noted[1]["stores"].keys() == STORES - {f"{PYTHIA} constants-mean"}
 
 
 @pytest.mark.slow("a run makes again what is lost, damaged or of other code, and nothing else")

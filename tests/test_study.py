@@ -36,6 +36,7 @@ def measured(tmp_path_factory):
     return tmp_path_factory.mktemp("measured")
 
 
+@pytest.mark.slow("what a notebook reads from the disk is what was measured")
 @pytest.mark.parametrize("name", MEASURED)
 def test_kept_measurements_are_what_was_measured(name, measured, models, monkeypatch):
     here = study(measured)
@@ -63,6 +64,7 @@ def broken(store):
     file.write_bytes(file.read_bytes()[:-10])
 
 
+@pytest.mark.slow("other settings, and damage, are measured again")
 def test_other_settings_and_damage_are_measured_again(tmp_path):
     def of_stores():
         found = [finding for finding in verify(tmp_path, "cpu", seed=0) if finding.what.endswith(".zarr")]

@@ -296,6 +296,7 @@ def test_the_manifest_counts_the_seconds_of_every_run_that_computed_shards(tmp_p
     assert json.loads(manifest_of(task.merge([NO_MODEL])).read_text())["seconds"] == 21
 
 
+@pytest.mark.slow("several devices give the bytes of one")
 def test_several_devices_share_the_work_to_the_same_bytes(tmp_path, folder, token_file, monkeypatch):
     monkeypatch.setattr(pairs, "SHARD_PAIRS", 2)
     models = [load_model(str(folder), "cpu") for _ in range(3)]

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 import statistics
 import warnings
 
@@ -18,11 +19,12 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from selfrepair.analysis import token_variation as noise
-from selfrepair.analysis.claims import claims_table, load_claims, verdicts
+from selfrepair.analysis.claims import claims_table, verdicts
 from selfrepair.analysis.estimates import draws
 from selfrepair.analysis.examples import _decode, examples_text, pick_examples
 from selfrepair.analysis.head_table import with_self_repair
 from selfrepair.analysis.published import published_heads
+from selfrepair.analysis.rules import VERDICTS, load_claims, load_statistics
 from selfrepair.errors import UserError
 from selfrepair.measure import heads, pairs, probabilities
 from selfrepair.measure.tokens import of_prompts
@@ -113,12 +115,23 @@ def plain_noise(tokens):
         "spread": statistics.pstdev(repairs) / mean,
         "over_corrected": sum(r > e for r, e in zip(repairs, effects, strict=True)) / len(tokens),
         "made_worse": sum(r < 0 for r in repairs) / len(tokens),
+        **plain_noise_of_a_fixed_share(effects, sum(repairs) / sum(effects)),
         "within": math.sqrt(within) / mean,
         "between": math.sqrt(max(0, between)) / mean,
         "between_share": between / (between + within),
         "correlation_direct_effect": spearman(repairs, effects),
         "correlation_probability": spearman(repairs, probabilities),
         "correlation_position": spearman(repairs, positions),
+    }
+
+
+def plain_noise_of_a_fixed_share(effects, share):
+    """The same of tokens whose repair is that share of their direct effect."""
+    repairs = [share * effect for effect in effects]
+    return {
+        "spread_fixed": statistics.pstdev(repairs) / statistics.fmean(effects),
+        "over_corrected_fixed": sum(r > e for r, e in zip(repairs, effects, strict=True)) / len(effects),
+        "made_worse_fixed": sum(r < 0 for r in repairs) / len(effects),
     }
 
 
@@ -248,6 +261,8 @@ def test_head_noise_by_hand():
     assert found["share"] == 0.5
     assert found["spread"] == pytest.approx(math.sqrt(3.5) / 2)  # squared deviations from 1: 4, 0, 9, 1
     assert (found["over_corrected"], found["made_worse"]) == (0.25, 0.25)
+    assert found["spread_fixed"] == pytest.approx(0.5 * math.sqrt(0.5) / 2)  # deviations from 2: 1, 0, 1, 0
+    assert (found["over_corrected_fixed"], found["made_worse_fixed"]) == (0, 0)
     assert found["within"] == pytest.approx(math.sqrt(5) / 2)  # (1 + 1 + 4 + 4) / (4 − 2)
     # mean square between: 2 (0 − 1)² + 2 (2 − 1)² = 4 on one degree of freedom; (4 − 5) / 2
     assert found["between"] == 0 and found["between_share"] == pytest.approx(-0.5 / 4.5)
@@ -280,6 +295,8 @@ def test_only_tokens_on_which_the_head_helps():
             assert getattr(row, name) == sweep[name][at].item()
         assert row.probability == sweep["probability"].values[row.prompt, row.position]
         assert row.share == row.self_repair / row.direct_effect
+        assert row.removed == row.direct_effect - row.ablated_direct_effect
+        assert row.logit_change == pytest.approx(row.self_repair - row.removed)
     with pytest.raises(UserError, match="fraction"):
         noise.selected_tokens(sweep, 0.0, 3, 1)
 
@@ -317,14 +334,30 @@ def test_noise_of_a_sweep_is_that_of_its_later_heads_over_prompts():
     assert row["low"] < row["estimate"] and row["low"] < row["high"]
 
 
-def test_statistics_are_those_of_the_claims():
+def test_statistics_are_those_of_the_claims_and_their_controls():
     measured = noise.TokenNoise.of_sweep(fake_sweep(), 0.05, n_bootstrap=20)
     found = measured.statistics()
-    assert set(found) == {claim.statistic for claim in load_claims() if claim.notebook == "02"}
+    used = {claim.statistic for claim in load_claims() if claim.notebook == "02"}
+    assert set(found) == used | {load_statistics()[name].control_id for name in used}
     judged = verdicts(claims_table("02", {"fake": found}))
-    assert len(judged) == 3 and set(judged.values()) <= {"reproduced", "partly", "not reproduced"}
-    for name, quantity in (("made-worse-tokens", "made_worse"), ("over-corrected-tokens", "over_corrected")):
-        assert found[name].value == pytest.approx(measured.quantities[quantity].value.mean())
+    assert len(judged) == 3 and set(judged.values()) <= set(VERDICTS) - {"not testable here"}
+    for quantity, name in (noise.STATISTICS | noise.CONTROLS).items():
+        assert found[name].drawn == pytest.approx(measured.quantities[quantity].drawn.mean((0, 1)))
+
+
+@pytest.mark.parametrize("share", [0.3, -0.4, 1.5])
+def test_repair_by_a_fixed_share_is_neither_noise_nor_failure(share):
+    """Every statistic equals its control, so that no claim is reproduced."""
+    sweep = fake_sweep()
+    for name in ("ablated_direct_effect", "self_repair_heads", "self_repair_mlps"):
+        sweep[name] = 0 * sweep[name]
+    sweep["self_repair"] = share * sweep["direct_effect"]
+    sweep["logit_change"] = sweep["self_repair"] - sweep["direct_effect"]
+    found = noise.TokenNoise.of_sweep(sweep, 0.05, n_bootstrap=50).statistics()
+    for statistic in noise.STATISTICS.values():
+        assert found[statistic].drawn == pytest.approx(found[f"{statistic}-of-fixed-share"].drawn, abs=1e-9)
+    found = {name: one.map(lambda drawn: drawn.round(9)) for name, one in found.items()}
+    assert set(verdicts(claims_table("02", {"fake": found})).values()) == {"not reproduced"}
 
 
 @pytest.mark.parametrize(
@@ -388,7 +421,7 @@ def test_examples_follow_the_rule(tokenizer):
     picked = chosen.groupby("kind", sort=False)["share"].apply(list).to_dict()
     # median 0.7; 90 % quantile 0.89 is nearest to 0.95, which is of the first one's prompt, so 0.8
     assert picked["strongly repaired"] == [0.7, 0.8]
-    assert picked["over-repaired"] == [1.4, 3.0]
+    assert picked["over-corrected"] == [1.4, 3.0]
     assert picked["made worse"] == [
         -0.3,
         -4.0,
@@ -401,7 +434,7 @@ def test_examples_of_a_kind_that_is_not_there(tokenizer):
     tokens = example_rows([0.1, 0.7], [0, 0])
     ids = np.tile(np.arange(300, 350), (1, 1))
     text = examples_text(pick_examples(tokens, ids, tokenizer))
-    assert "OVER-REPAIRED: no such token here" in text and "MADE WORSE: no such token here" in text
+    assert "OVER-CORRECTED: no such token here" in text and "MADE WORSE: no such token here" in text
     assert text.count("STRONGLY REPAIRED: L3H1, prompt 0, position 31") == 1
     assert text.count("⟦") == 1
     nothing = examples_text(pick_examples(tokens.iloc[:0], ids, tokenizer))
@@ -424,7 +457,7 @@ def test_the_marked_token_is_the_one_predicted(tokenizer):
 
 
 def test_examples_text_shows_numbers_and_line_ends():
-    row = example_rows([1.5], [4]).assign(kind="over-repaired", before="a line\nanother", token=" end\n")
+    row = example_rows([1.5], [4]).assign(kind="over-corrected", before="a line\nanother", token=" end\n")
     text = examples_text(row)
     assert "… a line ↵ another⟦\u00a0end↵⟧" in text
     for part in (
@@ -451,12 +484,40 @@ def test_scatter_shows_every_token_in_the_colour_of_its_outcome():
     assert [axis.get_title().split(":")[0] for axis in figure.axes] == ["L1H0", "L2H0", "L3H0"]
     for axis, (_, here) in zip(figure.axes, tokens.groupby("layer"), strict=True):
         over, partly, worse = (points.get_offsets().data for points in axis.collections)
-        assert len(over) + len(partly) + len(worse) == len(here)
-        wanted = here[here["self_repair"] > here["direct_effect"]]
-        assert over == pytest.approx(wanted[["direct_effect", "logit_change"]].to_numpy())
-        assert worse == pytest.approx(
-            here[here["self_repair"] < 0][["direct_effect", "logit_change"]].to_numpy()
-        )
+        low, high = axis.get_ylim()
+        said = re.search(r"(\d+) tokens(?:, (\d+) of them outside)?", axis.get_title())
+        shown = here[here["logit_change"].between(low, high)]
+        assert int(said[1]) == len(here) and int(said[2] or 0) == len(here) - len(shown) <= 0.02 * len(here)
+        assert len(over) + len(partly) + len(worse) == len(shown)
+        for found, rows in (
+            (over, shown[shown["self_repair"] > shown["direct_effect"]]),
+            (worse, shown[shown["self_repair"] < 0]),
+        ):
+            x = rows["direct_effect"] - rows["ablated_direct_effect"]
+            assert found == pytest.approx(np.column_stack([x, rows["logit_change"]]))
+        assert (worse[:, 1] < -worse[:, 0]).all()  # made worse: below the line of no repair
+        assert (over[:, 1] > -over[:, 0]).all() and (partly[:, 1] >= -partly[:, 0]).all()
+    figure.canvas.draw()
+
+
+def test_all_tokens_are_drawn_on_the_authors_axes():
+    """Whatever the sign of their direct effect; those beyond the axes are counted."""
+    sweep = fake_sweep()
+    heads = {f"L{layer}H0": noise.all_tokens(sweep, layer, 0) for layer in (1, 3)}
+    assert np.array_equal(heads["L3H0"]["logit_change"], sweep["logit_change"].values[3, 0].ravel())
+    figure = plots.all_tokens(heads, "fake")
+    for place, (name, head) in enumerate(heads.items()):
+        for row, quantity in enumerate(("logit_change", "self_repair")):
+            axis = figure.axes[2 * row + place]
+            ends = np.ravel([axis.get_xlim(), axis.get_ylim()])
+            assert np.abs(ends) == pytest.approx(np.full(4, ends[1]))
+            beyond = (np.abs(head["direct_effect"]) > ends[1]) | (np.abs(head[quantity]) > ends[1])
+            assert axis.get_title() == f"{name}, {beyond.sum()} tokens outside"
+            (cells,) = axis.collections
+            assert len(beyond) - beyond.sum() <= cells.get_array().sum() <= len(beyond)
+            (line,) = [drawn for drawn in axis.lines if not drawn.get_label().startswith("_")]
+            x, y = line.get_data()
+            assert y == pytest.approx(-x if quantity == "logit_change" else x)
     figure.canvas.draw()
 
 
@@ -498,8 +559,14 @@ def test_intervals_show_the_table():
                 single = axis.collections[y].get_offsets()[:, 0].data
                 assert single == pytest.approx(found.quantities[quantity].value.ravel())
         figure.canvas.draw()
-    marked = [axis.lines[-1].get_xdata()[0] for axis in plots.spread(measured, "fake").axes]
+    figure = plots.spread(measured, "fake")
+    marked = [axis.lines[-5].get_xdata()[0] for axis in figure.axes]
     assert marked == [claim.at_least for claim in load_claims() if claim.notebook == "02"]
+    for axis, quantity in zip(figure.axes, noise.CONTROLS, strict=True):
+        for model, drawn in zip(measured, (axis.lines[-4:-2], axis.lines[-2:]), strict=True):
+            row = tables[model].loc[quantity]
+            assert list(drawn[0].get_xdata()) == pytest.approx([row["low"], row["high"]])
+            assert drawn[1].get_xdata()[0] == row["estimate"]
 
 
 def test_prompts_stand_in_the_order_of_their_means():

@@ -78,6 +78,7 @@ def kill_at(step, monkeypatch):
     monkeypatch.setattr(loop, "_step", dying)
 
 
+@pytest.mark.slow("a training resumed at any step ends with the same weights")
 @pytest.mark.parametrize(
     ("architecture", "killed_at"), [("gpt2", (0, 10, 14, 15, 16, 24)), ("gpt_neox", (13,)), ("llama", (13,))]
 )
@@ -205,6 +206,7 @@ def trained(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow("a killed training goes on to the same weights")
 def test_killed_command_goes_on(trained):
     whole, killed = (load_file(trained / name / "model.safetensors") for name in ("whole", "killed"))
     for name, weight in whole.items():
@@ -260,6 +262,7 @@ def test_evaluate_prints_the_table(trained, capsys):
     assert f"{metrics['trigram_loss_held_out_prose']:.3f}" in out
 
 
+@pytest.mark.slow("a training never overwrites a model unasked")
 def test_existing_model_is_never_overwritten_unasked(trained, tmp_path, capsys):
     config = write_config(tmp_path / "tiny.yaml", phases=phases(4))
     out = tmp_path / "model"
@@ -332,6 +335,7 @@ def test_unavailable_device_is_one_line(tmp_path, capsys):
     one_line(capsys, main([*command(config, tmp_path / "out"), "--device", "abacus"]), "device 'abacus'")
 
 
+@pytest.mark.slow("a full disk loses nothing of a training")
 def test_full_disk_is_one_line_and_loses_nothing(tmp_path, small_disk, capsys):
     disk = small_disk(2)
     config = write_config(tmp_path / "tiny.yaml", phases=phases(210), n_checkpoints=3)

@@ -55,7 +55,7 @@ for name in done[command]:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(line)
 if (here / "slow").exists() and (here / "slow").read_text() in line:
-    time.sleep(3)
+    time.sleep(10)
 """
 
 
@@ -181,6 +181,7 @@ def test_again_does_nothing_and_other_code_does_all_again(finished):
     assert sorted(workflow.calls()) == sorted(call.replace("--key 1", "--key 2") for call in calls)
 
 
+@pytest.mark.slow("an edited notebook runs again, no other")
 def test_only_the_notebook_whose_key_changes_is_run_again(tmp_path):
     """Measuring a model again, which finds everything in its place, is no reason to run notebooks."""
     workflow = Workflow(tmp_path / "w")
@@ -197,6 +198,7 @@ def test_only_the_notebook_whose_key_changes_is_run_again(tmp_path):
     assert set(commands(calls)) == {"network", "stage"} and all("org/b" in call for call in calls)
 
 
+@pytest.mark.slow("a lost store is made again, and no notebook")
 def test_a_model_of_which_something_is_lost_is_measured_again_and_no_notebook_runs(tmp_path):
     """The plan removes the mark then; what is measured again is as it was."""
     workflow = Workflow(tmp_path / "w")
@@ -213,6 +215,7 @@ def test_a_model_of_which_something_is_lost_is_measured_again_and_no_notebook_ru
     assert not set(commands(workflow.calls())) & {"notebook", "summary"}
 
 
+@pytest.mark.slow("a failure stops nothing else")
 def test_what_fails_stops_nothing_else_and_is_tried_again(tmp_path):
     workflow = Workflow(tmp_path / "w")
     (workflow.folder / "fail").write_text("--model org/b")
@@ -234,6 +237,7 @@ def test_what_fails_stops_nothing_else_and_is_tried_again(tmp_path):
     assert commands(workflow.calls()) == ["notebook", "summary"]
 
 
+@pytest.mark.slow("a clock set back runs nothing again")
 def test_clock_set_back_runs_nothing_again(tmp_path):
     """Inputs that seem to be newer than what was made from them."""
     workflow = Workflow(tmp_path / "w")
@@ -246,6 +250,7 @@ def test_clock_set_back_runs_nothing_again(tmp_path):
     assert workflow.calls() == []
 
 
+@pytest.mark.slow("a stopped run goes on")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_stopped_run_goes_on(tmp_path, number):
     workflow = Workflow(tmp_path / "w")
@@ -266,6 +271,7 @@ def test_stopped_run_goes_on(tmp_path, number):
     assert (workflow.folder / "results" / "done" / "page.done").is_file()
 
 
+@pytest.mark.slow("two runs on the same results do not mix")
 def test_second_run_on_the_same_results_waits(tmp_path):
     workflow = Workflow(tmp_path / "w")
     (workflow.folder / "slow").write_text("--stage 0")

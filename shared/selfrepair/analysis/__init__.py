@@ -1,10 +1,11 @@
 """What the measured numbers say: the NumPy half, from labelled datasets to tables, estimates and claims.
 
-``estimates`` are values with bootstrap samples, ``claims`` what the papers claim and our verdicts
-(``claims.yaml``, ``statistics.yaml``), ``published`` the authors' numbers, ``comparison`` ours beside them.
+``estimates`` are values with bootstrap samples, ``rules`` what the papers claim and what decides it
+(``claims.yaml``, ``statistics.yaml``), ``claims`` the verdicts, ``published`` the authors' numbers,
+``comparison`` ours beside them.
 What the notebooks ask is in ``head_table`` and ``head_means`` (01), ``token_variation`` and ``examples``
-(02), ``layernorm`` (03), ``neurons`` and ``neuron_repair`` (04), ``self_feeding``, ``earlier_input``,
-``cosines`` and ``iterative`` (05), ``layers`` and ``layer_means`` (06).
+(02), ``breakdown`` and ``layernorm`` (03), ``neurons`` and ``neuron_repair`` (04), ``self_feeding``,
+``earlier_input``, ``cosines`` and ``iterative`` (05), ``layers`` and ``layer_means`` (06).
 """
 
 import lazy_loader
@@ -12,28 +13,20 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "claims": [
-            "Claim",
-            "Statistic",
-            "Statistics",
-            "claims_table",
-            "load_claims",
-            "load_statistics",
-            "read_claims",
-            "verdicts",
-            "write_claims",
-        ],
+        "breakdown": ["Breakdown", "PartMeans"],
+        "claims": ["Statistics", "claims_table", "read_claims", "verdicts", "write_claims"],
         "comparison": ["compare_with_published"],
         "estimates": ["Estimate", "draws", "mean_over_prompts", "selected_means"],
         "head_means": ["HeadMeans", "head_statistics"],
         "head_table": ["heads_of_models", "heads_table", "strongest_head", "write_heads"],
         "iterative": ["iterative_statistics"],
         "layer_means": ["LayerMeans"],
-        "layernorm": ["Breakdown", "ScaleRatios", "layernorm_statistics"],
-        "layers": ["FactRun"],
+        "layernorm": ["ScaleRatios", "layernorm_statistics"],
+        "layers": ["LayerRun"],
         "neuron_repair": ["NeuronRepair"],
         "neurons": ["ModelNeurons"],
         "published": ["published_heads", "published_name", "published_self_feeding"],
+        "rules": ["Claim", "Statistic", "judge", "load_claims", "load_statistics", "verdict"],
         "self_feeding": ["self_feeding_table"],
         "token_variation": ["TokenNoise"],
     },

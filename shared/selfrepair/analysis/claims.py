@@ -1,33 +1,33 @@
-"""The papers' claims, what our numbers say of each, and verdicts by rules written before looking.
+"""What our numbers, and the released ones, say of the papers' claims: one long table, and how it is shown.
 
-``claims.yaml`` beside this file names for each claim its source, our wording, the notebook that measures
-it, the statistic and the range that the claim puts it in; ``statistics.yaml`` says what each statistic is.
-A model's interval wholly inside the range speaks for the claim, wholly outside against it, else it leaves
-the matter open.
-
-Claims are kept as one long table, a row for each claim and model (:data:`COLUMNS`). What readers see is
-made of it by :func:`results`, which alone rounds.
+Statistics, claims and the rules of judging are those of :mod:`selfrepair.analysis.rules`. The table has a
+row for each claim and model (:data:`COLUMNS`). What readers see is made of it by :func:`results`, which
+alone rounds.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import pandas as pd
-import yaml
 from filelock import FileLock
 
-from selfrepair.analysis.estimates import Estimate
+from selfrepair.analysis.estimates import Estimate, Interval
+from selfrepair.analysis.rules import (
+    STATISTICS_FILE,
+    VERDICTS,
+    Claim,
+    Statistic,
+    judge,
+    load_claims,
+    load_statistics,
+    verdict,
+)
 from selfrepair.errors import UserError
 from selfrepair.store.files import write_atomically
-
-CLAIMS_FILE = Path(__file__).with_name("claims.yaml")
-STATISTICS_FILE = Path(__file__).with_name("statistics.yaml")
 
 #: Estimates of one model, each of a single number, by the statistic's id in ``statistics.yaml``.
 Statistics = Mapping[str, Estimate]
@@ -35,64 +35,28 @@ Statistics = Mapping[str, Estimate]
 #: Columns of the long table that hold text. ``claim`` and ``statistic`` are ids, ``source`` is
 #: :data:`MEASURED` or :data:`PUBLISHED`; ``holds`` is what :func:`judge` says, empty where nothing is judged.
 TEXT_COLUMNS = ("claim", "notebook", "model", "source", "statistic", "unit", "holds")
-#: Those that hold numbers; NaN where there is none. ``control`` is the model's value of the statistic's
-#: control.
-NUMBER_COLUMNS = ("estimate", "low", "high", "control")
-COLUMNS = (
-    "claim",
-    "notebook",
-    "model",
-    "source",
-    "statistic",
-    "unit",
-    "estimate",
-    "low",
-    "high",
-    "holds",
-    "control",
-)
+#: Those that hold numbers; NaN where there is none. ``control`` is what chance gives; ``advantage`` is the
+#: distance from it, positive on the claimed side.
+NUMBER_COLUMNS = ("estimate", "low", "high", "control", "advantage_low", "advantage_high")
+COLUMNS = (*TEXT_COLUMNS[:-1], *NUMBER_COLUMNS, "holds")
 
 MEASURED, PUBLISHED = "measured", "published"
 NOT_JUDGED = ""
-#: What :func:`verdict` may say, from best to worst.
-VERDICTS = ("reproduced", "partly", "not reproduced", "not testable here")
 
-Entry = TypeVar("Entry")
-
-
-@dataclass(frozen=True)
-class Statistic:
-    """What is counted; ``control`` is the id of the statistic that says what chance gives, or ``None``."""
-
-    id: str
-    sentence: str
-    unit: str
-    control: str | None
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A claim of a paper; it holds where ``statistic`` (an id) lies from ``at_least`` to ``at_most``."""
-
-    id: str
-    notebook: str
-    source: str
-    claim: str
-    statistic: str
-    at_least: float = -np.inf
-    at_most: float = np.inf
-
-    @property
-    def rule(self) -> str:
-        """When it holds, in signs."""
-        low = [f"≥ {self.at_least:g}"] if np.isfinite(self.at_least) else []
-        high = [f"≤ {self.at_most:g}"] if np.isfinite(self.at_most) else []
-        return " and ".join(low + high)
+#: How a table of claims is read, in Markdown.
+LEGEND = (
+    "A model says *yes* if its 95 % interval (bootstrap over prompts) lies in the range of the rule and, "
+    "less its control, on the claimed side of 0; *no* if either lies wholly on the other side; else *open*. "
+    "Published numbers have no intervals and are judged as they are, by the range alone where their control "
+    "was not released. Verdicts: "
+    + "; ".join(f"*{name}*: {meaning}" for name, meaning in VERDICTS.items())
+    + "."
+)
 
 
 @dataclass(frozen=True)
 class ModelResult:
-    """One model's value as it is shown, with its interval if it has one, and what it says of the claim."""
+    """One model's value as it is shown, with its interval and control if it has them, and what it says."""
 
     model: str
     value: str
@@ -101,81 +65,15 @@ class ModelResult:
 
 @dataclass(frozen=True)
 class ClaimResult:
-    """What readers are shown of one claim."""
+    """What readers are shown of one claim; verdicts are on our numbers and on the published ones."""
 
     claim: Claim
     statistic: Statistic
+    control: str
     published: list[ModelResult]
     measured: list[ModelResult]
     verdict: str
-
-
-def load_statistics() -> dict[str, Statistic]:
-    """The statistics of ``statistics.yaml`` by id, in its order.
-
-    Raises:
-        UserError: an unknown or missing key, an id that comes twice, or an unknown control.
-    """
-    statistics = _load(STATISTICS_FILE, Statistic)
-    for statistic in statistics.values():
-        if statistic.control is not None and statistic.control not in statistics:
-            raise UserError(
-                f"{STATISTICS_FILE.name}: '{statistic.id}' has the unknown control '{statistic.control}'"
-            )
-    return statistics
-
-
-def load_claims() -> list[Claim]:
-    """The claims of ``claims.yaml``, in its order.
-
-    Raises:
-        UserError: an unknown or missing key, an id that comes twice, or an unknown statistic.
-    """
-    claims = _load(CLAIMS_FILE, Claim)
-    known = load_statistics()
-    for claim in claims.values():
-        if claim.statistic not in known:
-            raise UserError(
-                f"{CLAIMS_FILE.name}: '{claim.id}' is about '{claim.statistic}', "
-                f"which is no id in {STATISTICS_FILE.name}"
-            )
-    return list(claims.values())
-
-
-def _load(file: Path, kind: type[Entry]) -> dict[str, Entry]:
-    """A list of entries, which have the fields of a dataclass as keys, by their ids."""
-    fields = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(kind)}
-    entries: dict[str, Entry] = {}
-    for row in yaml.safe_load(file.read_text(encoding="utf-8")):
-        name = row.get("id", row)
-        if unknown := [key for key in row if key not in fields]:
-            raise UserError(
-                f"{file.name}: '{name}' has the unknown key '{unknown[0]}'; known are {', '.join(fields)}"
-            )
-        if missing := [key for key, is_needed in fields.items() if is_needed and key not in row]:
-            raise UserError(f"{file.name}: '{name}' lacks the key '{missing[0]}'")
-        if name in entries:
-            raise UserError(f"{file.name}: '{name}' comes twice")
-        entries[name] = kind(**row)
-    return entries
-
-
-def judge(low: float, high: float, claim: Claim) -> str:
-    """What one model's interval says of a claim: ``yes``, ``no`` or ``open``."""
-    if claim.at_least <= low and high <= claim.at_most:
-        return "yes"
-    if high < claim.at_least or low > claim.at_most:
-        return "no"
-    return "open"
-
-
-def verdict(judgements: list[str]) -> str:
-    """*reproduced* if every model says yes, *not reproduced* if none does, else *partly*."""
-    if not judgements:
-        return "not testable here"
-    if all(judgement == "yes" for judgement in judgements):
-        return "reproduced"
-    return "partly" if "yes" in judgements else "not reproduced"
+    published_verdict: str
 
 
 def claims_table(
@@ -187,7 +85,7 @@ def claims_table(
     published one has none.
 
     Raises:
-        UserError: a statistic is not in ``statistics.yaml``.
+        UserError: a statistic is not in ``statistics.yaml``, or was measured without its control.
     """
     known = load_statistics()
     sources = {PUBLISHED: published or {}, MEASURED: measured}
@@ -199,6 +97,10 @@ def claims_table(
     for _, model, statistics in found:
         if unknown := [name for name in statistics if name not in known]:
             raise UserError(f"{model}: '{unknown[0]}' is no id in {STATISTICS_FILE.name}")
+    for model, statistics in measured.items():
+        for name in statistics:
+            if (control := known[name].control_id) is not None and control not in statistics:
+                raise UserError(f"{model}: '{name}' was measured without its control '{control}'")
     rows = [
         _row(claim, known[claim.statistic], source, model, statistics)
         for claim in load_claims()
@@ -214,9 +116,15 @@ def _row(
 ) -> dict[str, object]:
     nothing = Estimate.bare(np.nan)
     estimate = statistics.get(statistic.id, nothing)
-    control = nothing if statistic.control is None else statistics.get(statistic.control, nothing)
-    low, high = estimate.interval()
-    is_judged = source == MEASURED and statistic.id in statistics
+    control = (
+        Estimate.bare(float(statistic.control))
+        if statistic.control_id is None
+        else statistics.get(statistic.control_id, nothing)
+    )
+    advantage = (estimate - control) * claim.side
+    found, beyond = _ends(estimate), _ends(advantage)
+    is_judged = statistic.id in statistics
+    has_control = np.isfinite(control.value) or source == MEASURED
     return {
         "claim": claim.id,
         "notebook": claim.notebook,
@@ -225,18 +133,28 @@ def _row(
         "statistic": statistic.id,
         "unit": statistic.unit,
         "estimate": float(estimate.value),
-        "low": float(low),
-        "high": float(high),
-        "holds": judge(float(low), float(high), claim) if is_judged else NOT_JUDGED,
+        "low": float(estimate.interval().low),
+        "high": float(estimate.interval().high),
         "control": float(control.value),
+        "advantage_low": float(advantage.interval().low),
+        "advantage_high": float(advantage.interval().high),
+        "holds": judge(claim, found, beyond if has_control else None) if is_judged else NOT_JUDGED,
     }
 
 
-def verdicts(table: pd.DataFrame) -> dict[str, str]:
-    """The verdict on each claim of a long table, by its id; our numbers alone are judged."""
+def _ends(estimate: Estimate) -> Interval:
+    """The interval; of a number without samples, that number twice."""
+    low, high = estimate.interval()
+    value = float(estimate.value)
+    return Interval(value, value) if not estimate.samples.shape[-1] else Interval(float(low), float(high))
+
+
+def verdicts(table: pd.DataFrame, source: str = MEASURED) -> dict[str, str]:
+    """The verdict of one source's numbers on each claim of a long table, by its id."""
+    of_source = table[(table["source"] == source) & (table["holds"] != NOT_JUDGED)]
     return {
-        str(claim): verdict([holds for holds in rows["holds"] if holds != NOT_JUDGED])
-        for claim, rows in table[table["source"] == MEASURED].groupby("claim", sort=False)
+        str(claim): verdict(list(of_source.loc[of_source["claim"] == claim, "holds"]))
+        for claim in dict.fromkeys(table["claim"])
     }
 
 
@@ -244,51 +162,71 @@ def results(table: pd.DataFrame) -> list[ClaimResult]:
     """A long table as it is shown, claim by claim in its order."""
     claims = {claim.id: claim for claim in load_claims()}
     statistics = load_statistics()
-    return [
-        ClaimResult(
-            claims[name],
-            statistics[claims[name].statistic],
-            [
-                ModelResult(row.model, f"{row.estimate:.2f}", row.holds)
-                for row in _of_claim(table, name, PUBLISHED)
-            ],
-            [
-                ModelResult(row.model, _with_interval(row.estimate, row.low, row.high), row.holds)
-                for row in _of_claim(table, name, MEASURED)
-                if row.holds != NOT_JUDGED
-            ],
-            found,
+    on_published = verdicts(table, PUBLISHED)
+    shown = []
+    for name, found in verdicts(table).items():
+        claim, of_claim = claims[name], table[(table["claim"] == name) & (table["holds"] != NOT_JUDGED)]
+        statistic = statistics[claim.statistic]
+        by_source = {source: rows for source, rows in of_claim.groupby("source")}
+        shown.append(
+            ClaimResult(
+                claim,
+                statistic,
+                statistic.control_is or statistics[str(statistic.control)].sentence,
+                *(_of_models(by_source.get(source), statistic) for source in (PUBLISHED, MEASURED)),
+                found,
+                on_published[name] if PUBLISHED in by_source else "",
+            )
         )
-        for name, found in verdicts(table).items()
+    return shown
+
+
+def _of_models(rows: pd.DataFrame | None, statistic: Statistic) -> list[ModelResult]:
+    return [
+        ModelResult(row.model, _value(row, statistic), row.holds)
+        for row in ([] if rows is None else rows.itertuples())
     ]
 
 
-def _of_claim(table: pd.DataFrame, claim: str, source: str) -> list[tuple]:
-    """Named tuples of rows."""
-    return list(table[(table["claim"] == claim) & (table["source"] == source)].itertuples())
+def _value(row: tuple, statistic: Statistic) -> str:
+    """Value, interval and measured control, to the same two or three significant digits."""
+    numbers = [row.estimate, *(end for end in (row.low, row.high) if np.isfinite(end))]
+    digits = _digits(numbers)
+    value, *ends = (f"{number:.{digits}f}" for number in numbers)
+    interval = f" [{', '.join(ends)}]" if ends else ""
+    has_control = statistic.control_id is not None and np.isfinite(row.control)
+    return value + interval + (f" (control {row.control:.{digits}f})" if has_control else "")
 
 
-def _with_interval(estimate: float, low: float, high: float) -> str:
-    digits = 2 if max(abs(estimate), abs(low), abs(high)) >= 0.1 else 3
-    return f"{estimate:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+def _digits(numbers: Sequence[float]) -> int:
+    """Decimals that show two or three significant digits of the largest."""
+    largest = max(map(abs, numbers))
+    return next((digits for digits, least in enumerate((100, 10, 0.1, 0.01)) if largest >= least), 4)
 
 
 def to_markdown(table: pd.DataFrame) -> str:
-    """A long table for people, in Markdown: one row for each claim, one line for each model in its cells."""
+    """A long table for people, in Markdown: a row for each claim, a line for each model; how to read it."""
     lines = [
-        "| claim | measured by; holds if | published | measured | verdict |",
+        "| claim | measured by; holds if; control | published | measured | verdict |",
         "| --- | --- | --- | --- | --- |",
     ]
     for result in results(table):
+        claim, statistic = result.claim, result.statistic
+        number = "" if statistic.control_id else f"{statistic.control:g}, "
         cells = (
-            f"{result.claim.claim} ({result.claim.source})",
-            f"{result.statistic.sentence}; {result.claim.rule}",
-            "<br>".join(f"{shown.model} {shown.value}" for shown in result.published),
-            "<br>".join(f"{shown.model} {shown.value} {shown.holds}" for shown in result.measured),
+            f"{claim.claim} ({claim.source})",
+            f"{statistic.sentence}; {claim.rule}; control: {number}{result.control}. "
+            f"Rule written {claim.written} looking, {claim.date}",
+            _lines(result.published) + (f"<br>*{result.published_verdict}*" if result.published else ""),
+            _lines(result.measured),
             f"**{result.verdict}**",
         )
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", LEGEND])
+
+
+def _lines(of_models: Sequence[ModelResult]) -> str:
+    return "<br>".join(f"{shown.model} {shown.value} {shown.holds}" for shown in of_models)
 
 
 def write_claims(table: pd.DataFrame, out_dir: Path) -> None:

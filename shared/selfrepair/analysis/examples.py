@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 #: Kinds of example tokens: self-repair over direct effect lies between these.
-KINDS = {"strongly repaired": (0.5, 1.0), "over-repaired": (1.0, np.inf), "made worse": (-np.inf, 0.0)}
+KINDS = {"strongly repaired": (0.5, 1.0), "over-corrected": (1.0, np.inf), "made worse": (-np.inf, 0.0)}
 CONTEXT = 25
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,6 +49,21 @@ class HeadMeans:
         )
         return cls(Estimate.bare(repair), Estimate.bare(effect))
 
+    @property
+    def later(self) -> slice:
+        """The later half of the layers."""
+        return slice(later_half(len(self.self_repair)), None)
+
+    def restored_share(self) -> Estimate:
+        """Self-repair over direct effect, sums over the heads of the later half of the layers.
+
+        NaN where the direct effects do not sum to more than 0, as they may over all tokens.
+        """
+        repair, effect = (
+            one[self.later].map(_sum_over_heads) for one in (self.self_repair, self.direct_effect)
+        )
+        return repair / effect.map(lambda drawn: np.where(drawn > 0, drawn, np.nan))
+
     def layer_intervals(self) -> pd.DataFrame:
         """95 % interval of each layer's mean self-repair over its heads: ``layer, low, high``."""
         by_layer = self.self_repair.mean(1)
@@ -56,17 +72,31 @@ class HeadMeans:
 
 def head_statistics(heads: HeadMeans) -> Statistics:
     """What the claims of notebook 01 are about; heads without tokens in a draw are left out of it."""
-    n_layers = len(heads.self_repair)
-    later, quarter = slice(later_half(n_layers), None), slice(round(0.25 * n_layers))
-    repair, effect = heads.self_repair[later], heads.direct_effect[later]
+    repair, quarter = heads.self_repair[heads.later], slice(round(0.25 * len(heads.self_repair)))
     mean_later, mean_early = (part.nanmean((0, 1)) for part in (repair, heads.self_repair[quarter]))
     return {
         "self-repair-later-half": mean_later,
         "repaired-heads-later-half": repair.map(lambda drawn: (drawn > 0).mean((0, 1))),
-        "restored-share-later-half": repair.map(_sum_over_heads) / effect.map(_sum_over_heads),
+        "restored-share-later-half": heads.restored_share(),
         "self-repair-first-quarter": mean_early,
         "self-repair-later-minus-early": mean_later - mean_early,
     }
+
+
+def restored_table(models: Mapping[str, HeadMeans]) -> pd.DataFrame:
+    """Later half of the layers: ``model, direct effect, self-repair`` (logits, means over heads), ``share``.
+
+    ``share`` is :meth:`HeadMeans.restored_share`, with the ends ``low, high`` of its 95 % interval.
+    """
+    rows = []
+    for model, heads in models.items():
+        effect, repair = (
+            float(one[heads.later].nanmean((0, 1)).value) for one in (heads.direct_effect, heads.self_repair)
+        )
+        share = heads.restored_share().table({}, model=model).rename(columns={"estimate": "share"})
+        rows.append(share.assign(**{"direct effect": effect, "self-repair": repair}))
+    columns = ["model", "direct effect", "self-repair", "share", "low", "high"]
+    return pd.concat(rows, ignore_index=True)[columns]
 
 
 def _sum_over_heads(drawn: np.ndarray) -> np.ndarray:

@@ -32,6 +32,16 @@ def select_each_top(
     return np.stack([[select_top(head, fraction) for head in layer] for layer in direct_effect])
 
 
+def clipped_floor(
+    part: Float[np.ndarray, "*token"], direct_effect: Float[np.ndarray, "*token"]
+) -> Float[np.ndarray, "*token"]:
+    """``½ min(|part / direct_effect|, 1)`` per token, 0 where there is no direct effect.
+
+    The mean of :func:`clipped_share` over both signs of ``part``: the share that clipping makes of noise.
+    """
+    return (clipped_share(part, direct_effect) + clipped_share(-part, direct_effect)) / 2
+
+
 @dataclass(frozen=True)
 class LayerTokens:
     """Effects (logits) of one layer's heads on every token, and the tokens that each head is judged on."""
@@ -66,8 +76,9 @@ def heads_table(
     """One row per head: means (logits) over its top ``fraction`` of tokens by direct effect.
 
     The columns of the authors' published tables, and: ``self_repair`` with its 95 % interval over
-    prompts (``_low``, ``_high``), ``share_of_means_*`` (mean of the part over mean direct effect) beside
-    the published ``clipped_share_*`` (mean of per-token clipped shares), ``n_tokens``.
+    prompts (``_low``, ``_high``); beside the published ``clipped_share_*`` (mean of per-token clipped shares)
+    ``clipped_floor_*`` (the same with signs at random, :func:`clipped_floor`) and ``share_of_means_*`` (mean
+    of the part over mean direct effect); ``n_tokens``.
 
     Raises:
         UserError: ``fraction`` is not in (0, 1].
@@ -93,11 +104,12 @@ def _means_of_head(effects: Mapping[str, Float[np.ndarray, " token"]]) -> dict[s
     """Means over a head's tokens, in the order of the columns of a heads table."""
     means = {name: values.mean() for name, values in effects.items()}
     direct_effect = effects["direct_effect"]
-    clipped = {part: clipped_share(effects[f"self_repair_{part}"], direct_effect).mean() for part in PARTS}
+    parts = {part: effects[f"self_repair_{part}"] for part in PARTS}
     return {
         **{name: means[name] for name in EFFECTS},
         **{f"self_repair_{part}": means[f"self_repair_{part}"] for part in PARTS},
-        **{f"clipped_share_{part}": share for part, share in clipped.items()},
+        **{f"clipped_share_{part}": clipped_share(parts[part], direct_effect).mean() for part in PARTS},
+        **{f"clipped_floor_{part}": clipped_floor(parts[part], direct_effect).mean() for part in PARTS},
         **{f"share_of_means_{part}": means[f"self_repair_{part}"] / means["direct_effect"] for part in PARTS},
         "self_repair": means["self_repair"],
     }
@@ -128,6 +140,14 @@ def layer_means(table: pd.DataFrame) -> pd.DataFrame:
     )
     depth = means.groupby("model")["layer"].transform("max").clip(lower=1)
     return means.assign(relative_depth=means["layer"] / depth)
+
+
+def extreme_heads(table: pd.DataFrame) -> pd.DataFrame:
+    """The heads of least and of most self-repair (logits) of each model of a heads table, one row each."""
+    places = table.groupby("model", sort=False)["self_repair"].agg(["idxmin", "idxmax"])
+    rows = table.loc[places.stack()].reset_index(drop=True)
+    name = "L" + rows["layer"].astype(str) + "H" + rows["head"].astype(str)
+    return rows.assign(head=name)[["model", "head", "self_repair", "direct_effect"]]
 
 
 def strongest_head(table: pd.DataFrame, layer: int) -> tuple[int, int]:

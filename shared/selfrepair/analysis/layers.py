@@ -1,8 +1,8 @@
-"""What notebook 06 says of layers on facts: statistics, tables, one prompt in parts, training."""
+"""What notebook 06 says of layers on facts and on prose: statistics, tables, one prompt in parts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,20 +12,43 @@ import xarray as xr
 from selfrepair.analysis.estimates import Estimate, mean_over_prompts
 from selfrepair.analysis.layer_means import PARTS, LayerMeans
 
+CONDITIONS = FACTS, PROSE = ("facts", "prose")
+#: What McGrath et al. 2023 print of Chinchilla 7B on factual prompts: about 70 % restored in middle layers
+#: (§6); R² 0.92 of compensation on direct effect at layer 23 of 32 (Fig. 7).
+PUBLISHED = {
+    "chinchilla-7b": {
+        "downstream-compensation-facts": Estimate.bare(0.7),
+        "best-layer-r2-facts": Estimate.bare(0.92),
+    }
+}
+
 
 @dataclass(frozen=True)
-class FactRun:
-    """A model's ``facts`` and ``layers`` as they were measured, and the means of the latter."""
+class LayerRun:
+    """What was measured of a model's layers on ``facts`` or on ``prose``, and its means over prompts.
 
-    facts: xr.Dataset
+    Where a layer is chosen by what is then said of it, it is chosen on one half of the prompts (those of even
+    number) and that is read off the other: ``choosing`` and ``reading`` are the means of the halves.
+    """
+
+    condition: str
     effects: xr.Dataset
     means: LayerMeans
+    choosing: LayerMeans
+    reading: LayerMeans
 
     @classmethod
-    def of(cls, facts: xr.Dataset, effects: xr.Dataset, n_bootstrap: int = 1000) -> FactRun:
-        """Of the measurements ``facts`` and ``layers`` of one model."""
+    def of(cls, condition: str, effects: xr.Dataset, n_bootstrap: int = 1000) -> LayerRun:
+        """Of the measurement ``layers`` or ``layers_on_prose`` of one model."""
         effects = effects.load()
-        return cls(facts, effects, LayerMeans.of(effects, n_bootstrap=n_bootstrap))
+        is_even = np.arange(effects.sizes["prompt"]) % 2 == 0
+        return cls(
+            condition,
+            effects,
+            LayerMeans.of(effects, n_bootstrap=n_bootstrap),
+            LayerMeans.of(effects, is_even, n_bootstrap=0),
+            LayerMeans.of(effects, ~is_even, n_bootstrap=n_bootstrap),
+        )
 
     @property
     def name(self) -> str:
@@ -36,70 +59,155 @@ class FactRun:
         """Whether it is known to have been trained without."""
         return bool(self.effects.attrs["trained_without_dropout"])
 
-    def by_phrasing(self) -> pd.DataFrame:
-        """By phrasing: prompts, compensation, direct effect, and their ratio with its interval.
+    def best(self, part: str) -> int | None:
+        """The component of a part whose compensation goes most with its direct effect: largest signed R².
 
-        Compensation and direct effect are in logits, sums of :meth:`LayerMeans.later_attention`.
+        ``None`` without any that has a component downstream, or with too few prompts.
         """
-        phrasings = np.array(self.facts.attrs["phrasings"])
-        tables = []
-        for phrasing in np.unique(phrasings):
-            means = LayerMeans.of(self.effects, phrasings == phrasing)
-            later = means.later_attention()
-            of_phrasing = {
-                "model": self.name,
-                "phrasing": phrasing,
-                "prompts": means.n_prompts,
-                "direct effect": means.direct_effect[later].sum().value,
-                "compensation": means.compensation[later].sum().value,
-            }
-            tables.append(means.compensation_share().table({}, **of_phrasing))
-        table = pd.concat(tables, ignore_index=True)
-        return table.rename(columns={"estimate": "compensation over direct effect"})
+        components = self.means.with_downstream(part)
+        r_squared = self.choosing.compensation_fit.r_squared.value[components]
+        if np.isnan(r_squared).all():
+            return None
+        return int(components[np.nanargmax(r_squared)])
+
+    def strongest_below_late_mlps(self) -> int | None:
+        """The attention with the largest mean direct effect of those below all late MLPs."""
+        return self._strongest_below(int(self.means.late_mlps()[0]))
+
+    def _strongest_below(self, component: int) -> int | None:
+        below = self.means.attention_below(component)
+        return int(below[self.choosing.direct_effect.value[below].argmax()]) if len(below) else None
+
+    def erasure_weakens(self) -> Estimate | None:
+        """Change of the late MLPs that lower the token, over the direct effect of the attention ablated.
+
+        That is the one with the largest mean direct effect of those below all these MLPs. ``None`` if no late
+        MLP lowers the token, or none of them has attention below.
+        """
+        late = self.means.late_mlps()
+        erasing = late[self.choosing.effect.value[late] < 0]
+        ablated = self._strongest_below(int(erasing[0])) if len(erasing) else None
+        if ablated is None:
+            return None
+        return self.reading.change[ablated, erasing].sum() / self.reading.direct_effect[ablated]
 
 
-def statistics(means: LayerMeans, without_dropout: bool) -> dict[str, Estimate]:
-    """Estimates by the ids of ``statistics.yaml``; those that a model has too few layers for are left out.
-
-    ``without_dropout``: it is known to have been trained without.
-    """
-    half, later, late = means.attention_later_half(), means.later_attention(), means.late_mlps()
+def statistics(run: LayerRun) -> dict[str, Estimate]:
+    """Estimates by the ids of ``statistics.yaml``; those that cannot be had of a model are left out."""
+    means, best = run.means, run.best("attention")
     found = {
-        "ablation-over-unembedding": means.total_effect[half].sum() / means.effect[half].sum(),
-        "late-mlps-effect": means.effect[late].mean(),
+        "unembedding-larger": means.unembedding_larger[::2].mean(),
+        "late-mlps-effect": means.effect[means.late_mlps()].mean(),
     }
-    if len(means.attention_with_downstream()):
-        found["coupled-layers"] = means.coupling().nanmean()
-    if len(means.attention_below_late_mlps()):
-        ablated = means.late_mlps_ablated()
-        found["late-mlps-change"] = ablated.change / ablated.direct_effect
-    if len(later):
+    if means.downstream[::2, ::2].any():
+        found["coupled-attention"] = means.coupling("attention").nanmean()
+        found["coupled-attention-replaced"] = means.coupling_if_replaced("attention").nanmean()
+    if len(means.later_attention()):
         found["downstream-compensation"] = means.compensation_share()
-        found["compensation-slope"] = means.slope[later].mean()
-        if without_dropout:
+        if run.without_dropout:
             found["downstream-compensation-without-dropout"] = means.compensation_share()
+    if best is not None:
+        found["best-layer-slope"] = run.reading.compensation_fit.slope[best]
+        found["best-layer-r2"] = run.reading.compensation_fit.r_squared[best]
+    if (weakening := run.erasure_weakens()) is not None:
+        found["erasing-mlps-change"] = weakening
+    return {
+        f"{name}-{run.condition}": estimate for name, estimate in found.items() if np.isfinite(estimate.value)
+    }
+
+
+def statistics_of_models(runs: Sequence[LayerRun]) -> dict[str, dict[str, Estimate]]:
+    """:func:`statistics` on all conditions, by model."""
+    found: dict[str, dict[str, Estimate]] = {run.name: {} for run in runs}
+    for run in runs:
+        found[run.name] |= statistics(run)
     return found
 
 
-def prompts_table(runs: Sequence[FactRun]) -> pd.DataFrame:
-    """Facts asked, answered and measured on, mean number of donors and their spread, by model.
+def prompts_table(runs: Sequence[LayerRun], facts: Mapping[str, xr.Dataset]) -> pd.DataFrame:
+    """Facts asked and answered, prompts, mean number of donors and their spread, by condition and model.
 
     The spread (logits) is the standard deviation between donors of the total effect of one attention layer on
     one prompt.
     """
-    rows = [
-        {
-            "model": run.name,
-            "asked": run.facts.attrs["n_asked"],
-            "answered": run.facts.attrs["n_answered"],
-            "measured": run.means.n_prompts,
-            "dropped, alone in length": run.facts.attrs["n_alone"],
-            "donors": float(run.effects["n_donors"].mean()),
-            "spread between donors": float(run.effects["total_effect_spread"][::2].mean()),
-        }
-        for run in runs
-    ]
+    rows = []
+    for run in runs:
+        spread = run.effects["total_effect_spread"].transpose("ablated", "prompt").values[::2]
+        asked = facts[run.name].attrs if run.condition == FACTS else {}
+        rows.append(
+            {
+                "condition": run.condition,
+                "model": run.name,
+                "asked": asked.get("n_asked", ""),
+                "answered": asked.get("n_answered", ""),
+                "prompts": run.means.n_prompts,
+                "donors": float(run.effects["n_donors"].mean()),
+                "spread between donors": float(spread.mean()),
+            }
+        )
     return pd.DataFrame(rows)
+
+
+def balance(runs: Sequence[LayerRun]) -> pd.DataFrame:
+    """From the unembedding-based effect to the ablation-based one (logits), by condition and model.
+
+    Means over prompts and attention layers of the later half. The output's ``mean part`` is the unembedding-
+    based effect less the direct effect against donors; that, less what is given back by attention, MLPs and
+    the final norm, is the ablation-based effect.
+    """
+    rows = []
+    for run in runs:
+        means, half = run.means, run.means.attention_later_half()
+        given = [means.compensation_by(part) for part in PARTS]
+        parts = (means.effect, means.effect - means.direct_effect, means.direct_effect, *given)
+        names = ("unembedding-based", "mean part", "direct effect", "by attention", "by MLPs")
+        values = dict(zip(names, parts, strict=True))
+        values |= {"by the final norm": means.norm_term, "ablation-based": means.total_effect}
+        of_half = {name: float(value.value[half].mean()) for name, value in values.items()}
+        rows.append({"condition": run.condition, "model": run.name, **of_half})
+    return pd.DataFrame(rows)
+
+
+def best_layers(runs: Sequence[LayerRun]) -> pd.DataFrame:
+    """The layer of each part whose compensation goes most with its direct effect, and how much it does.
+
+    ``slope`` and ``R²`` with their intervals; the layer is chosen on one half of the prompts, they are read
+    off the other.
+    """
+    rows = []
+    for run in runs:
+        fit = run.reading.compensation_fit
+        for part in PARTS:
+            if (best := run.best(part)) is None:
+                continue
+            about = {"condition": run.condition, "model": run.name, "ablated": f"{part} {best // 2}"}
+            for quantity, estimate in (("slope", fit.slope[best]), ("R²", fit.r_squared[best])):
+                ends = estimate.interval()._asdict()
+                rows.append({**about, "quantity": quantity, "estimate": estimate.value, **ends})
+    columns = ["condition", "model", "ablated", "quantity", "estimate", "low", "high"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def by_phrasing(run: LayerRun, facts: xr.Dataset) -> pd.DataFrame:
+    """By phrasing of facts: prompts, compensation, direct effect, and their ratio with its interval.
+
+    Compensation and direct effect are in logits, sums of :meth:`LayerMeans.later_attention`.
+    """
+    phrasings = np.array(facts.attrs["phrasings"])
+    tables = []
+    for phrasing in np.unique(phrasings):
+        means = LayerMeans.of(run.effects, phrasings == phrasing)
+        later = means.later_attention()
+        of_phrasing = {
+            "model": run.name,
+            "phrasing": phrasing,
+            "prompts": means.n_prompts,
+            "direct effect": means.direct_effect[later].sum().value,
+            "compensation": means.compensation[later].sum().value,
+        }
+        tables.append(means.compensation_share().table({}, **of_phrasing))
+    table = pd.concat(tables, ignore_index=True)
+    return table.rename(columns={"estimate": "compensation over direct effect"})
 
 
 @dataclass(frozen=True)
@@ -112,7 +220,7 @@ class WorkedPrompt:
     answer: str
 
 
-def worked_prompt(run: FactRun) -> WorkedPrompt:
+def worked_prompt(run: LayerRun, facts: xr.Dataset) -> WorkedPrompt:
     """The attention with the largest mean direct effect, on the prompt of median compensation.
 
     That is neither the best nor the worst case. Attention with none above does not count, unless there is one
@@ -122,12 +230,10 @@ def worked_prompt(run: FactRun) -> WorkedPrompt:
     component = int(attention[run.means.direct_effect[attention].value.argmax()])
     compensation = run.effects["compensation"].transpose("ablated", "prompt").values[component]
     prompt = int(np.argsort(compensation, kind="stable")[len(compensation) // 2])
-    return WorkedPrompt(
-        component, prompt, run.facts.attrs["texts"][prompt], run.facts.attrs["answers"][prompt]
-    )
+    return WorkedPrompt(component, prompt, facts.attrs["texts"][prompt], facts.attrs["answers"][prompt])
 
 
-def worked_table(run: FactRun, worked: WorkedPrompt) -> pd.DataFrame:
+def worked_table(run: LayerRun, worked: WorkedPrompt) -> pd.DataFrame:
     """One prompt part by part, in order of depth: ``part, clean, ablated`` (logits, averaged over donors).
 
     The clean column sums to the clean logit, the ablated one, with the final norm's row, to the ablated
@@ -148,6 +254,19 @@ def worked_table(run: FactRun, worked: WorkedPrompt) -> pd.DataFrame:
     )
 
 
+def worked_sums(table: pd.DataFrame, component: int) -> pd.DataFrame:
+    """What of :func:`worked_table` changes (logits): the ablated part, what is above it, the final norm."""
+    change = (table["ablated"] - table["clean"]).to_numpy()
+    own = component + 1  # the first row is what no component writes
+    sums = {
+        "ablated part": change[own],
+        "parts above": change[own + 1 : -1].sum(),
+        "final norm": change[-1],
+        "logit": change.sum(),
+    }
+    return pd.DataFrame([sums])
+
+
 def over_training(effects: xr.Dataset) -> pd.DataFrame:
     """Facts answered, and the effects' means, at each step of the measurement ``layers_over_training``.
 
@@ -158,15 +277,13 @@ def over_training(effects: xr.Dataset) -> pd.DataFrame:
     for step in effects["step"].values.tolist():
         here = effects.sel(step=step)
         means = LayerMeans.of(here)
-        n, later, late = means.n_prompts, means.later_attention(), means.late_mlps()
-        change = means.late_mlps_ablated().change
+        n, later = means.n_prompts, means.later_attention()
         quantities = {
             "answered": mean_over_prompts(here["answered"].values.astype(np.float64)),
             "direct effect": means.direct_effect[later].mean(),
             "total effect": means.total_effect[later].mean(),
             "compensation": means.compensation[later].mean(),
-            "late MLPs": means.effect[late].mean(),
-            "late MLPs, attention ablated": means.effect[late].mean() + change / len(late),
+            "late MLPs": means.effect[means.late_mlps()].mean(),
         }
         for quantity, estimate in quantities.items():
             tables.append(estimate.table({}, model=means.model_name, prompts=n, step=step, quantity=quantity))

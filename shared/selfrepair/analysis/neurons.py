@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,15 +14,27 @@ from jaxtyping import Float
 from selfrepair.analysis.claims import Statistics
 from selfrepair.analysis.estimates import Estimate, draws
 from selfrepair.analysis.neuron_repair import (
-    THRESHOLDS,
+    BREAKAGE,
+    BREAKING,
+    DIRECT_EFFECT,
+    FIRST,
+    FIRST_OF_EITHER,
+    REPAIR,
+    REPAIRING,
+    SUPPORTING,
     Head,
     NeuronRepair,
-    chance_overlap,
-    mean_overlap,
-    pair_overlaps,
+    NeuronTotals,
+    Repairs,
+    mlp_part,
     repair_statistics,
-    repairs_by_head,
+    repairs_of,
+    totals_of,
 )
+from selfrepair.analysis.neuron_sets import chance_overlap, mean_overlap, pair_overlaps
+
+#: Selections of tokens, and of those for the mirror image, as tables and figures call them.
+SELECTED = {"largest direct effect": (DIRECT_EFFECT, DIRECT_EFFECT), "largest MLP repair": (REPAIR, BREAKAGE)}
 
 
 @dataclass(frozen=True)
@@ -36,7 +48,8 @@ class ModelNeurons:
     model: str
     chosen: Head
     strongest: list[Head]
-    by_head: dict[Head, dict[int, NeuronRepair]]
+    repairs: Repairs
+    totals: dict[Head, dict[int, NeuronTotals]]
     text: list[list[str]]
 
     @classmethod
@@ -45,58 +58,148 @@ class ModelNeurons:
         strongest = [(layer, head) for layer, head in measured.attrs["strongest_heads"]]
         layer, head = measured.attrs["chosen_head"]
         text = [[decode([token]) for token in prompt] for prompt in tokens["token"].values.tolist()]
-        return cls(measured.attrs["model"], (layer, head), strongest, repairs_by_head(measured), text)
+        return cls(
+            measured.attrs["model"],
+            (layer, head),
+            strongest,
+            repairs_of(measured),
+            totals_of(measured),
+            text,
+        )
 
     @property
     def later_mlps(self) -> list[int]:
         """The MLPs after the chosen head."""
-        return sorted(self.by_head[self.chosen])
+        return sorted(self.totals[self.chosen])
 
-    def scopes(self, mlp: int | None = None) -> dict[str, NeuronRepair]:
-        """One later MLP (the last) on the chosen head's tokens, and on those of all heads of its layer."""
-        mlp = self.later_mlps[-1] if mlp is None else mlp
+    def _scopes(self) -> dict[str, list[Head]]:
+        """The chosen head, and all heads of its layer."""
         layer, head = self.chosen
-        of_layer = [found[mlp] for at, found in self.by_head.items() if at[0] == layer]
         return {
-            f"L{layer}H{head}": self.by_head[self.chosen][mlp],
-            f"all heads of L{layer}": NeuronRepair.joined(of_layer),
+            f"L{layer}H{head}": [self.chosen],
+            f"all heads of L{layer}": [at for at in self.totals if at[0] == layer],
         }
 
+    def scopes(self, selection: str = DIRECT_EFFECT, mlp: int | None = None) -> dict[str, NeuronRepair]:
+        """One later MLP (the last) on the chosen head's tokens, and on those of all heads of its layer."""
+        mlp = self.later_mlps[-1] if mlp is None else mlp
+        found = self.repairs[selection]
+        return {
+            name: NeuronRepair.joined([found[head][mlp] for head in heads])
+            for name, heads in self._scopes().items()
+        }
+
+    def total_scopes(self) -> dict[str, NeuronTotals]:
+        """The last MLP's sums over the tokens of :meth:`scopes` that are selected by direct effect."""
+        mlp = self.later_mlps[-1]
+        return {
+            name: NeuronTotals.summed([self.totals[head][mlp] for head in heads])
+            for name, heads in self._scopes().items()
+        }
+
+    def mlp_parts(self) -> pd.DataFrame:
+        """How much of self-repair later MLPs are, as :func:`mlp_part` counts it, selected by direct effect.
+
+        ``repaired`` is the share of tokens with positive self-repair.
+        """
+        rows = []
+        for scope, repair in self.scopes().items():
+            parts = {"all later MLPs": repair.mlps_repair, "last MLP": repair.mlp_repair}
+            for name, part in parts.items():
+                found = mlp_part(repair, part, self.draws())
+                values = [x for of in found.values() for x in (of.value, *of.interval())]
+                rows.append((self.model, scope, (repair.self_repair > 0).mean(), name, *values))
+        columns = [f"{name}{end}" for name in found for end in ("", " low", " high")]
+        return pd.DataFrame(rows, columns=["model", "heads", "repaired", "of", *columns])
+
     def single_neurons(self) -> pd.DataFrame:
-        """Share of tokens on which the most repairing neuron of each later MLP alone repairs so much."""
+        """Share of tokens on which the most repairing neuron of each later MLP alone repairs so much.
+
+        And (``change``) on which the most breaking one breaks so much.
+        """
         once = np.ones((1, len(self.text)))
         rows = []
         for mlp in self.later_mlps:
-            for scope, repair in self.scopes(mlp).items():
-                rows.append((self.model, scope, mlp, *repair.repaired_alone(once).value[:, 0]))
-        return pd.DataFrame(rows, columns=["model", "heads", "MLP", *(f"≥ {t:.3g}" for t in THRESHOLDS)])
+            for scope, repair in self.scopes(mlp=mlp).items():
+                for change, side in (("repairs", REPAIRING), ("breaks", BREAKING)):
+                    shares = repair.repaired_alone(once, side).value[:, 0]
+                    rows.append((self.model, scope, mlp, change, *shares))
+        names = [f"≥ {threshold:.3g}" for threshold in repair.thresholds]
+        return pd.DataFrame(rows, columns=["model", "heads", "MLP", "change", *names])
+
+    def first_neurons(self) -> pd.DataFrame:
+        """What the few largest changes of the last MLP are, for all heads of the chosen one's layer.
+
+        By how the tokens are selected, the mirror image beside (``change``). ``few of MLPs`` and ``few of
+        total`` are medians over tokens of what the few largest changes make of the MLPs' repair (or breakage)
+        and of the last MLP's positive (negative) change; ``erases`` is the share of tokens on which the
+        neuron that changes most erases (supports), with a 95 % interval.
+        """
+        rows = []
+        for name, selections in SELECTED.items():
+            for change, side, selection in zip(
+                ("repairs", "breaks"), (REPAIRING, BREAKING), selections, strict=True
+            ):
+                (_, repair) = self.scopes(selection).values()
+                share = repair.token_ratio(
+                    repair.first_erases(side), np.ones(len(repair.prompt)), self.draws()
+                )
+                few = [np.nanmedian(of(side)) for of in (repair.few_of_mlps, repair.few_of_total)]
+                rows.append(
+                    (self.model, name, change, len(repair.prompt), *few, share.value, *share.interval())
+                )
+        columns = ["tokens", "few of MLPs", "few of total", "erases", "low", "high"]
+        return pd.DataFrame(rows, columns=["model", "tokens by", "change", *columns])
+
+    def frequencies(self, size: int = 10) -> pd.DataFrame:
+        """How often the chosen head's most frequent neurons are among the ``size`` that repair most.
+
+        ``first`` is the share of tokens that have the most frequent one, ``ten`` the part of all ``size``
+        places that the ten most frequent take, ``ever`` the share of neurons that take any; the same for the
+        neurons with the largest clean direct effects, and for random ones.
+        """
+        rows = []
+        for name, (selection, _) in SELECTED.items():
+            repair, _ = self.scopes(selection).values()
+            sets = {kind: repair.sets(kind) for kind in ("repairers", "strongest")}
+            found = {kind: of.frequencies(size) for kind, of in sets.items()}
+            found["random"] = sets["repairers"].random_frequencies(size)
+            for kind, often in found.items():
+                places = often[:10].sum() / often.sum()
+                rows.append((self.model, name, kind, often[0], places, (often > 0).mean()))
+        return pd.DataFrame(rows, columns=["model", "tokens by", "neurons", "first", "ten", "ever"])
 
     def overlaps(self) -> pd.DataFrame:
         """Jaccard overlap of each later MLP's most repairing neurons between tokens of different prompts.
 
         Between two tokens of the chosen head, two of the same head of its layer (whichever), and one of a
-        head and one of the next head of the layer, with 95 % intervals over prompts; ``chance`` is that of
-        two random sets.
+        head and one of the next head of the layer, with 95 % intervals over prompts; the same of the neurons
+        with the largest absolute clean direct effects (``strongest``); ``chance`` is that of two random sets.
         """
         weights, n = self.draws(), len(self.text)
         layer, head = self.chosen
+        found = self.repairs[DIRECT_EFFECT]
         rows = []
         for mlp in self.later_mlps:
-            heads = [found[mlp] for at, found in self.by_head.items() if at[0] == layer]
-            own = self.by_head[self.chosen][mlp]
-            pairs = {
-                f"L{layer}H{head}": pair_overlaps(own, own, n),
-                f"one head of L{layer}": sum(pair_overlaps(one, one, n) for one in heads),
-                f"two heads of L{layer}": sum(
-                    pair_overlaps(one, after, n)
-                    for one, after in zip(heads, heads[1:] + heads[:1], strict=True)
-                ),
-            }
-            chance = chance_overlap(own.d_mlp, own.repairers.shape[1])
-            for name, of in pairs.items():
-                overlap = mean_overlap(of, weights)
-                rows.append((self.model, mlp, name, float(overlap.value), *overlap.interval(), chance))
-        return pd.DataFrame(rows, columns=["model", "MLP", "tokens of", "overlap", "low", "high", "chance"])
+            by_tokens: dict[str, list[float]] = {}
+            for kind in ("repairers", "strongest"):
+                heads = [of[mlp].sets(kind) for at, of in found.items() if at[0] == layer]
+                own = found[self.chosen][mlp].sets(kind)
+                pairs = {
+                    f"L{layer}H{head}": pair_overlaps(own, own, n),
+                    f"one head of L{layer}": sum(pair_overlaps(one, one, n) for one in heads),
+                    f"two heads of L{layer}": sum(
+                        pair_overlaps(one, after, n)
+                        for one, after in zip(heads, heads[1:] + heads[:1], strict=True)
+                    ),
+                }
+                for name, of in pairs.items():
+                    overlap = mean_overlap(of, weights)
+                    by_tokens.setdefault(name, []).extend([float(overlap.value), *overlap.interval()])
+            chance = chance_overlap(own.n_neurons, own.neurons.shape[1])
+            rows += [(self.model, mlp, name, *values, chance) for name, values in by_tokens.items()]
+        kinds = [f"{kind}{end}" for kind in ("overlap", "strongest") for end in ("", " low", " high")]
+        return pd.DataFrame(rows, columns=["model", "MLP", "tokens of", *kinds, "chance"])
 
     def top_neurons(self, n: int = 4, n_tokens: int = 4) -> pd.DataFrame:
         """The chosen head's ``n`` strongest erasers and ``n`` strongest repairers in all later MLPs.
@@ -104,10 +207,10 @@ class ModelNeurons:
         Direct effects and changes are means over the tokens, in logits. ``erases`` counts the tokens on which
         the neuron is one of its MLP's ``erasers``; the most frequent of them are shown.
         """
-        found = self.by_head[self.chosen]
+        found, totals = self.repairs[DIRECT_EFFECT][self.chosen], self.totals[self.chosen]
         places = [(mlp, neuron) for mlp in self.later_mlps for neuron in range(found[mlp].d_mlp)]
         clean, change = (
-            np.concatenate([getattr(found[mlp], name) / len(found[mlp].prompt) for mlp in self.later_mlps])
+            np.concatenate([getattr(totals[mlp], name) / len(found[mlp].prompt) for mlp in self.later_mlps])
             for name in ("clean_by_neuron", "change_by_neuron")
         )
         rows = []
@@ -137,39 +240,37 @@ class ModelNeurons:
 
     def examples(self, n: int = 4, n_neurons: int = 3, n_context: int = 8) -> pd.DataFrame:
         """The chosen head's ``n`` strongest tokens, of different prompts, and the last MLP's repairers."""
-        (repair, _) = self.scopes().values()
+        repair, _ = self.scopes().values()
         order = np.argsort(-repair.direct_effect, kind="stable")
         _, first = np.unique(repair.prompt[order], return_index=True)
         rows = []
         for token in order[np.sort(first)][:n].tolist():
             prompt, position = int(repair.prompt[token]), int(repair.position[token])
             context = "".join(self.text[prompt][max(0, position + 1 - n_context) : position + 1])
-            repairers, changes = repair.repairers[token, :n_neurons], repair.largest[token]
+            changes = repair.largest[token, REPAIRING]
             rows.append(
                 {
                     "model": self.model,
                     "text": repr(context),
                     "next token": repr(self._next_token(repair, token)),
                     "direct effect": repair.direct_effect[token],
-                    "change of the last MLP": repair.repair[token] + repair.harm[token],
+                    "change of the last MLP": repair.mlp_repair[token],
                     "neurons (change)": ", ".join(
                         f"{neuron} ({change:+.2f})"
-                        for neuron, change in zip(repairers, changes, strict=False)
+                        for neuron, change in zip(repair.repairers[token, :n_neurons], changes, strict=False)
                     ),
                 }
             )
         return pd.DataFrame(rows)
 
-    def statistics(self) -> Statistics:
-        """What the claims of notebook 04 are about: means over the strongest heads of later layers, last MLP.
-
-        The control of the share that erases is how much of the *negative* change is by neurons with a
-        positive clean direct effect: if that is no less, the neurons merely do less of what they did,
-        whatever it was.
-        """
+    def statistics(self, selected: str = "largest direct effect") -> Statistics:
+        """Means over the strongest heads of later layers, last MLP, on tokens of one of ``SELECTED``."""
         weights = self.draws()
+        selection, mirror = SELECTED[selected]
         of_heads = [
-            repair_statistics(self.by_head[head][max(self.by_head[head])], weights) for head in self.strongest
+            repair_statistics(*(self.repairs[name][head][mlp] for name in (selection, mirror)), weights)
+            for head in self.strongest
+            for mlp in (max(self.totals[head]),)
         ]
         names = of_heads[0] if of_heads else ()
         return {name: Estimate.stack([found[name] for found in of_heads]).mean() for name in names}
@@ -180,3 +281,41 @@ class ModelNeurons:
 
     def _next_token(self, repair: NeuronRepair, token: int) -> str:
         return self.text[int(repair.prompt[token])][int(repair.position[token]) + 1]
+
+
+def by_selection(models: Mapping[str, ModelNeurons]) -> dict[str, dict[str, Statistics]]:
+    """Statistics of each model by how its tokens are selected; none of a model without later heads."""
+    return {selected: {name: of.statistics(selected) for name, of in models.items()} for selected in SELECTED}
+
+
+def claimed(found: Mapping[str, Mapping[str, Statistics]]) -> dict[str, Statistics]:
+    """What the claims of notebook 04 are about, by model, out of :func:`by_selection`.
+
+    On the tokens that the paper selects: those of largest direct effect, and of largest MLP repair where it
+    looks at the neuron that repairs most.
+    """
+    by_effect, by_repair = found.values()
+    return {
+        model: {
+            name: (by_repair[model] if name in (FIRST, FIRST_OF_EITHER) else statistics)[name]
+            for name in statistics
+            if name != SUPPORTING
+        }
+        for model, statistics in by_effect.items()
+    }
+
+
+def statistics_table(found: Mapping[str, Mapping[str, Statistics]]) -> pd.DataFrame:
+    """Values out of :func:`by_selection`: a row for each statistic and selection, a column for each model."""
+    models = {
+        name: {selected: of_models[name] for selected, of_models in found.items()}
+        for name, statistics in next(iter(found.values())).items()
+        if statistics
+    }
+    names = dict.fromkeys(name for of in models.values() for statistics in of.values() for name in statistics)
+    rows = [
+        (name, selected, *(float(of[selected][name].value) for of in models.values()))
+        for name in names
+        for selected in found
+    ]
+    return pd.DataFrame(rows, columns=["statistic", "tokens by", *models])

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import xarray as xr
-from jaxtyping import Float, Int, Real
+from jaxtyping import Bool, Float, Int, Real
 
 from selfrepair.analysis.claims import Statistics
 from selfrepair.analysis.estimates import Estimate, draws
@@ -30,6 +30,8 @@ STATISTICS = {
     "over_corrected": "over-corrected-tokens",
     "made_worse": "made-worse-tokens",
 }
+#: Their controls: what these would be if a head's repair were its fixed share of the direct effect.
+CONTROLS = {f"{quantity}_fixed": f"{statistic}-of-fixed-share" for quantity, statistic in STATISTICS.items()}
 
 
 def with_probability(sweep: xr.Dataset, probabilities: xr.Dataset) -> xr.Dataset:
@@ -58,7 +60,7 @@ def strongest_heads(sweep: xr.Dataset, fraction: float, n_layers: int = 4) -> li
 def selected_tokens(sweep: xr.Dataset, fraction: float, layer: int, head: int) -> pd.DataFrame:
     """One row per token of a head (see above): its place, effects in logits, ``probability``.
 
-    ``share`` is self-repair over direct effect.
+    ``share`` is self-repair over direct effect, ``removed`` direct effect minus ablated direct effect.
     ``sweep`` is as :func:`with_probability` gives it.
 
     Raises:
@@ -71,8 +73,15 @@ def selected_tokens(sweep: xr.Dataset, fraction: float, layer: int, head: int) -
     for name in names:
         table[name] = sweep[name].values[layer, head, prompt, position].astype(np.float64)
     table["share"] = table["self_repair"] / table["direct_effect"]
+    table["removed"] = table["direct_effect"] - table["ablated_direct_effect"]
     table["probability"] = sweep["probability"].values[prompt, position].astype(np.float64)
     return table
+
+
+def all_tokens(sweep: xr.Dataset, layer: int, head: int) -> dict[str, Float[np.ndarray, " token"]]:
+    """Effects of one head (logits) on every token, whatever the sign of its direct effect."""
+    names = ("direct_effect", "logit_change", "self_repair")
+    return {name: sweep[name].values[layer, head].ravel().astype(np.float64) for name in names}
 
 
 @dataclass(frozen=True)
@@ -119,9 +128,9 @@ class TokenNoise:
         return pd.concat(tables, ignore_index=True)
 
     def statistics(self) -> Statistics:
-        """What the claims of notebook 02 are about, by id."""
+        """What the claims of notebook 02 are about, by id, and their controls."""
         means = self.over_heads()
-        return {statistic: means[quantity] for quantity, statistic in STATISTICS.items()}
+        return {statistic: means[quantity] for quantity, statistic in (STATISTICS | CONTROLS).items()}
 
 
 def _share_at_most(tokens: pd.DataFrame) -> Float[np.ndarray, " threshold"]:
@@ -135,8 +144,9 @@ def head_noise(tokens: pd.DataFrame, weights: Float[np.ndarray, "draw prompt"]) 
     deviations of self-repair over all tokens, within and between prompts, each over the mean direct
     effect (a negative estimate of a variance counts as 0); ``between_share``: part of the variance that
     lies between prompts (negative where its estimate is). ``over_corrected``, ``made_worse``: shares of
-    tokens with self-repair above the direct effect, below 0. ``correlation_*``: Spearman's, of self-repair
-    with ``direct_effect``, ``probability``, ``position``.
+    tokens with self-repair above the direct effect, below 0. ``*_fixed``: what spread and these shares would
+    be if self-repair were ``share`` times the direct effect on every token. ``correlation_*``: Spearman's, of
+    self-repair with ``direct_effect``, ``probability``, ``position``.
     """
     n_parts = -(-8 * len(weights) * len(tokens) // SAMPLE_BYTES)
     parts = [_noise(tokens, part) for part in np.array_split(weights, max(1, n_parts))]
@@ -149,15 +159,18 @@ def _noise(
     prompt, effect, repair = (tokens[name].to_numpy() for name in ("prompt", "direct_effect", "self_repair"))
     times = weights[:, prompt]
     mean_effect = _mean(effect, times)
-    centred = repair - repair.mean() if repair.size else repair
-    variance = _mean(centred**2, times) - _mean(centred, times) ** 2
+    share = _mean(repair, times) / mean_effect
+    spread, spread_of_effect = (_deviation(values, times) / mean_effect for values in (repair, effect))
     components = variance_components(repair, prompt, weights)
     ranks = weighted_ranks(repair, times)
     return {
-        "share": _mean(repair, times) / mean_effect,
-        "spread": np.sqrt(variance.clip(min=0)) / mean_effect,
+        "share": share,
+        "spread": spread,
         "over_corrected": _mean((repair > effect).astype(np.float64), times),
         "made_worse": _mean((repair < 0).astype(np.float64), times),
+        "spread_fixed": np.abs(share) * spread_of_effect,
+        "over_corrected_fixed": _where_defined(share > 1, share),
+        "made_worse_fixed": _where_defined(share < 0, share),
         "within": np.sqrt(components.within) / mean_effect,
         "between": np.sqrt(components.between.clip(min=0)) / mean_effect,
         "between_share": components.between / (components.between + components.within),
@@ -175,6 +188,21 @@ def _mean(
 ) -> Float[np.ndarray, " draw"]:
     total = times.sum(1)
     return times @ values / np.where(total, total, np.nan)
+
+
+def _deviation(
+    values: Float[np.ndarray, " token"], times: Float[np.ndarray, "draw token"]
+) -> Float[np.ndarray, " draw"]:
+    """Standard deviation over tokens."""
+    centred = values - values.mean() if values.size else values
+    return np.sqrt((_mean(centred**2, times) - _mean(centred, times) ** 2).clip(min=0))
+
+
+def _where_defined(
+    holds: Bool[np.ndarray, " draw"], share: Float[np.ndarray, " draw"]
+) -> Float[np.ndarray, " draw"]:
+    """1 where it holds, else 0: all direct effects of a head's tokens are positive. NaN without a share."""
+    return np.where(np.isnan(share), np.nan, holds)
 
 
 class VarianceComponents(NamedTuple):

@@ -65,21 +65,23 @@ def notebook(options: argparse.Namespace) -> None:
 
 def summary(options: argparse.Namespace) -> None:
     from selfrepair.run.record import summarise
+    from selfrepair.run.workflow import notebook_keys
 
     study = _study(options)
     with disk_full_is_said(study.out_dir):
-        print(summarise(study, options.key))
+        print(summarise(study, notebook_keys(study), options.key))
 
 
 def update(options: argparse.Namespace) -> None:
     from selfrepair.run.committed import update_committed
     from selfrepair.run.record import summarise
     from selfrepair.run.study import Study
+    from selfrepair.run.workflow import notebook_keys
 
     study = Study.of("pocket")
     if not (study.out_dir / "index.html").is_file():
         raise UserError(f"{study.out_dir}: holds no finished run; ./run_all.sh --update makes one first")
-    update_committed(study, summarise)
+    update_committed(study, lambda: summarise(study, notebook_keys(study)))
 
 
 def train(options: argparse.Namespace) -> None:

@@ -50,7 +50,12 @@ def command_parser() -> argparse.ArgumentParser:
 
     sweep = parsers.add_parser("sweep", help="ablate every head of a model; prints the store's path last")
     sweep.add_argument("--model", required=True, help="embedded name, local folder or hub id")
-    sweep.add_argument("--tokens", type=Path, help=".npy of token ids [n_prompts, prompt_len]")
+    sweep.add_argument(
+        "--tokens",
+        type=Path,
+        help=".npy of token ids [n_prompts, prompt_len]; rows are taken from the first on, in the file's "
+        "order: of n, the donor of row i is row i + n/2",
+    )
     sweep.add_argument(
         "--text", type=Path, help="text file or folder of .txt/.txt.gz (default: the held-out prose)"
     )

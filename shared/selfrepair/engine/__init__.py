@@ -7,6 +7,7 @@
 | ``direct_effect`` | the final norm and each correct token's direction, along which everything is read |
 | ``hooks`` | looking into modules while they run, and putting something in their place |
 | ``forward`` | one clean pass; any block again with changed inputs |
+| ``one_position`` | blocks again at one position, with the clean keys and values before it |
 | ``reading`` | a clean pass with what reading it takes: direct effects of heads |
 | ``head_ablation`` | the hot path: every head ablated, one at a time |
 | ``batches`` | how much goes through a model at once |
@@ -37,6 +38,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "head_ablation": ["HeadAblations", "ablate_heads"],
         "hooks": ["before", "input_of", "standing_in", "watching"],
         "identity_check": ["check_identity", "check_tokens"],
+        "one_position": ["CleanKeys", "OnePosition"],
         "reading": ["Reading"],
         "sites": ["COMPONENTS", "HEADS", "batches_that_fit"],
     },

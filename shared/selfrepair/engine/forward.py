@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from selfrepair.engine.batches import rows_that_fit
-from selfrepair.engine.hooks import before, input_of, standing_in, watching, widened_norms
+from selfrepair.engine.hooks import Arguments, before, input_of, standing_in, watching, widened_norms
 from selfrepair.models.loading import Model
 
 
@@ -61,6 +61,21 @@ def float32_residual(model: Model, within: nn.Module | None = None) -> Iterator[
         yield
 
 
+def block_arguments(
+    model: Model, tokens: Int[Tensor, "prompt position"], **settings: object
+) -> list[Arguments]:
+    """What the model gives each block in a pass over ``tokens``, beside the residual stream."""
+    found: list[Arguments] = []
+
+    def record(_: int, positional: tuple, named: dict) -> None:
+        named = {name: value for name, value in named.items() if name != "hidden_states"}
+        found.append((positional[1:], named))
+
+    with float32_residual(model), before(model.blocks, record):
+        model.hf.base_model(input_ids=tokens, **settings)
+    return found
+
+
 class Replay:
     """Runs single blocks with the arguments that the model itself gives them.
 
@@ -69,22 +84,19 @@ class Replay:
     """
 
     def __init__(self, model: Model, prompt_len: int):
-        self.model = model
-        self._arguments: list[tuple[tuple, dict]] = []
-
-        def record(_: int, positional: tuple, named: dict) -> None:
-            named = {name: value for name, value in named.items() if name != "hidden_states"}
-            self._arguments.append((positional[1:], named))
-
         tokens = torch.zeros(1, prompt_len, dtype=torch.long, device=model.device)
-        with float32_residual(model), before(model.blocks, record):
-            model.hf.base_model(input_ids=tokens, use_cache=False)
+        self.model = model
+        self._arguments = block_arguments(model, tokens, use_cache=False)
+
+    def arguments(self, layer: int) -> Arguments:
+        """What block ``layer`` is given beside the residual stream: positional and named."""
+        return self._arguments[layer]
 
     def block(
         self, layer: int, residual: Float[Tensor, "batch position d_model"]
     ) -> Float[Tensor, "batch position d_model"]:
         """Output of block ``layer`` for the residual stream before it."""
-        positional, named = self._arguments[layer]
+        positional, named = self.arguments(layer)
         block = self.model.blocks[layer]
         with float32_residual(self.model, block):
             output = block(residual, *positional, **named)

@@ -1,7 +1,7 @@
 """Every hook and stand-in of the library, each gone again after its ``with`` block.
 
 For whatever watches modules or changes what they get: ``forward`` and ``head_ablation`` beside this file,
-``measure/layers.py`` and ``measure/neuron_effects.py``; ``measure/self_feeding.py`` and
+``measure/layer_ablation.py`` and ``measure/neuron_effects.py``; ``measure/self_feeding.py`` and
 ``measure/earlier_input.py`` by way of ``forward.attention_z`` and ``z_reached``.
 """
 

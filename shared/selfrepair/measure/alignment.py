@@ -28,7 +28,7 @@ class Alignment(Measurement):
     ``gradient [layer, prompt]``: cosine of a block's update of the residual stream with minus the gradient,
     there, of the prompt's summed next-token loss; ``final``, of the same shape: cosine of the update with the
     final residual; ``loss [layer_after, prompt]`` (nats): of the final norm and unembedding read before each
-    block and after the last (logit lens). Rushing & Nanda 2024, §6.
+    block and after the last (logit lens). Our own question: the papers' released code has no counterpart.
     """
 
     name: ClassVar[str] = "alignment"

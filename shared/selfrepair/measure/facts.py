@@ -24,9 +24,9 @@ class Facts(Measurement):
     """``token [prompt, token_position]`` padded with -1, ``length``, ``answer`` (first token) and ``group``
     ``[prompt]``.
 
-    Prompts of one ``group`` are of one length, run together and are each other's donors. Attributes: lists of
-    ``texts``, ``answers``, ``relations`` and ``phrasings``, one for each prompt, and the numbers ``n_asked``,
-    ``n_answered`` and ``n_alone`` of :class:`selfrepair.text.facts.FactPrompts`. McGrath et al. 2023, §2.
+    Prompts of one ``group`` are of one length and run together. Attributes: lists of ``texts``, ``answers``,
+    ``relations`` and ``phrasings``, one for each prompt, and the numbers ``n_asked``, ``n_answered`` and
+    ``n_alone`` of :class:`selfrepair.text.facts.FactPrompts`. McGrath et al. 2023, §2.2.
     """
 
     name: ClassVar[str] = "facts"
@@ -80,19 +80,18 @@ def of_facts(prompts: FactPrompts) -> xr.Dataset:
 
 @dataclass(frozen=True)
 class PromptGroup:
-    """Prompts of one length: their numbers, tokens, and the first tokens of their answers."""
+    """Prompts of one length that run together: their numbers, in order, and tokens."""
 
     prompts: Int[np.ndarray, " prompt"]
     tokens: Int[np.ndarray, "prompt position"]
-    answers: Int[np.ndarray, " prompt"]
 
 
 def prompt_groups(facts: xr.Dataset) -> list[PromptGroup]:
     """The groups of a data set as :class:`Facts` gives it, in order."""
-    group, token, answer = facts["group"].values, facts["token"].values, facts["answer"].values
+    group, token = facts["group"].values, facts["token"].values
     groups = []
     for number in range(group.max() + 1):
         members = np.flatnonzero(group == number)
         length = int(facts["length"].values[members[0]])
-        groups.append(PromptGroup(members, token[members, :length], answer[members]))
+        groups.append(PromptGroup(members, token[members, :length]))
     return groups

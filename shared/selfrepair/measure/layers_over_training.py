@@ -10,7 +10,7 @@ import xarray as xr
 
 from selfrepair.engine.fast import fast_path
 from selfrepair.measure.facts import of_facts
-from selfrepair.measure.layers import ablate_layers
+from selfrepair.measure.layer_ablation import ablate_on_facts
 from selfrepair.measure.measurement import Inputs, Measurement, Settings
 from selfrepair.models.checkpoints import model_folder, model_identity, training_metrics
 from selfrepair.text.facts import choose_prompts, facts_for, facts_identity
@@ -23,14 +23,17 @@ N_OVER_TRAINING = 64
 
 
 class LayersOverTraining(Measurement):
-    """What :func:`~selfrepair.measure.layers.ablate_layers` gives, at each training ``step``.
+    """What :func:`~selfrepair.measure.layer_ablation.ablate_on_facts` gives, at each training ``step``.
 
     The prompts are the same at each step, drawn whether they are answered or not: effects are on whatever
     token the checkpoint itself finds most likely. A shard is a checkpoint, its number the step.
     """
 
     name: ClassVar[str] = "layers_over_training"
-    uses: ClassVar[tuple[str, ...]] = ("model_name", "dtype", "ablation", "facts", "n_facts", "seed")
+    uses: ClassVar[tuple[str, ...]] = (
+        *("model_name", "dtype", "ablation", "layer_positions"),
+        *("facts", "n_facts", "seed"),
+    )
     along: ClassVar[str] = "step"
 
     def needs(self, settings: Settings) -> tuple[str, ...]:
@@ -48,7 +51,7 @@ class LayersOverTraining(Measurement):
         return [saved.step for saved in checkpoints(str(settings["model_name"]))]
 
     def compute(self, model: Model, settings: Settings, inputs: Inputs, shard: int) -> xr.Dataset:
-        name, ablation, seed = str(settings["model_name"]), str(settings["ablation"]), int(settings["seed"])
+        name, seed = str(settings["model_name"]), int(settings["seed"])
         n_prompts = min(int(settings["n_facts"]), N_OVER_TRAINING)
         prompts = choose_prompts(
             model, facts_for(name, settings["facts"]), n_prompts, seed, only_answered=False
@@ -56,7 +59,7 @@ class LayersOverTraining(Measurement):
         (saved,) = (saved.model_name for saved in checkpoints(name) if saved.step == shard)
         at_step = model if saved == name else _load(saved, model)
         with fast_path(at_step, on=model.fast) as at_step:
-            return ablate_layers(at_step, of_facts(prompts), ablation, seed).expand_dims(step=[shard])
+            return ablate_on_facts(at_step, of_facts(prompts), settings).expand_dims(step=[shard])
 
 
 MEASUREMENT = LayersOverTraining()

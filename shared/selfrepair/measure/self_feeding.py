@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -13,7 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from selfrepair.engine.batches import prompts_that_fit
-from selfrepair.engine.forward import Replay, attention_z
+from selfrepair.engine.forward import Replay, attention_z, z_reached
+from selfrepair.engine.one_position import CleanKeys, OnePosition
 from selfrepair.engine.reading import Reading
 from selfrepair.measure.measurement import Inputs, Measurement, Settings
 from selfrepair.measure.pairs import tokens_of
@@ -25,8 +27,9 @@ if TYPE_CHECKING:
 
 SCALES = (1, 2, 3, 5, 8)
 VECTORS = ("own_output", "random_head_output", "random_direction")
-#: The first prompts only: 4064 tokens at 128 per prompt, against 1450 or 420 as published.
+#: The first prompts only, and this many positions of each: 512 tokens, against 1450 or 420 as published.
 SELF_FEEDING_PROMPTS = 32
+POSITIONS = 16
 SHARD_PROMPTS = 8
 #: Heads with the largest mean direct effect, which are fed whatever their layer.
 STRONGEST = 5
@@ -37,11 +40,16 @@ class SelfFeeding(Measurement):
 
     ``before [fed, prompt, position]``, ``after [fed, vector, scale, prompt, position]``. Fed are all heads
     of the later half of the layers and the ``STRONGEST`` of the model: ``layer``, ``head`` and ``rank``,
-    from 1, by mean direct effect among all heads, ``[fed]``. What is added to the residual stream, at every
-    position at once, is ``scale`` times the head's own output at that position, the output there of another
-    head of the model (drawn once per head from ``seed``), or a Gaussian direction (drawn per token) of the
-    own output's norm: the attribute ``vectors`` names them. Only the head's own attention is run again, and
-    its direct effect is read with the clean scale of the final norm. Rushing & Nanda 2024, §6.
+    from 1, by mean direct effect among all heads, ``[fed]``. What is added to the residual stream is
+    ``scale`` times the head's own output at ``position``, the output there of another head of the model
+    (drawn once per head from ``seed``), or a Gaussian direction (drawn per token) of the own output's norm:
+    the attribute ``vectors`` names them. It is added at that position alone, one position per run, and the
+    head's direct effect there is read with the clean scale of the final norm. Rushing & Nanda 2024, §6.
+
+    Two comparisons at the largest scale. ``after_everywhere [fed, prompt, position]``: every position gets
+    its own output added, all in one run, so that the context changes too. ``sigma_ratio [fed, vector,
+    prompt, position]``: the final norm's clean scale over that of the fed run; the released code reads
+    ``after`` times this ratio.
     """
 
     name: ClassVar[str] = "self_feeding"
@@ -60,14 +68,14 @@ class SelfFeeding(Measurement):
         fed = choose_fed(effects.values, seed)
         prompts = np.arange(shard, min(shard + SHARD_PROMPTS, effects.sizes["prompt"]))
         tokens = on_device(tokens_of(model, inputs, prompts), model.device)
-        replay = Replay(model, tokens.shape[1])
+        positions = spread_positions(effects.sizes["position"])
         parts = [
-            _feed(Reading(model, tokens[batch]), replay, fed, seed, prompts[batch.numpy()])
+            _feed(model, tokens[batch], fed, positions, seed, prompts[batch.numpy()])
             for batch in torch.arange(len(prompts)).split(prompts_that_fit(model, tokens.shape[1]))
         ]
         of_fed = {name: ("fed", [getattr(head, name) for head in fed]) for name in ("layer", "head", "rank")}
-        made = xr.concat(parts, "prompt").assign_coords(prompt=prompts, scale=list(SCALES), **of_fed)
-        return made.assign_attrs(vectors=list(VECTORS))
+        labels = {"prompt": prompts, "position": positions, "scale": list(SCALES), **of_fed}
+        return xr.concat(parts, "prompt").assign_coords(labels).assign_attrs(vectors=list(VECTORS))
 
 
 MEASUREMENT = SelfFeeding()
@@ -98,45 +106,125 @@ def _another_head(head: tuple[int, int], heads: Sequence[tuple[int, int]], seed:
     return rest[np.random.Generator(np.random.PCG64([seed, *head])).integers(len(rest))]
 
 
+def spread_positions(n_positions: int) -> list[int]:
+    """The middles of ``POSITIONS`` equal stretches of ``n_positions``; all of them where there are fewer."""
+    n = min(POSITIONS, n_positions)
+    return [(2 * i + 1) * n_positions // (2 * n) for i in range(n)]
+
+
 @torch.no_grad()
 def _feed(
-    reading: Reading, replay: Replay, fed: Sequence[FedHead], seed: int, prompts: Int[np.ndarray, " prompt"]
+    model: Model,
+    tokens: Int[Tensor, "prompt token"],
+    fed: Sequence[FedHead],
+    positions: list[int],
+    seed: int,
+    prompts: Int[np.ndarray, " prompt"],
 ) -> xr.Dataset:
     """The measurement's variables of some prompts."""
-    before, after = [], []
-    for head in fed:
-        own = reading.output(head.layer, head.head)
-        random = _random_like(own, [seed, head.layer, head.head], prompts.tolist())
-        vectors = (own, reading.output(*head.other), random)  # in the order of VECTORS
-        before.append(reading.effects(head.layer, reading.clean.z[head.layer])[..., head.head].cpu().numpy())
-        after.append([_effects_fed(reading, replay, head, vector).cpu().numpy() for vector in vectors])
-    return xr.Dataset(
-        {
-            "before": (("fed", "prompt", "position"), np.stack(before)),
-            "after": (("fed", "vector", "scale", "prompt", "position"), np.stack(after)),
-        }
+    reading, keys, replay = (
+        Reading(model, tokens),
+        CleanKeys.of(model, tokens),
+        Replay(model, tokens.shape[1]),
     )
+    after, sigma_ratio = [], []
+    for position in positions:
+        at = OnePosition(keys, position)
+        here = [
+            _feed_at(reading, at, list(heads), seed, prompts.tolist())
+            for _, heads in groupby(fed, lambda head: head.layer)
+        ]
+        after.append(torch.cat([effects for effects, _ in here]))
+        sigma_ratio.append(torch.cat([ratio for _, ratio in here]))
+    before = [reading.effects(head.layer, reading.clean.z[head.layer])[..., head.head] for head in fed]
+    everywhere = [_effects_fed_everywhere(reading, replay, head)[..., positions] for head in fed]
+    made = {
+        "before": (("fed", "prompt", "position"), torch.stack(before)[..., positions]),
+        "after": (("fed", "vector", "scale", "prompt", "position"), torch.stack(after, -1)),
+        "after_everywhere": (("fed", "prompt", "position"), torch.stack(everywhere)),
+        "sigma_ratio": (("fed", "vector", "prompt", "position"), torch.stack(sigma_ratio, -1)),
+    }
+    return xr.Dataset({name: (dims, values.cpu().numpy()) for name, (dims, values) in made.items()})
+
+
+def _feed_at(
+    reading: Reading, at: OnePosition, heads: Sequence[FedHead], seed: int, prompts: Sequence[int]
+) -> tuple[Float[Tensor, "fed vector scale prompt"], Float[Tensor, "fed vector prompt"]]:
+    """Heads of one layer fed at one position: their direct effects there, and the final norm's ratio."""
+    model, layer = reading.model, heads[0].layer
+    vectors = torch.stack([_vectors(reading, head, at.position, seed, prompts) for head in heads])
+    scales = torch.tensor(SCALES, device=vectors.device, dtype=model.dtype)[:, None, None]
+    residual = reading.clean.residuals[layer][:, at.position] + scales * vectors[:, :, None]
+    z = _rows(at, residual, lambda replay, rows: z_reached(model, layer, lambda: replay.block(layer, rows)))
+    effects = [_read(reading, head, z[i, ..., head.head, :], at.position) for i, head in enumerate(heads)]
+    largest = _rows(at, residual[:, :, -1], lambda replay, rows: _final(replay, layer, rows))
+    return torch.stack(effects), reading.sigma[:, at.position] / reading.norm.sigma(largest)
+
+
+def _vectors(
+    reading: Reading, head: FedHead, position: int, seed: int, prompts: Sequence[int]
+) -> Float[Tensor, "vector prompt d_model"]:
+    """What the head is fed at a position, in the order of ``VECTORS``."""
+    own = _written(reading, head.layer, head.head, position)
+    random = _random_like(own, [seed, head.layer, head.head, position], prompts)
+    return torch.stack([own, _written(reading, *head.other, position), random])
+
+
+def _written(reading: Reading, layer: int, head: int, position: int) -> Float[Tensor, "prompt d_model"]:
+    """What a head writes at a position: ``(z_h − b_V,h) W_O,h``."""
+    z = reading.clean.z[layer][:, position, head] - reading.model.value_biases[layer][head]
+    return z @ reading.model.W_O(layer)[head]
 
 
 def _random_like(
-    output: Float[Tensor, "prompt position d_model"], seed: list[int], prompts: list[int]
-) -> Float[Tensor, "prompt position d_model"]:
-    """A Gaussian direction per token, of ``output``'s norm there; a prompt's are the same in any batch."""
-    shape = tuple(output.shape[1:])
+    output: Float[Tensor, "prompt d_model"], seed: Sequence[int], prompts: Sequence[int]
+) -> Float[Tensor, "prompt d_model"]:
+    """A Gaussian direction for each prompt, of ``output``'s norm; a prompt's is the same in any batch."""
     drawn = [
-        np.random.Generator(np.random.PCG64([*seed, i])).standard_normal(shape, dtype=np.float32)
+        np.random.Generator(np.random.PCG64([*seed, i])).standard_normal(output.shape[-1], dtype=np.float32)
         for i in prompts
     ]
     direction = nn.functional.normalize(torch.from_numpy(np.stack(drawn)).to(output), dim=-1)
     return direction * output.norm(dim=-1, keepdim=True)
 
 
-@torch.no_grad()
-def _effects_fed(
-    reading: Reading, replay: Replay, fed: FedHead, vector: Float[Tensor, "prompt position d_model"]
-) -> Float[Tensor, "scale prompt position-1"]:
-    """Direct effects (logits) of a head with ``vector`` added to its layer's input, at every scale."""
-    scales = torch.tensor(SCALES, device=vector.device, dtype=reading.model.dtype)[:, None, None, None]
-    residual = reading.clean.residuals[fed.layer] + scales * vector
-    z = attention_z(reading.model, replay, fed.layer, residual.flatten(0, 1)).unflatten(0, residual.shape[:2])
+def _rows(
+    at: OnePosition,
+    residual: Float[Tensor, "*variant prompt d_model"],
+    run: Callable[[Replay, Tensor], Tensor],
+) -> Float[Tensor, "*variant prompt *what"]:
+    """``run(replay, rows)`` of residuals at one position, a row for each prompt of each variant."""
+    shape = residual.shape[:-1]
+    prompt = torch.arange(shape[-1], device=residual.device).expand(shape).flatten()
+    rows = residual.flatten(0, -2)[:, None]
+    at_once = at.rows_at_once()
+    parts = zip(prompt.split(at_once), rows.split(at_once), strict=True)
+    return torch.cat([run(at.of(of), part)[:, 0] for of, part in parts]).unflatten(0, shape)
+
+
+def _final(
+    replay: Replay, layer: int, residual: Float[Tensor, "row position d_model"]
+) -> Float[Tensor, "row position d_model"]:
+    """The final residual stream when ``residual`` is the one before ``layer``."""
+    for above in range(layer, replay.model.n_layers):
+        residual = replay.block(above, residual)
+    return residual
+
+
+def _read(
+    reading: Reading, head: FedHead, z: Float[Tensor, "*variant prompt d_head"], position: int
+) -> Float[Tensor, "*variant prompt"]:
+    """Direct effects (logits) of a head at a position, were its ``z`` this."""
+    direction = reading.scaled_direction[:, position]
+    along = direction @ reading.model.W_O(head.layer)[head.head].T.to(direction.dtype)
+    own = z - reading.model.value_biases[head.layer][head.head]
+    return torch.linalg.vecdot(own.to(direction.dtype), along)
+
+
+def _effects_fed_everywhere(
+    reading: Reading, replay: Replay, fed: FedHead
+) -> Float[Tensor, "prompt position"]:
+    """Direct effects (logits) of a head when every position gets its own output there, in one run."""
+    own = reading.output(fed.layer, fed.head)
+    z = attention_z(reading.model, replay, fed.layer, reading.clean.residuals[fed.layer] + SCALES[-1] * own)
     return reading.effects(fed.layer, z)[..., fed.head]

@@ -122,7 +122,7 @@ def load_model(
     with _unloadable_is_said(model_name, where):
         config = PretrainedConfig.get_config_dict(where)[0]
         find_architecture(config.get("model_type") and str(config["model_type"]), model_name)
-        check_supported(AutoConfig.from_pretrained(where), model_name)
+        check_supported(AutoConfig.from_pretrained(where, trust_remote_code=False), model_name)
         hf = _load_weights(model_name, where, device, dtype)
         bridge = TransformerBridge.boot_transformers(where, hf_model=hf, device=device, dtype=dtype)
     n_heads = hf.config.num_attention_heads
@@ -156,6 +156,7 @@ def _load_weights(model_name: str, where: str, device: torch.device, dtype: torc
         device_map={"": device},
         attn_implementation="eager",
         output_loading_info=True,
+        trust_remote_code=False,  # else transformers asks, and runs what the folder holds on "yes"
         ignore_mismatched_sizes=True,  # refused below
     )
     _check_weights(model_name, hf, report)
@@ -227,7 +228,7 @@ def load_hf(
     """
     where = find_model(model_name)
     with _unloadable_is_said(model_name, where):
-        tokenizer = AutoTokenizer.from_pretrained(where)
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
         model = _load_weights(model_name, where, device, dtype)
     if tokenizer.bos_token_id is None:
         tokenizer.bos_token = tokenizer.eos_token

@@ -1,7 +1,8 @@
-"""The figures, one module per notebook: seaborn and matplotlib, colour-blind-safe, saved as PNG and PDF.
+"""The figures, by notebook: seaborn and matplotlib, colour-blind-safe, saved as PNG and PDF.
 
-``style`` holds what all share; ``across_models``, ``token_variation``, ``layernorm``, ``neurons``,
-``iterative`` and ``layers`` draw what :mod:`selfrepair.analysis` gives for notebooks 01 to 06.
+``style`` holds what all share, ``panels`` what figures of one panel per model do; ``across_models``,
+``token_variation``, ``layernorm``, ``neurons``, ``self_feeding`` and ``iterative`` (05), ``layers`` and
+``layer_compensation`` (06) draw what :mod:`selfrepair.analysis` gives.
 """
 
 import lazy_loader
@@ -15,24 +16,45 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "cosine_matrices",
             "cosines_by_distance",
             "earlier_against_ablated",
-            "effect_after_against_before",
-            "slope_by_head",
-            "slope_by_scale",
         ],
-        "layernorm": ["breakdown_by_layer", "frozen_norm", "scale_ratio_histograms", "ways_of_counting"],
+        "layernorm": [
+            "breakdown_by_layer",
+            "restored_by_part",
+            "scale_ratio_histograms",
+            "shares_and_floors",
+            "ways_of_counting",
+        ],
+        "layer_compensation": [
+            "compensation_by_layer",
+            "compensation_scatter",
+            "compensation_split",
+            "coupling",
+            "over_training",
+        ],
         "layers": [
             "ablation_against_unembedding",
-            "compensation_scatter",
-            "compensation_slopes",
-            "coupling",
             "downstream_change",
             "effects_by_layer",
             "late_mlps",
-            "over_training",
+            "unembedding_larger",
         ],
-        "neurons": ["cumulative_change", "erasure_shares", "neurons_for_half", "overlaps", "single_neurons"],
+        "neurons": ["cumulative_change", "neurons_for_half", "overlaps", "single_neurons"],
+        "self_feeding": [
+            "effect_after_against_before",
+            "slope_by_head",
+            "slope_by_scale",
+            "slope_by_way",
+        ],
         "style": ["looks", "save", "use_style"],
+        "top_neurons": [
+            "against_controls",
+            "few_neurons",
+            "first_neuron",
+            "frequencies",
+            "parts_of_self_repair",
+        ],
         "token_variation": [
+            "all_tokens",
             "by_prompt",
             "correlations",
             "effect_against_change_per_token",

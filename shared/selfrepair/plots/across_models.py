@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -15,18 +17,20 @@ from selfrepair.plots.style import looks
 def self_repair_by_depth(panels: dict[str, pd.DataFrame], intervals: dict[str, pd.DataFrame]) -> Figure:
     """Self-repair (logits) of every head against relative depth, with layer means (R&N Fig. 1), by panel.
 
+    All panels have one linear scale, which holds all layer means; heads beyond it are triangles at its edge.
     ``intervals`` of layer means (``layer, low, high``) are drawn for the models that they are given for.
     """
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4.8), squeeze=False)
+    size = (5.2 * len(panels), 4.8)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharey=True)
     look = looks(model for table in panels.values() for model in table["model"])
+    limits = _common_scale(panels.values())
     for axis, (title, table) in zip(axes[0], panels.items(), strict=True):
         means = layer_means(table)
+        axis.set_ylim(*limits)
         for i, (model, rows) in enumerate(table.groupby("model", sort=False)):
             colour, marker = look[model]
-            depth = rows["layer"] / max(1, rows["layer"].max())
-            axis.scatter(
-                depth + 0.008 * (i - 2), rows["self_repair"], s=9, color=colour, alpha=0.35, linewidths=0
-            )
+            depth = rows["layer"] / max(1, rows["layer"].max()) + 0.008 * (i - 2)
+            _heads(axis, depth, rows["self_repair"], colour)
             here = means[means["model"] == model]
             axis.plot(
                 here["relative_depth"], here["self_repair"], color=colour, marker=marker, ms=5, label=model
@@ -37,7 +41,6 @@ def self_repair_by_depth(panels: dict[str, pd.DataFrame], intervals: dict[str, p
                 axis.vlines(place, ends["low"], ends["high"], color=colour, lw=2, alpha=0.7)
         axis.axhline(0, color="0.4", lw=0.8, ls="--", zorder=0)
         axis.set(title=title, xlabel="relative depth of the ablated head's layer")
-        _symmetric_log(axis, table["self_repair"])
         bars = ", bars: 95 % intervals" if set(table["model"]) & set(intervals) else ""
         axis.legend(
             frameon=False,
@@ -45,11 +48,32 @@ def self_repair_by_depth(panels: dict[str, pd.DataFrame], intervals: dict[str, p
             ncol=3,
             loc="upper center",
             bbox_to_anchor=(0.5, -0.16),
-            title=f"points: heads; lines: layer means{bars}",
+            title=f"points: heads (triangles: beyond the axis); lines: layer means{bars}",
         )
         axis.get_legend().get_title().set_fontsize(8)
     axes[0, 0].set_ylabel("self-repair (logits)")
     return figure
+
+
+def _common_scale(tables: Iterable[pd.DataFrame]) -> tuple[float, float]:
+    """Ends of an axis with all layer means and all but the outermost heads (2 % at either end of a table)."""
+    values = [
+        np.r_[layer_means(table)["self_repair"], table["self_repair"].quantile([0.02, 0.98])]
+        for table in tables
+    ]
+    low, high = np.min(np.concatenate(values)), np.max(np.concatenate(values))
+    margin = 0.06 * (high - low)
+    return low - margin, high + margin
+
+
+def _heads(axis: Axes, depth: pd.Series, repair: pd.Series, colour: str) -> None:
+    """A point per head; a triangle at the edge of the axis for one that lies beyond it."""
+    low, high = axis.get_ylim()
+    look = {"color": colour, "alpha": 0.35, "linewidths": 0, "clip_on": False}
+    inside = repair.between(low, high)
+    axis.scatter(depth[inside], repair[inside], s=9, **look)
+    for edge, beyond, marker in ((low, repair < low, "v"), (high, repair > high, "^")):
+        axis.scatter(depth[beyond], np.full(beyond.sum(), edge), s=16, marker=marker, **look)
 
 
 def effect_against_change(panels: dict[str, pd.DataFrame]) -> Figure:
@@ -80,7 +104,7 @@ def effect_against_change(panels: dict[str, pd.DataFrame]) -> Figure:
                 label=model,
             )
         low = min(1.15 * table["logit_change"].quantile(0.02), -right)
-        left = min(0, 1.1 * table["direct_effect"].min())
+        left = min(-0.02 * right, 1.1 * table["direct_effect"].min())
         axis.set(title=title, xlabel="direct effect (logits)", ylabel="logit change (logits)")
         axis.set(xlim=(left, right), ylim=(low, 0.35 * right))
         below = int((table["logit_change"] < low).sum())
@@ -96,13 +120,3 @@ def effect_against_change(panels: dict[str, pd.DataFrame]) -> Figure:
         entries.values(), entries.keys(), loc="outside lower center", ncol=4, frameon=False, fontsize=8
     )
     return figure
-
-
-def _symmetric_log(axis: Axes, values: pd.Series) -> None:
-    """A symmetric-log y axis, linear below the typical size, where some heads' values dwarf the others."""
-    typical = float(values.abs().median())
-    if values.abs().max() > 12 * typical > 0:
-        threshold = 10.0 ** np.round(np.log10(2 * typical))
-        axis.set_yscale("symlog", linthresh=threshold)
-        said = f"linear within ±{threshold:g}, logarithmic beyond"
-        axis.annotate(said, (0.02, 0.02), xycoords="axes fraction", fontsize=7, color="0.4")

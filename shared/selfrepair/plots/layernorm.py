@@ -10,11 +10,14 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from selfrepair.analysis.layernorm import WAYS, ScaleRatios
+from selfrepair.analysis.breakdown import FLOOR, SUMS, WAYS, Breakdown
+from selfrepair.analysis.layernorm import ScaleRatios
 from selfrepair.plots.style import looks
 
 PART_LABELS = {"layernorm": "final norm", "heads": "other heads", "mlps": "MLPs"}
 PART_LOOKS = {"layernorm": ("C0", "o"), "heads": ("C1", "s"), "mlps": ("C2", "^")}
+SUM_LABELS = PART_LABELS | {"norm frozen": "heads and MLPs (norm frozen)", "self-repair": "all: self-repair"}
+SUM_LOOKS = PART_LOOKS | {"norm frozen": ("0.55", "D"), "self-repair": ("0", "X")}
 QUANTITY_LABELS = {
     "logits": "logits",
     "clipped": "share of DE\nclipped per token",
@@ -22,11 +25,12 @@ QUANTITY_LABELS = {
     "median": "share of DE\nmedian",
     "ratio of means": "share of DE\nratio of means",
 }
-SHARE_LIMITS = (-0.6, 1.1)
+#: Ends of the axes of shares; those that are not clipped may lie far below 0 and above 1.
+SHARE_LIMITS = dict.fromkeys(WAYS, (-0.6, 1.1)) | {"clipped": (0.0, 0.7)}
 
 
 def scale_ratio_histograms(ratios: Sequence[Sequence[ScaleRatios]]) -> Figure:
-    """Histograms of ``σ_clean / σ_ablated``: a row per head, a column per kind of ablation (R&N §4)."""
+    """Histograms of ``σ_clean / σ_ablated`` (R&N §4): a row per head, a column per kind of ablation."""
     n_rows, n_columns = len(ratios), max(map(len, ratios))
     size = (3.2 * n_columns + 0.4, 2.7 * n_rows + 0.5)
     figure, axes = plt.subplots(n_rows, n_columns, figsize=size, squeeze=False, sharex="row")
@@ -51,7 +55,8 @@ def scale_ratio_histograms(ratios: Sequence[Sequence[ScaleRatios]]) -> Figure:
 def breakdown_by_layer(table: pd.DataFrame) -> Figure:
     """Self-repair by part against layer: a column per model, a row for logits and for each way of counting.
 
-    ``table`` has the rows of :meth:`Breakdown.by_layer`; shares beyond the axis are marked at its edge.
+    ``table`` has the rows of :meth:`Breakdown.by_layer`; shares beyond the axis are marked at its edge. The
+    clipped shares stand above their floors (dotted).
     """
     models, quantities = list(dict.fromkeys(table["model"])), ["logits", *WAYS]
     size = (2.3 * len(models) + 0.9, 1.75 * len(quantities) + 0.6)
@@ -61,7 +66,9 @@ def breakdown_by_layer(table: pd.DataFrame) -> Figure:
     for row, quantity in zip(axes, quantities, strict=True):
         for axis, model in zip(row, models, strict=True):
             here = table[(table["model"] == model) & (table["quantity"] == quantity)]
-            _parts_by_layer(axis, here, quantity != "logits")
+            _parts_by_layer(axis, here, SHARE_LIMITS.get(quantity))
+            if quantity == "clipped":
+                _floors_by_layer(axis, table[(table["model"] == model) & (table["quantity"] == FLOOR)])
         row[0].set_ylabel(QUANTITY_LABELS[quantity], fontsize=9)
     logits = table.loc[table["quantity"] == "logits", "estimate"]
     largest, typical = float(logits.abs().max()), float(logits.abs().median())
@@ -71,12 +78,25 @@ def breakdown_by_layer(table: pd.DataFrame) -> Figure:
         axis.set_title(model, fontsize=9)
     for axis in axes[-1]:
         axis.set_xlabel("layer of the ablated head", fontsize=9)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncol=3, frameon=False)
+    entries = {
+        label: handle
+        for axis in axes[:2, 0]
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncol=4, frameon=False)
     return figure
 
 
-def _parts_by_layer(axis: Axes, rows: pd.DataFrame, are_shares: bool) -> None:
+def _floors_by_layer(axis: Axes, rows: pd.DataFrame) -> None:
+    for i, (part, (colour, _)) in enumerate(PART_LOOKS.items()):
+        here = rows[rows["part"] == part].sort_values("layer")
+        layer = here["layer"] + 0.12 * (i - 1)
+        (line,) = axis.plot(layer, here["estimate"], color=colour, lw=1, ls=":")
+        if not i:
+            line.set_label("floor: signs at random")
+
+
+def _parts_by_layer(axis: Axes, rows: pd.DataFrame, limits: tuple[float, float] | None) -> None:
     axis.axhline(0, color="0.6", lw=0.7, zorder=0)
     for i, (part, (colour, marker)) in enumerate(PART_LOOKS.items()):
         here = rows[rows["part"] == part].sort_values("layer")
@@ -84,25 +104,26 @@ def _parts_by_layer(axis: Axes, rows: pd.DataFrame, are_shares: bool) -> None:
         bars = np.abs(here[["low", "high"]].to_numpy().T - estimate)
         look = {"color": colour, "marker": marker, "ms": 3.5, "lw": 1, "elinewidth": 0.8}
         axis.errorbar(layer, estimate, bars, label=PART_LABELS[part], **look)
-        if are_shares:
-            low, high = SHARE_LIMITS
+        if limits is not None:
+            low, high = limits
             for edge, beyond, triangle in ((low, estimate < low, "v"), (high, estimate > high, "^")):
                 place = np.full(beyond.sum(), edge)
                 (mark,) = axis.plot(layer[beyond], place, triangle, color=colour, mfc="none", ms=5)
                 mark.set(clip_on=False, in_layout=False)
-    if are_shares:
-        axis.set_ylim(*SHARE_LIMITS)
+    if limits is not None:
+        axis.set_ylim(*limits)
     axis.xaxis.get_major_locator().set_params(integer=True)
 
 
 def ways_of_counting(measured: pd.DataFrame, published: pd.DataFrame) -> Figure:
     """The final norm's share of the direct effect, each way of counting, per model; with the paper's 30 %.
 
-    Tables have ``model, way, estimate`` and ``low, high`` where there are intervals.
+    Tables have ``model, way, estimate`` and ``low, high`` where there are intervals; rows of
+    :data:`~selfrepair.analysis.breakdown.FLOOR` are ticks beside the clipped shares.
     """
     rows = [(f"{model}", group) for model, group in measured.groupby("model", sort=False)]
     rows += [(f"{model} (published)", group) for model, group in published.groupby("model", sort=False)]
-    figure, axis = plt.subplots(figsize=(7.2, 0.42 * len(rows) + 1.5))
+    figure, axis = plt.subplots(figsize=(7.2, 0.42 * len(rows) + 1.7))
     look = looks(WAYS)
     for y, (_, group) in enumerate(rows):
         axis.axhline(y, color="0.92", lw=0.8, zorder=0)
@@ -114,32 +135,108 @@ def ways_of_counting(measured: pd.DataFrame, published: pd.DataFrame) -> Figure:
                     axis.plot([row.low, row.high], [height, height], color=colour, lw=1.2)
                 label = way if y == 0 else None
                 axis.plot(row.estimate, height, marker, color=colour, ms=5, label=label)
+        for row in group[group["way"] == FLOOR].itertuples():
+            label = "floor of clipped: signs at random" if y == 0 else None
+            axis.plot(row.estimate, y - 0.195, "|", color="0", ms=9, mew=1.6, label=label)
     axis.axvline(0.3, color="0.3", lw=0.9, ls="--", label="30 %")
     axis.axvline(0, color="0.6", lw=0.7)
     axis.set_yticks(range(len(rows)), [label for label, _ in rows])
     axis.invert_yaxis()
     axis.set_xlabel("final norm's self-repair as a share of the direct effect")
-    axis.legend(frameon=False, fontsize=8, ncol=5, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    axis.legend(frameon=False, fontsize=8, ncol=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return figure
 
 
-def frozen_norm(table: pd.DataFrame) -> Figure:
-    """Self-repair over direct effect, final norm as it is and frozen.
+def shares_and_floors(measured: dict[str, Breakdown], published: dict[str, Breakdown]) -> Figure:
+    """Clipped shares beside their floors; and each head's clipped share against its share of means.
 
-    ``table`` has the rows of :meth:`Breakdown.with_norm_frozen`.
+    Left: means over heads, by part and model, 95 % intervals. Then the final norm's share of single heads,
+    which need not repair on average to have one.
     """
-    models = list(dict.fromkeys(table["model"]))
-    figure, axis = plt.subplots(figsize=(6.4, 0.42 * len(models) + 1.4))
-    for i, norm in enumerate(dict.fromkeys(table["final norm"])):
-        rows = table[table["final norm"] == norm].set_index("model").loc[models]
-        heights = np.arange(len(models)) + 0.16 * (2 * i - 1)
-        estimate = rows["estimate"].to_numpy()
-        bars = np.nan_to_num(np.abs(rows[["low", "high"]].to_numpy().T - estimate))
-        look = {"fmt": "os"[i], "color": f"C{i}", "ms": 5, "lw": 1.2}
-        axis.errorbar(estimate, heights, xerr=bars, label=f"final norm {norm}", **look)
-    axis.axvline(0, color="0.6", lw=0.7)
-    axis.set_yticks(range(len(models)), models)
-    axis.invert_yaxis()
-    axis.set_xlabel("self-repair over direct effect, later half of layers")
-    axis.legend(frameon=False, fontsize=8, ncol=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    size = (12, 0.45 * len(measured) + 2.8)
+    figure, axes = plt.subplots(1, 3, figsize=size, width_ratios=(1.35, 1, 1))
+    _shares_beside_floors(axes[0], measured)
+    look = looks([*measured, *published])
+    _shares_of_heads(axes[1], measured, look)
+    _shares_of_heads(axes[2], published, look)
+    axes[1].set(title="final norm, single heads, measured", ylabel="clipped share")
+    axes[2].set_title("final norm, single heads, published")
+    for axis in axes:
+        axis.legend(frameon=False, fontsize=8, ncol=2, loc="upper center", bbox_to_anchor=(0.5, -0.22))
     return figure
+
+
+def _shares_beside_floors(axis: Axes, models: dict[str, Breakdown]) -> None:
+    for y, breakdown in enumerate(models.values()):
+        for i, (part, (colour, marker)) in enumerate(PART_LOOKS.items()):
+            height = y + 0.24 * (i - 1)
+            share, floor = (
+                found[part].mean((0, 1)) for found in (breakdown.shares["clipped"], breakdown.floors)
+            )
+            label = None if y else PART_LABELS[part]
+            axis.plot(share.interval(), [height, height], color=colour, lw=2)
+            axis.plot(share.value, height, marker, color=colour, ms=5, label=label)
+            label = None if y or i else "floor: signs at random"
+            axis.plot(floor.value, height, "|", color="0", ms=9, mew=1.6, label=label)
+    axis.set_yticks(range(len(models)), models)
+    axis.set(xlabel="clipped share of the direct effect,\nmean over heads", title="parts, measured")
+    axis.set_ylim(len(models) - 0.5, -0.5)
+    axis.set_xlim(left=0)
+
+
+def _shares_of_heads(axis: Axes, models: dict[str, Breakdown], look: dict[str, tuple[str, str]]) -> None:
+    for model, breakdown in models.items():
+        ratio, clipped = (
+            breakdown.shares[way]["layernorm"].value.ravel() for way in ("ratio of means", "clipped")
+        )
+        colour, marker = look[model]
+        place = np.clip(ratio, -1, 1)
+        axis.scatter(place, clipped, s=10, color=colour, marker=marker, alpha=0.6, lw=0, label=model)
+    axis.plot([-1, 0, 1], [0, 0, 1], color="0.3", lw=1, ls="--", label="if all tokens had this ratio")
+    axis.axvline(0, color="0.6", lw=0.7, zorder=0)
+    axis.set(xlim=(-1.08, 1.08), ylim=(-0.03, 1.03))
+    axis.set_xlabel("mean repair / mean direct effect\n(beyond ±1: drawn at ±1)")
+
+
+def restored_by_part(shares: pd.DataFrame, logits: pd.DataFrame, title: str) -> Figure:
+    """What each part gives back, later half of layers: as a share over top tokens, in logits over all tokens.
+
+    Tables have ``model, part, estimate, low, high``; the models of ``shares`` are the rows. ``logits`` has
+    the mean direct effect beside the parts.
+    """
+    models = list(dict.fromkeys(shares["model"]))
+    size = (10.5, 0.55 * len(models) + 1.9)
+    figure, axes = plt.subplots(1, 2, figsize=size, sharey=True)
+    figure.suptitle(title, fontsize=10)
+    for axis, table in zip(axes, (shares, logits), strict=True):
+        for y, model in enumerate(models):
+            axis.axhline(y, color="0.92", lw=0.8, zorder=0)
+            here = table[table["model"] == model].set_index("part")
+            if here.empty:
+                place = {"transform": axis.get_yaxis_transform(), "va": "center"}
+                axis.text(0.02, y, "not released", fontsize=8, **place)
+            for i, part in enumerate(SUMS):
+                if part in here.index:
+                    _with_interval(axis, here.loc[part], y + 0.15 * (i - 2), part)
+            if "direct effect" in here.index:
+                effect = here.loc["direct effect", "estimate"]
+                axis.plot([effect, effect], [y - 0.42, y + 0.42], color="0.3", lw=1.6, label="direct effect")
+        axis.axvline(0, color="0.6", lw=0.7)
+    axes[0].set_yticks(range(len(models)), models)
+    axes[0].set_ylim(len(models) - 0.4, -0.6)
+    axes[0].set_xlabel("share of the direct effect, top tokens")
+    axes[1].set_xlabel("logits, mean over all tokens")
+    entries = {
+        label: handle
+        for axis in axes
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    place = {"loc": "outside lower center", "ncol": 3}
+    figure.legend(entries.values(), entries.keys(), frameon=False, fontsize=8, **place)
+    return figure
+
+
+def _with_interval(axis: Axes, row: pd.Series, height: float, part: str) -> None:
+    colour, marker = SUM_LOOKS[part]
+    axis.plot([row["low"], row["high"]], [height, height], color=colour, lw=1.4)
+    axis.plot(row["estimate"], height, marker, color=colour, ms=4.5, label=SUM_LABELS[part])

@@ -1,350 +1,249 @@
-"""Figures of notebook 06: what layers do for the most likely token, and who reacts when one is ablated."""
+"""Figures of notebook 06: what layers do for the most likely token, and what changes when one is ablated."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from selfrepair.analysis.estimates import Estimate
-from selfrepair.analysis.layer_means import COUPLED, PARTS
-from selfrepair.analysis.layers import FactRun
+from selfrepair.analysis.layer_means import PARTS
+from selfrepair.analysis.layers import CONDITIONS, LayerRun
 from selfrepair.plots.style import looks
 
-COLUMNS = 3
-EFFECT_LOOKS = {"effect": ("C0", "o", "unembedding-based"), "total_effect": ("C1", "s", "ablation-based")}
-SLOPE_LIMITS = (-2.0, 2.0)
+UNEMBEDDING, ABLATION = "unembedding-based", "ablation-based"
+#: Line, and how markers are filled, on facts and on prose.
+CONDITION_LOOKS = dict(zip(CONDITIONS, (("-", "full"), ("--", "none")), strict=True))
 
 
-def effects_by_layer(runs: Sequence[FactRun]) -> Figure:
-    """Unembedding- and ablation-based effect (logits) by layer: a column per model, attention above MLPs
-    (McGrath Fig. 2)."""
-    size = (2.3 * len(runs) + 1.2, 4.8)
-    figure, axes = plt.subplots(2, len(runs), figsize=size, squeeze=False, sharex="col", sharey="row")
-    for column, run in zip(axes.T, runs, strict=True):
-        table = run.means.by_layer()
+def effects_by_layer(runs: Sequence[LayerRun]) -> Figure:
+    """Unembedding- and ablation-based effect (logits) by layer, on facts and on prose: a column per model,
+    attention above MLPs (McGrath Figs. 2a and 2b, which show single prompts too)."""
+    models = _models(runs)
+    size = (2.2 * len(models) + 1.2, 4.9)
+    figure, axes = plt.subplots(2, len(models), figsize=size, squeeze=False, sharex="col", sharey="row")
+    for column, model in zip(axes.T, models, strict=True):
         for axis, part in zip(column, PARTS, strict=True):
             axis.axhline(0, color="0.6", lw=0.7, zorder=0)
-            for i, (quantity, (colour, marker, label)) in enumerate(EFFECT_LOOKS.items()):
-                rows = table[(table["part"] == part) & (table["quantity"] == quantity)]
-                _with_interval(
-                    axis, rows["layer"] + 0.1 * (i - 0.5), rows, color=colour, marker=marker, label=label
-                )
-            _integers(axis)
-        column[0].set_title(_title(run), fontsize=9)
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            for run in (run for run in runs if run.name == model):
+                line, fill = CONDITION_LOOKS[run.condition]
+                chosen = np.arange(PARTS.index(part), 2 * run.means.n_layers, 2)
+                for quantity, name, colour, marker in (
+                    (run.means.effect, UNEMBEDDING, "C0", "o"),
+                    (run.means.total_effect, ABLATION, "C1", "s"),
+                ):
+                    look = {"color": colour, "marker": marker, "ls": line, "fillstyle": fill}
+                    with_interval(
+                        axis, chosen // 2, quantity[chosen], label=f"{name}, {run.condition}", **look
+                    )
+        column[0].set_title(model, fontsize=9)
         column[1].set_xlabel("layer")
     for axis, part in zip(axes[:, 0], PARTS, strict=True):
         axis.set_ylabel(f"{part}: effect (logits)")
-    _legend(figure, axes[0, 0])
+    legend_below(figure, axes[0, 0], columns=4)
     return figure
 
 
-def ablation_against_unembedding(runs: Sequence[FactRun]) -> Figure:
-    """Unembedding- against ablation-based effect, a point per layer, with ``y = x``: a column per model,
-    attention above MLPs."""
-    size = (2.3 * len(runs) + 1.6, 4.8)
-    figure, axes = plt.subplots(2, len(runs), figsize=size, squeeze=False)
-    for column, run in zip(axes.T, runs, strict=True):
-        colours = sns.color_palette("viridis", run.means.n_layers)
-        for row, axis in enumerate(column):
-            x, y = run.means.effect.value[row::2], run.means.total_effect.value[row::2]
-            for layer, colour in enumerate(colours):
-                prompts = (
-                    run.effects[name].transpose(..., "prompt").values[2 * layer + row]
-                    for name in ("effect", "total_effect")
-                )
-                axis.scatter(*prompts, s=3, color=colour, alpha=0.12, linewidths=0, zorder=1)
-                here, white = (x[layer], y[layer]), layer < 0.6 * run.means.n_layers
-                axis.plot(*here, "o", color=colour, mec="0.15", mew=0.6, ms=9, zorder=3)
-                axis.annotate(
-                    str(layer),
-                    here,
-                    ha="center",
-                    va="center_baseline",
-                    fontsize=6.5,
-                    color="w" if white else "k",
-                    zorder=4,
-                )
-            reach = np.array([min(x.min(), y.min(), 0), max(x.max(), y.max())])
-            reach += np.array([-0.25, 0.25]) * np.ptp(reach)
-            axis.plot(reach, reach, color="0.3", ls="--", lw=0.9, label="$y = x$", zorder=0)
-            axis.axhline(0, color="0.7", lw=0.7, zorder=0)
-            axis.axvline(0, color="0.7", lw=0.7, zorder=0)
-            axis.set(xlim=reach, ylim=reach)
-            axis.xaxis.set_major_locator(MaxNLocator(4))
-            axis.yaxis.set_major_locator(MaxNLocator(4))
-        column[0].set_title(_title(run), fontsize=9)
-        column[1].set_xlabel("unembedding-based (logits)", fontsize=9)
-    for axis, part in zip(axes[:, 0], PARTS, strict=True):
-        axis.set_ylabel(f"{part}: ablation-based (logits)", fontsize=9)
-    return figure
-
-
-def downstream_change(runs: Sequence[FactRun]) -> Figure:
-    """Mean change of every component's effect (logits) when each attention layer is ablated: a panel per
-    model (McGrath Fig. 5)."""
-    changes = [np.where(run.means.downstream, run.means.change.value, np.nan)[::2] for run in runs]
-    every_change = np.concatenate([change.ravel() for change in changes])
-    every_change = np.abs(every_change[~np.isnan(every_change)])
-    limit = float(np.quantile(every_change, 0.97)) if every_change.any() else 1.0
-    figure, axes = _panels(len(runs), 4.0, 2.6)
-    for axis, run, change in zip(axes.flat, runs, changes, strict=False):
-        axis.set_facecolor("0.9")
-        image = axis.imshow(
-            change, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest"
+def ablation_against_unembedding(runs: Sequence[LayerRun]) -> Figure:
+    """Ablation- against unembedding-based effect of attention layers, a point for each prompt and layer,
+    means with the layer's number, ``y = x`` dashed (McGrath Fig. 2c, which has MLPs too). Axes end at the
+    first and 99th percentile."""
+    figure, axes = condition_grid(runs, 2.1, 2.2)
+    for axis, run in panels(axes, runs):
+        attention = np.arange(0, 2 * run.means.n_layers, 2)
+        colours = sns.color_palette("viridis", len(attention))
+        x, y = (
+            run.effects[name].transpose(..., "prompt").values[attention]
+            for name in ("effect", "total_effect")
         )
+        means = [quantity.value[attention] for quantity in (run.means.effect, run.means.total_effect)]
+        low, high = np.quantile(np.stack([x, y]), [0.01, 0.99])
+        reach = np.array([min(low, *np.ravel(means)), max(high, *np.ravel(means))])
+        reach += np.array([-0.08, 0.08]) * max(np.ptp(reach), 1e-3)
+        for layer, colour in enumerate(colours):
+            axis.scatter(x[layer], y[layer], s=3, color=colour, alpha=0.25, linewidths=0, zorder=1)
+        for layer, colour in enumerate(colours):
+            here, white = (means[0][layer], means[1][layer]), layer < 0.6 * len(attention)
+            axis.plot(*here, "o", color=colour, mec="0.15", mew=0.6, ms=9, zorder=3)
+            number = {"ha": "center", "va": "center_baseline", "fontsize": 6.5, "zorder": 4}
+            axis.annotate(str(layer), here, color="w" if white else "k", **number)
+        axis.plot(reach, reach, color="0.3", ls="--", lw=0.9, zorder=2)
+        axis.axhline(0, color="0.7", lw=0.7, zorder=0)
+        axis.axvline(0, color="0.7", lw=0.7, zorder=0)
+        axis.set(xlim=reach, ylim=reach)
+        axis.xaxis.set_major_locator(MaxNLocator(4))
+        axis.yaxis.set_major_locator(MaxNLocator(4))
+        below = run.means.unembedding_larger.value[attention].mean()
+        axis.set_title(f"{title(run)}\nbelow the line: {100 * below:.0f} %", fontsize=8.5)
+    label_grid(axes, f"{UNEMBEDDING} (logits)", f"{ABLATION} (logits)")
+    return figure
+
+
+def unembedding_larger(runs: Sequence[LayerRun]) -> Figure:
+    """By layer, the share of prompts whose unembedding-based effect is above the ablation-based one, and R²
+    of the two, negative where they run against each other; all models (McGrath Fig. 2d)."""
+    figure, axes = part_grid(runs, ("share of prompts with\nunembedding > ablation", "R², signed"))
+    for column, part, chosen in part_columns(axes, runs):
+        for i, (run, (colour, marker)) in enumerate(with_looks(chosen)):
+            components = np.arange(PARTS.index(part), 2 * run.means.n_layers, 2)
+            x = relative_depth(run, components) + 0.012 * (i - (len(chosen) - 1) / 2)
+            look = {"color": colour, "marker": marker, "label": run.name}
+            with_interval(column[0], x, run.means.unembedding_larger[components], **look)
+            with_interval(column[1], x, run.means.agreement.r_squared[components], **look)
+        column[0].axhline(0.5, color="0.5", ls=":", lw=1, zorder=0)
+        column[0].set_ylim(-0.03, 1.03)
+        column[1].axhline(0, color="0.6", lw=0.7, zorder=0)
+    lowest = min(axis.get_ylim()[0] for axis in axes[1])
+    for axis in axes[1]:
+        axis.set_ylim(lowest, 1.03)
+    legend_below(figure, axes[0, 0], columns=5)
+    return figure
+
+
+def downstream_change(runs: Sequence[LayerRun]) -> Figure:
+    """Mean change of every component's effect (logits) when each attention layer is ablated: a column per
+    model, facts above prose (what McGrath Fig. 3 shows of single layers and prompts, as a matrix)."""
+    changes = {id(run): np.where(run.means.downstream, run.means.change.value, np.nan)[::2] for run in runs}
+    every_change = np.concatenate([change.ravel() for change in changes.values()])
+    every_change = np.abs(every_change[~np.isnan(every_change)])
+    limit = float(np.quantile(every_change, 0.95)) if every_change.any() else 1.0
+    figure, axes = condition_grid(runs, 2.5, 2.0)
+    image = None
+    for axis, run in panels(axes, runs):
+        axis.set_facecolor("0.9")
+        look = {"cmap": "RdBu", "vmin": -limit, "vmax": limit, "aspect": "auto", "interpolation": "nearest"}
+        image = axis.imshow(changes[id(run)], **look)
         n = run.means.n_layers
         every = max(1, n // 12)
         for layer in range(0, n, every):
             own = round(run.means.direct_effect.value[2 * layer], 1) + 0.0
-            axis.annotate(f"{own:.1f}", (2 * layer, layer), ha="center", va="center", fontsize=7, color="0.2")
+            axis.annotate(f"{own:.1f}", (2 * layer, layer), ha="center", va="center", fontsize=6, color="0.2")
         axis.set_yticks(range(0, n, every))
-        axis.set_xticks(
-            range(0, 2 * n, every),
-            [f"{'AM'[i % 2]}{i // 2}" for i in range(0, 2 * n, every)],
-            rotation=90,
-            fontsize=7.5,
-        )
-        axis.set_title(_title(run), fontsize=9)
-        axis.set_xlabel("downstream attention (A) or MLP (M)", fontsize=9)
-        axis.set_ylabel("ablated attention layer", fontsize=9)
-    figure.colorbar(image, ax=axes, label="change of effect (logits)", extend="both", shrink=0.8)
+        names = [f"{'AM'[i % 2]}{i // 2}" for i in range(0, 2 * n, every)]
+        axis.set_xticks(range(0, 2 * n, every), names, rotation=90, fontsize=7)
+        axis.set_title(title(run), fontsize=8.5)
+    label_grid(axes, "downstream: attention (A), MLP (M)", "ablated attention layer")
+    figure.colorbar(image, ax=axes, label="change of effect (logits)", extend="both", shrink=0.7)
     return figure
 
 
-def compensation_scatter(runs: Sequence[FactRun]) -> Figure:
-    """Compensation against direct effect (logits) over prompts, with the regression line and ``y = x``: a
-    column per model, a row per attention layer (up to three of the later half that has attention above;
-    McGrath Fig. 6)."""
-    chosen = [run.means.later_attention() for run in runs]
-    chosen = [
-        layers[np.unique(np.linspace(0, len(layers) - 1, 3).round().astype(int))] if len(layers) else layers
-        for layers in chosen
-    ]
-    n_rows = max(1, *map(len, chosen))
-    figure, axes = plt.subplots(
-        n_rows, len(runs), figsize=(2.4 * len(runs) + 0.8, 2.4 * n_rows + 0.3), squeeze=False
-    )
-    for column, run, layers in zip(axes.T, runs, chosen, strict=True):
-        for axis in column[len(layers) :]:
-            axis.set_axis_off()
-        for axis, component in zip(column, layers, strict=False):
-            x, y = (
-                run.effects[name].transpose("ablated", "prompt").values[component]
-                for name in ("direct_effect", "compensation")
-            )
-            slope = run.means.slope[component]
-            low, high = slope.interval()
-            axis.scatter(x, y, s=7, color="C0", alpha=0.5, linewidths=0)
-            ends = np.array([x.min(), x.max()])
-            axis.plot(ends, y.mean() + slope.value * (ends - x.mean()), color="C1", lw=1.4, zorder=3)
-            axis.plot(ends, ends, color="0.4", ls="--", lw=0.9)
-            axis.axhline(0, color="0.7", lw=0.7, zorder=0)
-            axis.axvline(0, color="0.7", lw=0.7, zorder=0)
-            axis.set_title(
-                f"{run.name}, attention {component // 2}\nslope {slope.value:.2f} [{low:.2f}, {high:.2f}]",
-                fontsize=8.5,
-            )
-            axis.set_xlabel("direct effect (logits)", fontsize=9)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("compensation (logits)", fontsize=9)
-    return figure
-
-
-def compensation_slopes(runs: Sequence[FactRun]) -> Figure:
-    """Slope of compensation on direct effect, and the ratio of their means, by attention layer; all models in
-    each panel."""
-    figure, axes = plt.subplots(1, 2, figsize=(7.4, 3.6), sharey=True)
-    for i, (run, (colour, marker)) in enumerate(
-        zip(runs, looks(run.name for run in runs).values(), strict=True)
-    ):
-        attention = run.means.attention_with_downstream()
-        ratio = run.means.compensation / run.means.direct_effect
-        for axis, quantity in zip(axes, (run.means.slope, ratio), strict=True):
-            low, high = (end[attention] for end in quantity.interval())
-            x = attention / 2 / max(1, run.means.n_layers - 1) + 0.012 * (i - (len(runs) - 1) / 2)
-            estimate = quantity[attention].value
-            inside = (estimate >= SLOPE_LIMITS[0]) & (estimate <= SLOPE_LIMITS[1])
-            bars = np.abs(np.stack([low, high]) - estimate)[:, inside]
-            axis.errorbar(
-                x[inside], estimate[inside], bars, fmt=marker, color=colour, ms=4.5, lw=1, label=run.name
-            )
-            for edge, beyond, triangle in zip(
-                SLOPE_LIMITS, (estimate < SLOPE_LIMITS[0], estimate > SLOPE_LIMITS[1]), "v^", strict=True
-            ):
-                (mark,) = axis.plot(
-                    x[beyond],
-                    np.full(beyond.sum(), edge),
-                    color=colour,
-                    marker=triangle,
-                    mfc="none",
-                    ls="",
-                    ms=6,
-                )
-                mark.set(clip_on=False, in_layout=False)
-    for axis, label in zip(axes, ("slope over prompts", "ratio of means"), strict=True):
-        axis.axhline(0, color="0.6", lw=0.8, zorder=0)
-        axis.set(title=label, xlabel="relative depth of the ablated attention layer", ylim=SLOPE_LIMITS)
-    axes[0].set_ylabel("compensation over direct effect")
-    _legend(figure, axes[0], columns=3)
-    return figure
-
-
-def coupling(runs: Sequence[FactRun], n_thresholds: int = 41) -> Figure:
-    """Share of the components downstream of each attention layer that change by more than a share of its
-    direct effect, against that share: a panel per model, a line per ablated layer, their mean with its 95 %
-    interval in black."""
-    thresholds = np.geomspace(0.01, 10, n_thresholds)
-    figure, axes = _panels(len(runs), 3.0, 2.6, sharey=True)
-    for axis, run in zip(axes.flat, runs, strict=False):
-        touched = Estimate.stack([run.means.coupling(share) for share in thresholds])
-        layers = run.means.attention_with_downstream() // 2
-        colours = sns.color_palette("viridis", run.means.n_layers)
-        for layer in layers:
-            label = f"layer {layer}" if layer % max(1, run.means.n_layers // 6) == 0 else None
-            axis.plot(
-                thresholds,
-                touched.value[:, layer],
-                color=colours[layer],
-                lw=1.1,
-                drawstyle="steps-mid",
-                label=label,
-            )
-        if len(layers):
-            mean = touched[:, layers].mean(1)
-            axis.fill_between(thresholds, *mean.interval(), color="0.2", alpha=0.25, lw=0)
-            axis.plot(thresholds, mean.value, color="0.1", lw=1.8, label="mean")
-            axis.legend(frameon=False, fontsize=6.5, loc="lower left", handlelength=1.2, labelspacing=0.2)
-        axis.axvline(COUPLED, color="0.4", ls="--", lw=0.9)
-        axis.axhline(0.5, color="0.4", ls=":", lw=0.9)
-        axis.set_xscale("log")
-        axis.set(ylim=(-0.03, 1.05))
-        axis.set_title(_title(run), fontsize=9)
-        axis.set_xlabel("threshold (share of direct effect)", fontsize=9)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("downstream components\nthat change by more", fontsize=9)
-    return figure
-
-
-def late_mlps(runs: Sequence[FactRun]) -> Figure:
-    """Mean unembedding-based effect (logits) of MLPs by layer, clean and with the attention layer ablated
-    that has the largest direct effect below the late MLPs (the last third, shaded): a panel per model."""
-    figure, axes = _panels(len(runs), 2.9, 2.6)
-    for axis, run in zip(axes.flat, runs, strict=False):
-        means = run.means
-        component = means.strongest_below_late_mlps()[0] if len(means.attention_below_late_mlps()) else 0
+def late_mlps(runs: Sequence[LayerRun]) -> Figure:
+    """Mean unembedding-based effect (logits) of MLPs by layer: raw, centred (of the output less its mean over
+    donors), and raw with the attention layer ablated that has the largest direct effect below the late MLPs
+    (the last third, shaded): a column per model, facts above prose (McGrath Fig. 2a has the raw ones)."""
+    figure, axes = condition_grid(runs, 2.1, 2.1)
+    for axis, run in panels(axes, runs):
+        means, ablated = run.means, run.strongest_below_late_mlps()
         mlps = np.arange(1, 2 * means.n_layers, 2)
-        above = mlps[means.downstream[component, mlps]]
         axis.axvspan(means.late_mlps()[0] // 2 - 0.4, means.n_layers - 0.6, color="0.93", zorder=0, lw=0)
         axis.axhline(0, color="0.6", lw=0.7, zorder=0)
-        ablated = means.effect[above] + means.change[component][above]
-        lines = (
-            (mlps, means.effect[mlps], "C0", "o", "clean"),
-            (above, ablated, "C1", "s", f"attention {component // 2} ablated"),
+        with_interval(axis, mlps // 2, means.effect[mlps], color="C0", marker="o", label="raw")
+        with_interval(
+            axis, mlps // 2 + 0.1, means.direct_effect[mlps], color="C2", marker="^", label="centred"
         )
-        for i, (components, effect, colour, marker, label) in enumerate(lines[: 2 if len(above) else 1]):
-            bars = np.abs(np.stack(effect.interval()) - effect.value)
-            axis.errorbar(
-                components // 2 + 0.1 * (i - 0.5),
-                effect.value,
-                bars,
-                color=colour,
-                marker=marker,
-                ms=4,
-                lw=1.1,
-                label=label,
-            )
-        axis.set_title(_title(run), fontsize=9)
-        axis.set_xlabel("layer of the MLP", fontsize=9)
-        axis.legend(frameon=False, fontsize=7.5, loc="best")
-        _integers(axis)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("unembedding-based\neffect (logits)", fontsize=9)
+        if ablated is not None:
+            above = mlps[means.downstream[ablated, mlps]]
+            changed = means.effect[above] + means.change[ablated][above]
+            look = {"color": "C1", "marker": "s", "label": "raw, attention ablated"}
+            with_interval(axis, above // 2 - 0.1, changed, **look)
+        named = "" if ablated is None else f"\nablated: attention {ablated // 2}"
+        axis.set_title(f"{title(run)}{named}", fontsize=8.5)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    label_grid(axes, "layer of the MLP", "unembedding-based\neffect (logits)")
+    legend_below(figure, axes[0, 0], columns=3)
     return figure
 
 
-def over_training(table: pd.DataFrame) -> Figure:
-    """Facts answered, attention's effects and late MLPs at each checkpoint (rows of
-    :func:`selfrepair.analysis.layers.over_training`)."""
-    panels = {
-        "facts answered": {"answered": "answered"},
-        "attention, later half": {
-            "direct effect": "direct effect",
-            "total effect": "total effect",
-            "compensation": "compensation",
-        },
-        "late MLPs, mean effect": {"late MLPs": "clean", "late MLPs, attention ablated": "attention ablated"},
-    }
-    steps = list(dict.fromkeys(table["step"]))
-    figure, axes = plt.subplots(1, len(panels), figsize=(10.2, 3.3))
-    for axis, (name, quantities) in zip(axes, panels.items(), strict=True):
-        axis.axhline(0, color="0.6", lw=0.7, zorder=0)
-        for (quantity, label), (colour, marker) in zip(
-            quantities.items(), looks(quantities).values(), strict=True
-        ):
-            _with_interval(
-                axis,
-                np.arange(len(steps)),
-                table[table["quantity"] == quantity],
-                color=colour,
-                marker=marker,
-                label=label,
-            )
-        axis.set_xticks(range(len(steps)), [f"{step:,}" for step in steps], rotation=45, fontsize=8)
-        axis.set(
-            title=name,
-            xlabel="training step",
-            ylabel="share of prompts" if name == "facts answered" else "logits",
-        )
-        if len(quantities) > 1:
-            axis.legend(frameon=False, fontsize=8, loc="best")
-    axes[0].set_ylim(-0.03, 1.03)
-    figure.suptitle(f"{table['model'].iloc[0]}, {table['prompts'].iloc[0]} prompts", fontsize=10)
-    return figure
+def title(run: LayerRun) -> str:
+    return f"{run.name}\n{run.condition}, {run.means.n_prompts} prompts"
 
 
-def _title(run: FactRun) -> str:
-    return f"{run.name}\n{run.means.n_prompts} prompts"
+def _models(runs: Sequence[LayerRun]) -> list[str]:
+    return list(dict.fromkeys(run.name for run in runs))
 
 
-def _panels(n: int, width: float, height: float, sharey: bool = False) -> tuple[Figure, np.ndarray]:
-    """``n`` panels, three to a row."""
-    columns = min(COLUMNS, n)
-    n_rows = -(-n // columns)
-    size = (width * columns + 0.6, height * n_rows + 0.3)
-    figure, axes = plt.subplots(n_rows, columns, figsize=size, squeeze=False, sharey=sharey)
-    for axis in axes.flat[n:]:
-        axis.set_axis_off()
+def condition_grid(runs: Sequence[LayerRun], width: float, height: float) -> tuple[Figure, np.ndarray]:
+    """A column per model, a row per condition; panels without a run stay empty."""
+    columns, rows = len(_models(runs)), len({run.condition for run in runs})
+    size = (width * columns + 0.9, height * rows + 0.9)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
     return figure, axes
 
 
-def _with_interval(
-    axis: Axes, x: np.ndarray | pd.Series, rows: pd.DataFrame, color: str, marker: str, label: str
+def panels(axes: np.ndarray, runs: Sequence[LayerRun]) -> Iterator[tuple[Axes, LayerRun]]:
+    """The panels of :func:`condition_grid` with their runs."""
+    models, conditions = _models(runs), list(dict.fromkeys(run.condition for run in runs))
+    for row, condition in zip(axes, conditions, strict=True):
+        for axis, model in zip(row, models, strict=True):
+            found = [run for run in runs if (run.condition, run.name) == (condition, model)]
+            if found:
+                yield axis, found[0]
+            else:
+                axis.set_axis_off()
+
+
+def label_grid(axes: np.ndarray, x: str, y: str) -> None:
+    for axis in axes[-1]:
+        axis.set_xlabel(x, fontsize=9)
+    for axis in axes[:, 0]:
+        axis.set_ylabel(y, fontsize=9)
+
+
+def part_grid(runs: Sequence[LayerRun], rows: Sequence[str]) -> tuple[Figure, np.ndarray]:
+    """A column for each part on each condition, a row for each quantity, all models in each panel."""
+    columns = len(PARTS) * len({run.condition for run in runs})
+    size = (2.5 * columns + 0.6, 2.3 * len(rows) + 0.7)
+    figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False)
+    for axis, name in zip(axes[:, 0], rows, strict=True):
+        axis.set_ylabel(name, fontsize=9)
+    for axis in axes[-1]:
+        axis.set_xlabel("relative depth", fontsize=9)
+    return figure, axes
+
+
+def part_columns(
+    axes: np.ndarray, runs: Sequence[LayerRun]
+) -> Iterator[tuple[np.ndarray, str, list[LayerRun]]]:
+    """The columns of :func:`part_grid` with their part and runs; titles are given."""
+    conditions = list(dict.fromkeys(run.condition for run in runs))
+    columns = [(part, condition) for part in PARTS for condition in conditions]
+    for column, (part, condition) in zip(axes.T, columns, strict=True):
+        column[0].set_title(f"{part}, {condition}", fontsize=9.5)
+        yield column, part, [run for run in runs if run.condition == condition]
+
+
+def with_looks(runs: Sequence[LayerRun]) -> list[tuple[LayerRun, tuple[str, str]]]:
+    """Runs of different models with their colours and markers."""
+    return list(zip(runs, looks(run.name for run in runs).values(), strict=True))
+
+
+def relative_depth(run: LayerRun, components: np.ndarray) -> np.ndarray:
+    """From 0 for the first layer to 1 for the last."""
+    return components // 2 / max(1, run.means.n_layers - 1)
+
+
+def with_interval(
+    axis: Axes,
+    x: np.ndarray,
+    estimate: Estimate,
+    color: str,
+    marker: str,
+    label: str,
+    ls: str = "-",
+    fillstyle: str = "full",
 ) -> None:
-    bars = np.abs(rows[["low", "high"]].to_numpy().T - rows["estimate"].to_numpy())
-    axis.errorbar(
-        np.asarray(x),
-        rows["estimate"],
-        bars,
-        color=color,
-        marker=marker,
-        ms=4,
-        lw=1.1,
-        elinewidth=1,
-        label=label,
-    )
+    """A line through estimates, with bars to the ends of their 95 % intervals."""
+    bars = np.abs(np.stack(estimate.interval()) - estimate.value)
+    look = {"color": color, "marker": marker, "ls": ls, "fillstyle": fillstyle, "label": label}
+    axis.errorbar(np.asarray(x), estimate.value, bars, ms=4, lw=1.1, elinewidth=1, **look)
 
 
-def _integers(axis: Axes) -> None:
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-
-def _legend(figure: Figure, axis: Axes, columns: int = 2) -> None:
+def legend_below(figure: Figure, axis: Axes, columns: int) -> None:
     handles, labels = axis.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncol=columns, frameon=False, fontsize=8.5)

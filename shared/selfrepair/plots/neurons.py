@@ -1,31 +1,32 @@
-"""Figures of notebook 04: how much single neurons repair, how few carry it, and which."""
+"""Figures of notebook 04: how much single neurons repair, how few carry it, and whether they are the same."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
-from matplotlib.axes import Axes
 from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from selfrepair.analysis.claims import Statistics
-from selfrepair.analysis.neuron_repair import ERASING, SUPPORTING, THRESHOLDS, NeuronRepair
+from selfrepair.analysis.neuron_repair import BREAKING, REPAIRING, NeuronTotals, gaussian_half
 from selfrepair.analysis.neurons import ModelNeurons
-from selfrepair.plots.style import MARKERS, looks
+from selfrepair.plots.style import looks
 
 COLOURS = plt.get_cmap("coolwarm")
+#: Markers of the kinds of tokens in :func:`overlaps`.
+MARKERS = ("o", "s", "^")
 
 
 def single_neurons(models: Sequence[ModelNeurons]) -> Figure:
     """Share of tokens on which the last MLP's Nth most repairing neuron alone repairs so much.
 
-    Columns: models; rows: the chosen head, all heads of its layer. Bands: 95 % intervals (R&N §5).
+    Columns: models; rows: the chosen head, all heads of its layer. Bands: 95 % intervals. Dashed: the Nth
+    most breaking neuron breaks so much (R&N §5, the authors' ``top_neuron_explains_instances``).
     """
     figure, axes = plt.subplots(
         2, len(models), figsize=(3.4 * len(models) + 0.4, 5.8), squeeze=False, sharex=True, sharey=True
@@ -33,21 +34,26 @@ def single_neurons(models: Sequence[ModelNeurons]) -> Figure:
     for column, model in zip(axes.T, models, strict=True):
         for axis, (scope, repair) in zip(column, model.scopes().items(), strict=True):
             shares = repair.repaired_alone(model.draws())
+            broken = repair.repaired_alone(model.draws()[:1], BREAKING).value
             nth = np.arange(1, shares.shape[1] + 1)
             low, high = shares.interval()
-            for i, threshold in enumerate(THRESHOLDS):
+            for i, threshold in enumerate(repair.thresholds):
                 axis.fill_between(nth, low[i], high[i], color=f"C{i}", alpha=0.2, lw=0)
-                look = {"color": f"C{i}", "marker": MARKERS[i], "label": f"≥ {100 * threshold:g} %"}
-                axis.plot(nth, shares.value[i], ms=4, lw=1.2, **look)
-            _title(axis, model, scope, repair)
-        column[-1].set_xlabel("Nth most repairing neuron")
-        column[-1].set_xticks(nth[1::2])
+                axis.plot(nth, shares.value[i], color=f"C{i}", lw=1.4, label=f"≥ {100 * threshold:g} %")
+                axis.plot(nth, broken[i], color=f"C{i}", lw=1, ls="--")
+            axis.set_title(
+                f"{model.model}, {scope}\nMLP {repair.mlp}, n = {len(repair.prompt)} tokens", fontsize=9
+            )
+        column[-1].set_xlabel("Nth most repairing (dashed: breaking) neuron")
     for axis in axes[:, 0]:
-        axis.set(ylabel="share of tokens", ylim=(-0.03, 1.03))
+        axis.set(ylabel="share of tokens", ylim=(-0.03, 1.03), xlim=(0, len(nth) + 1))
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    handles += [Line2D([], [], color="0.3", lw=1, ls="--")]
     figure.legend(
-        *axes[0, 0].get_legend_handles_labels(),
+        handles,
+        [*labels, "breaks so much"],
         loc="outside lower center",
-        ncol=5,
+        ncol=6,
         frameon=False,
         title="repairs alone, of the head's direct effect",
         fontsize=9,
@@ -56,29 +62,30 @@ def single_neurons(models: Sequence[ModelNeurons]) -> Figure:
 
 
 def cumulative_change(models: Sequence[ModelNeurons]) -> Figure:
-    """Cumulative share of the absolute change over the last MLP's neurons, repairing and harming apart.
+    """Cumulative share of the absolute change over the last MLP's neurons, repairing and breaking apart.
 
-    Columns: models. Colour: mean clean direct effect of neurons at that rank; below 0 they erase (R&N §5).
+    Columns: models. Colour: mean clean direct effect of neurons at that rank; below 0 they erase (R&N §5,
+    the authors' ``average_cumulative_self_repair``).
     """
     figure, axes = plt.subplots(
         2, len(models), figsize=(3.4 * len(models) + 1.2, 5.8), squeeze=False, sharex=True, sharey=True
     )
     panels = [
-        (axis, model, scope, repair)
+        (axis, f"{model.model}, {scope}\nMLP {model.later_mlps[-1]}, n = {totals.n_moved} tokens", totals)
         for column, model in zip(axes.T, models, strict=True)
-        for axis, (scope, repair) in zip(column, model.scopes().items(), strict=True)
+        for axis, (scope, totals) in zip(column, model.total_scopes().items(), strict=True)
     ]
-    curves = [_curves(repair) for *_, repair in panels]
+    curves = [_curves(totals) for *_, totals in panels]
     furthest = max(np.abs(curve.clean).max() for sides in curves for curve in sides)
     norm = SymLogNorm(furthest / 30, vmin=-furthest, vmax=furthest)
-    for (axis, model, scope, repair), sides in zip(panels, curves, strict=True):
+    for (axis, title, _), sides in zip(panels, curves, strict=True):
         for curve, marker in zip(sides, "^v", strict=True):
             axis.plot(curve.rank, curve.share, color="0.6", lw=0.8, zorder=1)
             look = {"cmap": COLOURS, "norm": norm, "marker": marker, "edgecolors": "0.35", "linewidths": 0.5}
             axis.scatter(curve.rank, curve.share, c=curve.clean, s=34, zorder=2, **look)
         axis.set(xscale="log", ylim=(0, None))
         axis.xaxis.set_major_formatter("{x:g}")
-        _title(axis, model, scope, repair)
+        axis.set_title(title, fontsize=9)
     for axis in axes[-1]:
         axis.set_xlabel("neurons, largest change first")
     for axis in axes[:, 0]:
@@ -91,7 +98,7 @@ def cumulative_change(models: Sequence[ModelNeurons]) -> Figure:
     bar.set_label("mean clean direct effect (logits); below 0: erasure")
     marks = [
         Line2D([], [], marker=m, color="0.6", mfc="0.9", mec="0.35", label=label)
-        for m, label in (("^", "repairing neurons"), ("v", "harming neurons"))
+        for m, label in (("^", "repairing neurons"), ("v", "breaking neurons"))
     ]
     figure.legend(handles=marks, loc="outside lower center", ncol=2, frameon=False, fontsize=9)
     return figure
@@ -105,95 +112,82 @@ class _Curve(NamedTuple):
     clean: Float[np.ndarray, " point"]
 
 
-def _curves(repair: NeuronRepair) -> list[_Curve]:
-    """Of repairing, then of harming neurons, at ranks evenly spread on a logarithmic axis."""
+def _curves(totals: NeuronTotals) -> list[_Curve]:
+    """Of repairing, then of breaking neurons, at ranks evenly spread on a logarithmic axis."""
     curves = []
-    for share, clean, tokens in zip(
-        repair.share_by_rank, repair.clean_by_rank, repair.tokens_by_rank, strict=True
-    ):
+    for side, sign in ((REPAIRING, 1), (BREAKING, -1)):
+        tokens = totals.tokens_by_rank[side]
         rank = np.unique(np.geomspace(1, max(1, (tokens > 0).sum()), 20).round().astype(int))
         at = rank - 1
-        curves.append(_Curve(rank, share[at] / repair.moved.sum(), clean[at] / tokens[at]))
+        clean = sign * totals.clean_by_rank[side][at] / tokens[at]
+        curves.append(_Curve(rank, totals.share_by_rank[side][at] / totals.n_moved, clean))
     return curves
 
 
 def neurons_for_half(models: Sequence[ModelNeurons]) -> Figure:
-    """Share of the last MLP's neurons that carry half of its positive change: over tokens, a line a model."""
+    """Share of the last MLP's neurons that carry half of its positive change: over tokens, a line a model.
+
+    Dashed: of its negative change. Vertical: the claim's limit, and what Gaussian changes would need.
+    """
     figure, axes = plt.subplots(1, 2, figsize=(7.2, 3.2 + 0.2 * len(models)), sharex=True, sharey=True)
     look = looks(model.model for model in models)
+    gaussian = []
     for model in models:
         label = []
         for axis, (scope, repair) in zip(axes, model.scopes().items(), strict=True):
-            share = repair.n_for_half[np.isfinite(repair.n_for_half)] / repair.d_mlp
+            share, mirror = repair.share_for_half(REPAIRING), repair.share_for_half(BREAKING)
             line = axis.ecdf(100 * share, color=look[model.model][0], lw=1.4)
+            axis.ecdf(100 * mirror, color=look[model.model][0], lw=0.9, ls="--")
             label.append(f"{scope} ({len(share)} tokens)")
         line.set_label(f"{model.model}: {'; '.join(label)}")
+        gaussian.append(gaussian_half(repair.d_mlp))
     for axis, title in zip(axes, ("chosen head", "all heads of its layer"), strict=True):
-        axis.axvline(5, color="0.3", lw=0.9, ls="--", label="the claim's limit" if axis is axes[1] else None)
+        axis.axvline(5, color="0.3", lw=0.9, ls=":", label="the claim's limit")
+        axis.axvline(100 * np.mean(gaussian), color="0.3", lw=1.2, ls="-.", label="Gaussian changes")
         axis.set(
             title=title,
             xlabel="neurons that carry half of the\npositive change (% of the last MLP)",
             xlim=(0, None),
         )
     axes[0].set_ylabel("cumulative share of tokens")
-    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", frameon=False, fontsize=8)
+    handles, labels = axes[1].get_legend_handles_labels()
+    handles += [Line2D([], [], color="0.3", lw=0.9, ls="--")]
+    labels += ["dashed: of the negative change"]
+    figure.legend(handles, labels, loc="outside lower center", frameon=False, fontsize=8, ncol=1)
     return figure
 
 
 def overlaps(table: pd.DataFrame) -> Figure:
-    """Jaccard overlap of repairing neurons between tokens of different prompts.
+    """Jaccard overlap of repairing neurons between tokens of different prompts; open: of the strongest ones.
 
     ``table`` has the rows of :meth:`ModelNeurons.overlaps`, of one model or more.
     """
     groups = list(table.groupby(["model", "MLP"], sort=False))
-    figure, axis = plt.subplots(figsize=(6.6, 0.5 * len(groups) + 1.7))
+    figure, axis = plt.subplots(figsize=(6.6, 0.5 * len(groups) + 2.1))
     labels = (
         "two tokens of the chosen head",
         "two tokens of any one head of its layer",
         "tokens of two heads of its layer",
     )
     for y, (_, rows) in enumerate(groups):
-        for i, (row, label) in enumerate(zip(rows.itertuples(), labels, strict=True)):
+        for i, (row, label) in enumerate(zip(rows.to_dict("records"), labels, strict=True)):
             height = y + 0.2 * (i - 1)
-            look = {"color": f"C{i}", "marker": MARKERS[i], "label": label if y == 0 else None}
-            axis.plot([row.low, row.high], [height, height], color=f"C{i}", lw=1.4)
-            axis.plot(row.overlap, height, ms=5, ls="", **look)
+            for kind, face in (("overlap", f"C{i}"), ("strongest", "white")):
+                ends = [row[f"{kind} low"], row[f"{kind} high"]]
+                axis.plot(ends, [height, height], color=f"C{i}", lw=1.4, zorder=1)
+                look = {"color": f"C{i}", "mfc": face, "marker": MARKERS[i], "ms": 5, "ls": ""}
+                shown = label if y == 0 and kind == "overlap" else None
+                axis.plot(row[kind], height, label=shown, **look)
         label = "chance: random sets" if y == 0 else None
-        axis.plot(2 * [row.chance], [y - 0.35, y + 0.35], color="0.3", lw=1.4, label=label)
+        axis.plot(2 * [rows["chance"].iloc[0]], [y - 0.35, y + 0.35], color="0.3", lw=1.4, label=label)
     axis.set_yticks(range(len(groups)), [f"{model}, MLP {mlp}" for (model, mlp), _ in groups])
     axis.set_xlim(0, None)
     axis.invert_yaxis()
     axis.set_xlabel(
-        "Jaccard overlap of the 20 most repairing neurons\n"
-        "of two tokens from different prompts\n(95 % interval over prompts)"
+        "Jaccard overlap of the 20 neurons of two tokens\nfrom different prompts (95 % interval over prompts)"
     )
     handles, labels = axis.get_legend_handles_labels()
+    handles += [Line2D([], [], color="0.3", mfc=face, marker="o", ls="") for face in ("0.3", "white")]
+    labels += ["filled: the most repairing", "open: largest clean direct effect"]
     figure.legend(handles, labels, frameon=False, fontsize=8, ncol=2, loc="outside upper center")
     return figure
-
-
-def erasure_shares(statistics: Mapping[str, Statistics]) -> Figure:
-    """Share of the positive change by neurons that erase, and its mirror image; with 95 % intervals."""
-    statistics = {model: of for model, of in statistics.items() if of}  # too few layers for a later head
-    figure, axis = plt.subplots(figsize=(6.6, 0.5 * len(statistics) + 1.6))
-    names = {
-        ERASING: "of the positive change: by neurons that erase (clean direct effect < 0)",
-        SUPPORTING: "of the negative change: by neurons that support (clean direct effect > 0)",
-    }
-    for y, found in enumerate(statistics.values()):
-        for i, (name, label) in enumerate(names.items()):
-            look = {"color": f"C{i}", "marker": MARKERS[i], "label": label if y == 0 else None}
-            height = y + 0.2 * i - 0.1
-            axis.plot(found[name].interval(), [height, height], color=f"C{i}", lw=1.4)
-            axis.plot(found[name].value, height, ms=5, ls="", **look)
-    axis.axvline(0.5, color="0.3", lw=0.9, ls="--")
-    axis.set_yticks(range(len(statistics)), statistics)
-    axis.set_xlim(0, 1)
-    axis.invert_yaxis()
-    axis.set_xlabel("share of the last MLP's positive or negative change\n(95 % interval over prompts)")
-    figure.legend(*axis.get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside upper center")
-    return figure
-
-
-def _title(axis: Axes, model: ModelNeurons, scope: str, repair: NeuronRepair) -> None:
-    axis.set_title(f"{model.model}, {scope}\nMLP {repair.mlp}, n = {len(repair.prompt)} tokens", fontsize=9)

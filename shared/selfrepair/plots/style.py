@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,6 +11,28 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+#: Colour and marker of the embedded models and of those with released numbers: the same in every figure.
+FIXED_LOOKS = {
+    "pocket-gpt2": ("#0173b2", "o"),
+    "pocket-gpt2-dropout": ("#3a92c9", "s"),
+    "pocket-pythia": ("#c2700a", "^"),
+    "pocket-pythia-small": ("#a0522d", "v"),
+    "pocket-llama": ("#029e73", "D"),
+    "gpt2-small": ("#1f3b73", "o"),
+    "gpt2-medium": ("#7f7f7f", "s"),
+    "gpt2-large": ("#000000", "P"),
+    "pythia-160m": ("#cc3311", "^"),
+    "pythia-410m": ("#882255", "D"),
+    "pythia-410m-deduped": ("#882255", "D"),
+    "pythia-1b-deduped": ("#d55e9b", "v"),
+    "opt-1.3b": ("#117733", "X"),
+    "tiny-stories-instruct-33M": ("#8a7500", "s"),
+}
+#: Those of other models, in the order in which a figure has them.
+OTHER_LOOKS = (
+    *(("#0173b2", "o"), ("#c2700a", "s"), ("#029e73", "^"), ("#d55e00", "D"), ("#b0569f", "v")),
+    *(("#a0522d", "P"), ("#3a92c9", "X"), ("#7f7f7f", "o"), ("#8a7500", "s"), ("#1f3b73", "^")),
+)
 
 
 def use_style() -> None:
@@ -35,5 +58,8 @@ def save(figure: Figure, out_dir: Path, name: str) -> None:
 
 
 def looks(models: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """Colour and marker of each model, no two alike, in order of first appearance."""
-    return {model: (f"C{i % 10}", MARKERS[i % len(MARKERS)]) for i, model in enumerate(dict.fromkeys(models))}
+    """Colour and marker of each model; no two of a figure are alike unless it has more than there are."""
+    names = list(dict.fromkeys(models))
+    taken = {FIXED_LOOKS[name][0] for name in names if name in FIXED_LOOKS}
+    free = itertools.cycle([look for look in OTHER_LOOKS if look[0] not in taken])
+    return {name: FIXED_LOOKS[name] if name in FIXED_LOOKS else next(free) for name in names}

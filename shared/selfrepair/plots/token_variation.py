@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
@@ -12,15 +12,46 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from selfrepair.analysis.claims import load_claims
+from selfrepair.analysis.rules import load_claims
 from selfrepair.analysis.token_variation import STATISTICS, THRESHOLDS, TokenNoise
 from selfrepair.plots.style import looks
 
 
-def effect_against_change_per_token(tokens: pd.DataFrame, title: str) -> Figure:
-    """Direct effect against logit change (logits) of each token, one panel per head (R&N §3.2).
+def all_tokens(heads: Mapping[str, Mapping[str, Float[np.ndarray, " token"]]], title: str) -> Figure:
+    """Direct effect against logit change, and against self-repair, on every token: a column per head.
 
-    The colour is what became of it.
+    Both axes of all panels have one scale (logits), as in the authors' figure of single tokens; there they
+    reach from −4 to 4. ``heads`` holds ``direct_effect``, ``logit_change``, ``self_repair`` by name.
+    """
+    figure, axes = plt.subplots(2, len(heads), figsize=(2.7 * len(heads) + 0.8, 6.2), squeeze=False)
+    figure.suptitle(title, fontsize=10)
+    everything = np.abs(np.concatenate([values for head in heads.values() for values in head.values()]))
+    end = float(np.quantile(everything, 0.999))
+    for column, (name, head) in zip(axes.T, heads.items(), strict=True):
+        column[0].plot([-end, end], [end, -end], color="0.3", lw=1, ls="--", label="no repair: $y = -x$")
+        column[1].plot([-end, end], [-end, end], color="C1", lw=1, ls=":", label="all restored: $y = x$")
+        for axis, quantity in zip(column, ("logit_change", "self_repair"), strict=True):
+            x, y = head["direct_effect"], head[quantity]
+            place = (-end, end, -end, end)
+            cells = axis.hexbin(x, y, gridsize=55, bins="log", mincnt=1, cmap="crest", extent=place, lw=0)
+            axis.axhline(0, color="0.3", lw=0.8)
+            axis.axvline(0, color="0.3", lw=0.8)
+            axis.set(xlim=(-end, end), ylim=(-end, end), aspect="equal")
+            outside = int(((np.abs(x) > end) | (np.abs(y) > end)).sum())
+            axis.set_title(f"{name}, {outside} tokens outside", fontsize=9)
+        column[1].set_xlabel("direct effect (logits)")
+    axes[0, 0].set_ylabel("logit change (logits)")
+    axes[1, 0].set_ylabel("self-repair (logits)")
+    figure.colorbar(cells, ax=axes, label="tokens in a cell", shrink=0.6)
+    _legend_of_all(figure, axes[:, 0], columns=2)
+    return figure
+
+
+def effect_against_change_per_token(tokens: pd.DataFrame, title: str) -> Figure:
+    """Removed direct effect against logit change (logits) of each token, one panel per head.
+
+    On the dashed line nothing is repaired, below it tokens are made worse. The colour is what became of a
+    token.
     """
     heads = list(tokens.groupby(["layer", "head"], sort=True))
     columns = min(2, len(heads))
@@ -30,20 +61,23 @@ def effect_against_change_per_token(tokens: pd.DataFrame, title: str) -> Figure:
     for axis in axes.flat[len(heads) :]:
         axis.remove()
     for axis, ((layer, head), here) in zip(axes.flat, heads, strict=False):
-        right = 1.05 * here["direct_effect"].max()
-        axis.plot([0, right], [0, -right], color="0.3", lw=1, ls="--", label="no repair: $y = -x$")
+        x, y = here["removed"], here["logit_change"]
+        left, right = min(-0.02 * x.max(), x.min()), x.max()
+        axis.plot([left, right], [-left, -right], color="0.3", lw=1, ls="--", label="no repair: $y = -x$")
         axis.axhline(0, color="0.3", lw=0.8)
+        low, high = min(y.quantile(0.005), -right), max(y.quantile(0.995), 0.2 * right)
+        across, up = 0.04 * (right - left), 0.04 * (high - low)
+        axis.set(xlim=(left - across, right + across), ylim=(low - up, high + up))
+        inside = y.between(*axis.get_ylim())
         for outcome in _outcomes(here):
-            x, y = (here.loc[outcome.chosen, name] for name in ("direct_effect", "logit_change"))
             look = {"s": 13, "c": outcome.colour, "marker": outcome.marker, "alpha": 0.7, "lw": 0}
-            axis.scatter(x, y, label=outcome.label, **look)
-        low = min(1.1 * here["logit_change"].quantile(0.005), -right)
-        high = max(1.1 * here["logit_change"].quantile(0.995), 0.2 * right)
-        outside = int(((here["logit_change"] < low) | (here["logit_change"] > high)).sum())
-        beyond = f", {outside} of them outside" if outside else ""
+            look["clip_on"] = False
+            chosen = outcome.chosen & inside
+            axis.scatter(x[chosen], y[chosen], label=outcome.label, **look)
+        beyond = "" if inside.all() else f", {(~inside).sum()} of them outside"
         axis.set_title(f"L{layer}H{head}: {len(here)} tokens{beyond}", fontsize=10)
-        axis.set(xlim=(0.9 * here["direct_effect"].min(), right), ylim=(low, high))
-        axis.set(xlabel="direct effect (logits)", ylabel="logit change (logits)")
+        axis.set_xlabel(r"direct effect removed, $\mathrm{DE} - \mathrm{DE}_\mathrm{ablated}$ (logits)")
+        axis.set_ylabel("logit change (logits)")
     _legend_of_all(figure, axes.flat[: len(heads)], columns=2)
     return figure
 
@@ -121,7 +155,10 @@ def by_prompt(tokens: pd.DataFrame, title: str) -> Figure:
 
 
 def spread(noise: dict[str, TokenNoise], title: str) -> Figure:
-    """Spread, over-corrected and made worse per model, with the least that the claims need."""
+    """Spread, over-corrected and made worse per model, with the least that the claims need.
+
+    The upright ticks are the controls: what a fixed share of the direct effect would give.
+    """
     labels = {
         "spread": "spread of self-repair\nover mean direct effect",
         "over_corrected": "share of tokens over-corrected\n(self-repair > direct effect)",
@@ -131,6 +168,12 @@ def spread(noise: dict[str, TokenNoise], title: str) -> Figure:
     needed = {claim.statistic: claim.at_least for claim in load_claims()}
     for axis, quantity in zip(figure.axes, labels, strict=True):
         axis.axvline(needed[STATISTICS[quantity]], color="0.3", lw=1, ls="--")
+        for y, found in enumerate(noise.values()):
+            fixed = found.over_heads()[f"{quantity}_fixed"]
+            label = None if y else "control: repair a fixed share of each head's direct effect"
+            axis.plot(fixed.interval(), [y - 0.2, y - 0.2], color="0", lw=1.4)
+            axis.plot(fixed.value, y - 0.2, "|", color="0", ms=8, mew=1.6, label=label)
+    _legend_of_all(figure, figure.axes[:1], columns=1)
     return figure
 
 

@@ -21,7 +21,7 @@ from selfrepair.store.files import write_atomically
 CLAIMS = ("\n## Claims\n\n", "\nThe rules behind the verdicts")
 
 
-def update_committed(study: Study, summarise: Callable[[Study], object]) -> None:
+def update_committed(study: Study, summarise: Callable[[], object]) -> None:
     """Executes every notebook in its place; copies the figures, claims and page that they make.
 
     ``summarise`` writes the run's page and manifest once the notebooks have run. Nothing is
@@ -36,9 +36,9 @@ def update_committed(study: Study, summarise: Callable[[Study], object]) -> None
     _, end, after = rest.partition(CLAIMS[1])
     if not (begin and end):
         raise UserError(f"{README}: has no section 'Claims' that ends with '{CLAIMS[1].strip()} …'")
+    summarise()  # first: its manifest says whether files differ from the commit
     for path, notebook in executed.items():
         write_atomically(path, (nbformat.writes(notebook).rstrip("\n") + "\n").encode())
-    summarise(study)
     out_dir, target = study.out_dir, FIGURES / study.profile.name
     target.mkdir(parents=True, exist_ok=True)
     for file in [*sorted((out_dir / "figures").iterdir()), out_dir / "index.html"]:

@@ -17,7 +17,8 @@ import pandas as pd
 from markupsafe import Markup, escape
 from PIL import Image
 
-from selfrepair.analysis.claims import VERDICTS, ClaimResult, read_claims, results
+from selfrepair.analysis.claims import LEGEND, ClaimResult, read_claims, results
+from selfrepair.analysis.rules import VERDICTS
 from selfrepair.engine.ablations import ABLATIONS
 from selfrepair.errors import UserError
 from selfrepair.paths import NOTEBOOKS
@@ -26,7 +27,7 @@ from selfrepair.store.files import write_atomically
 TEMPLATE = Path(__file__).with_name("page.html")
 
 #: Verdict → how it is marked.
-MARKS = dict(zip(VERDICTS, ("yes", "partly", "no", "untested"), strict=True))
+MARKS = dict(zip(VERDICTS, ("yes", "partly", "undecided", "no", "untested"), strict=True))
 
 #: Columns of a heads table that a reader looks at first → their headings. Others follow under their own
 #: names.
@@ -38,8 +39,11 @@ HEADINGS = {
     "self_repair_heads": "by other heads, logits",
     "self_repair_mlps": "by MLPs, logits",
     "clipped_share_layernorm": "clipped share, final norm",
+    "clipped_floor_layernorm": "its floor (random signs), final norm",
     "clipped_share_heads": "clipped share, heads",
+    "clipped_floor_heads": "its floor (random signs), heads",
     "clipped_share_mlps": "clipped share, MLPs",
+    "clipped_floor_mlps": "its floor (random signs), MLPs",
     "share_of_means_layernorm": "ratio of means, final norm",
     "share_of_means_heads": "ratio of means, heads",
     "share_of_means_mlps": "ratio of means, MLPs",
@@ -99,6 +103,7 @@ def write_page(out_dir: Path, target: Path | None = None) -> Path:
     page = {
         "name": out_dir.resolve().name,
         "claims": claims,
+        "legend": _with_emphasis(LEGEND),
         "tally": {verdict: verdicts[verdict] for verdict in VERDICTS if verdicts[verdict]},
         "sections": _sections(figures),
         "comparison": _comparison(out_dir / "comparison.csv"),
@@ -108,7 +113,7 @@ def write_page(out_dir: Path, target: Path | None = None) -> Path:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters.update(csp_hash=_csp_hash, mark=MARKS.get, rank=VERDICTS.index)
+    environment.filters.update(csp_hash=_csp_hash, mark=MARKS.get, rank=list(VERDICTS).index)
     target = out_dir / "index.html" if target is None else target
     write_atomically(
         target, environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(page).encode()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from reprlib import repr as shown
 
-from selfrepair.choices import PRECISIONS
+from selfrepair.choices import LAYER_POSITIONS, PRECISIONS
 from selfrepair.engine.ablations import ABLATIONS
 from selfrepair.errors import UserError
 from selfrepair.paths import PROFILES
@@ -24,7 +24,8 @@ class Profile:
 
     ``dtype`` is that of the weights; ``tf32`` are float32 weights whose products a GPU computes in TF32.
     ``per_model`` holds the ``n_prompts`` and ``dtype`` of models that have their own: :meth:`of_model` minds
-    them.
+    them. ``layer_positions``: where layers are ablated, at the ``last`` position (as published) or at
+    ``all``.
     """
 
     models: list[str]
@@ -34,6 +35,7 @@ class Profile:
     fraction: float = 0.02
     dataset: str | None = None
     dtype: str = "float32"
+    layer_positions: str = "last"
     per_model: dict[str, dict[str, int | str]] = field(default_factory=dict)
     #: Of its file; not a setting.
     name: str = ""
@@ -151,5 +153,6 @@ _POSSIBLE: dict[str, tuple[Callable[[object], bool], str]] = {
         "a number above 0 and at most 1",
     ),
     "dataset": (lambda value: value is None or _is_name(value), "a dataset id or pile"),
+    "layer_positions": (lambda value: value in LAYER_POSITIONS, f"one of {', '.join(LAYER_POSITIONS)}"),
     "dtype": (lambda value: value in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from selfrepair.analysis.comparison import report
 from selfrepair.errors import UserError
@@ -18,8 +19,10 @@ from selfrepair.text.corpora import hash_documents, read_documents
 OF_A_STORE = ("model", "measurement", "ablation", "dtype", "weights_sha256", "code", "seconds", "finished")
 
 
-def summarise(study: Study, key: str = "") -> str:
+def summarise(study: Study, notebooks: Mapping[str, str], key: str = "") -> str:
     """Writes the manifest of a finished run, its page ``index.html`` and its mark, under the plan's ``key``.
+
+    ``notebooks`` are the keys of what the notebooks show, which the manifest names.
 
     Returns what to print: the comparison and the page's path.
 
@@ -44,6 +47,7 @@ def summarise(study: Study, key: str = "") -> str:
         "settings": dataclasses.asdict(profile),
         "seed": study.seed,
         "held_out_text_sha256": hash_documents(read_documents(HELD_OUT_TEXT)),
+        "notebooks": dict(notebooks),
         "stores": stores,
     }
     manifest = out / "manifest.json"

@@ -89,6 +89,7 @@ class Study:
             "dtype": own.dtype,
             "fraction": own.fraction,
             "ablation": ablation,
+            "layer_positions": own.layer_positions,
             "head": None if self.head is None else list(self.head),
             "facts": self.facts,
             "n_facts": N_FACTS if self.n_facts is None else self.n_facts,
@@ -142,7 +143,7 @@ class Study:
         from transformers import AutoTokenizer
 
         (model_name,) = {model for model in self.profile.models if name in (model, short_name(model))}
-        return AutoTokenizer.from_pretrained(find_model(model_name))
+        return AutoTokenizer.from_pretrained(find_model(model_name), trust_remote_code=False)
 
 
 def _refuse_equal_names(models: Sequence[str]) -> None:

@@ -38,7 +38,7 @@ def plan(study: Study) -> dict[str, object]:
         UserError: a model that cannot be found or reached.
     """
     models = {name: _plan_of_model(study, name) for name in study.profile.models}
-    notebooks = {notebook.stem: _key_of_notebook(study, notebook) for notebook in all_notebooks()}
+    notebooks = notebook_keys(study)
     return {
         "models": models,
         "notebooks": notebooks,
@@ -86,8 +86,12 @@ def _with_needs(tasks: Sequence[Task]) -> list[Task]:
     return list(found.values())
 
 
+def notebook_keys(study: Study) -> dict[str, str]:
+    """By notebook, what changes with it, the code that its cells run, and the tables and stores it reads."""
+    return {notebook.stem: _key_of_notebook(study, notebook) for notebook in all_notebooks()}
+
+
 def _key_of_notebook(study: Study, notebook: Notebook) -> str:
-    """Changes with the notebook, the code that its cells run, and the tables and stores it reads."""
     stores = [
         study.task(name, model_name, ablation).path.stem
         for name in notebook.measurements

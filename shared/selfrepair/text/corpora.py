@@ -139,7 +139,9 @@ def load_tokens(
     Hugging Face hub (``pile`` is its Pile sample), or an ``.npy`` of token ids ``[n_prompts, prompt_len]``.
 
     Documents are concatenated and cut into prompts that each begin with BOS; which are taken, and in
-    which order, is drawn from ``seed``. Without ``n_prompts``, all of them (one fewer if odd).
+    which order, is drawn from ``seed``. The rows of a token file are taken from the first on, in the file's
+    order, so that the donor of row ``i`` of ``n`` is row ``i + n/2``. Without ``n_prompts``, all of them (one
+    fewer if odd).
 
     Raises:
         UserError: more than one source; ``n_prompts`` odd, negative or more than there are; missing or
@@ -169,7 +171,8 @@ def load_tokens(
             f"{source}: gives {len(rows)} prompts of {rows.shape[1]} tokens; {n_prompts or 2} were asked "
             "for: lower n_prompts or add text"
         )
-    order = np.random.Generator(np.random.PCG64(seed)).permutation(len(rows))
+    drawn = np.random.Generator(np.random.PCG64(seed)).permutation(len(rows))
+    order = np.arange(len(rows)) if tokens is not None else drawn
     return Prompts(rows[order[: n_prompts or available]], source)
 
 

@@ -75,6 +75,12 @@ def training_config(name: str) -> dict[str, object] | None:
     return None if folder is None else training_metrics(folder).get("config")
 
 
+def trained_without_dropout(model_name: str) -> bool:
+    """Whether a model is known to have been trained so."""
+    config = training_config(model_name)
+    return config is not None and config["dropout"] == 0
+
+
 def facts_for(name: str, source: str | None = None) -> list[AskedFact]:
     """What to ask the model ``name``: ``source`` if given (see :func:`counterfact_facts`), else the facts
     that were planted in its training text, else our own list.
