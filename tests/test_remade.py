@@ -17,7 +17,9 @@ GPT2, PYTHIA = MODELS = ("pocket-gpt2", "pocket-pythia-small")
 
 #: Measurements → their kinds of ablation here; the others have none.
 KINDS = {"heads": ("resample", "mean"), "constants": ("mean",)}
-KINDS |= dict.fromkeys(("neurons", "earlier_input", "self_feeding", "layers"), ("resample",))
+KINDS |= dict.fromkeys(
+    ("neurons", "earlier_input", "self_feeding", "layers", "layers_on_prose"), ("resample",)
+)
 
 
 def labels(*names):
@@ -58,8 +60,8 @@ EDITS = {
         "123456",
     ),
     "shared/selfrepair/measure/self_feeding.py": (appended(), {"self_feeding"}, MODELS, "5"),
-    "shared/selfrepair/measure/tokens.py": (appended(), ON_PROMPTS, MODELS, "12345"),
-    "shared/selfrepair/text/facts.yaml": (appended(), {"facts", "layers"}, MODELS, "6"),
+    "shared/selfrepair/measure/tokens.py": (appended(), ON_PROMPTS, MODELS, "123456"),
+    "shared/selfrepair/text/facts.yaml": (appended(), {"facts", "layers", "layers_on_prose"}, MODELS, "6"),
     "shared/selfrepair/statistics.py": (
         appended(),
         {"neurons", "earlier_input", "self_feeding"},
@@ -80,7 +82,7 @@ EDITS = {
         (),
         "4",
     ),
-    "shared/text/nature.txt": (replaced("the ", "then "), ON_PROMPTS, MODELS, "12345"),
+    "shared/text/nature.txt": (replaced("the ", "then "), ON_PROMPTS, MODELS, "123456"),
     "shared/text/README.md": (appended(), set(), (), ""),
     "shared/published/published_head_breakdown_top2pct.csv": (replaced("1", "2"), set(), (), "1235"),
     "shared/published/published_self_feeding_heads.csv": (replaced("1", "2"), set(), (), "1235"),
