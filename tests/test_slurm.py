@@ -80,29 +80,24 @@ def test_cluster_gives_the_bytes_of_a_local_run_though_a_job_is_lost(slurm, tmp_
     stages = [of_model["stages"] for of_model in plan["models"].values()]
     n_shards = sum(-(-len(units) // plan["units_per_job"]) for of_model in stages for units in of_model[1:])
     n_measured = sum(len(of_model) - 1 for of_model in stages)
-    counts = {"prompts": 2, "shards": n_shards, "measured": n_measured, "notebooks": 6, "summary": 1}
-    assert (n_shards, n_measured) == (12, 4)
+    counts = {"prompts": 1, "shards": n_shards, "measured": n_measured, "notebooks": 6, "summary": 1}
+    assert (n_shards, n_measured) == (6, 2)
     assert all(f"{stage}: {n} of {n}" in said for stage, n in counts.items()), said
     assert submitted(tmp_path / "cluster") == n_shards + 1 + n_measured + 6
     finish(start(tmp_path / "local", "--workflow-profile", ROOT / "workflow" / "default", "--cores", "2"))
     cluster, local = results(out), results(tmp_path / "local" / "out")
-    assert cluster.keys() == local.keys() and sum(name.startswith("heads_") for name in cluster) == 3
+    assert cluster.keys() == local.keys() and sum(name.startswith("heads_") for name in cluster) == 2
     assert [name for name in local if cluster[name] != local[name]] == []
     noted = json.loads((out / "manifest.json").read_text())
-    assert (
-        len(noted["stores"]) == 2 * len(measurements())
-        and {path.name for path in out.glob("measured/*.shards")} == set()
-    )
+    assert len(noted["stores"]) == len(measurements())
+    assert list(out.glob("measured/*.shards")) == []
     assert [finding for finding in verify(out, "cpu") if not finding.agrees] == []
 
 
 def measurements() -> list[str]:
-    """Of each model of the small profile, what is measured."""
+    """What is measured of the model of the small profile, which has no training checkpoints."""
     names = [name for name in measurement_names() if not find_measurement(name).on_demand]
-    return [name for name in names if name != "layers_over_training"] + [
-        "heads",
-        "heads",
-    ]  # of three kinds of ablation
+    return [name for name in names if name != "layers_over_training"] + ["heads"]  # of two kinds of ablation
 
 
 def test_the_tests_use_the_options_of_the_real_profile():
