@@ -347,6 +347,15 @@ def test_values_are_kept_to_nine_digits(registered, tmp_path):
     assert (row["estimate"], row["low"]) == pytest.approx((value, 1e-7 / 3), rel=1e-8)
 
 
+def test_a_table_is_shown_alike_before_and_after_it_was_kept(registered, tmp_path):
+    """Though a value lies where rounding turns."""
+    value = 0.365 + 1e-13
+    table = claims_table("01", {"m": {"repair": between(value, value, value)}})
+    write_claims(table, tmp_path)
+    kept = read_claims(tmp_path / "claims" / "01.csv")
+    assert to_markdown(kept) == to_markdown(table) and kept["estimate"][0] == table["estimate"][0]
+
+
 def test_notebooks_that_end_together_lose_nothing(registered, tmp_path):
     rows = [CLAIMS[0] | {"id": f"claim-{i}", "notebook": f"{i:02}"} for i in range(12)]
     registered(rows)

@@ -46,10 +46,13 @@ def write(repository, name, source):
 
 def test_everything_is_refreshed(repository):
     write(repository, "01_works", "import os\nprint(2 + 3, os.path.basename(os.getcwd()))")
+    figures = repository / "figures" / "pocket"
+    figures.mkdir(parents=True)
+    (figures / "01_of_before.png").write_bytes(b"old")
     update(repository)
+    assert {file.name for file in figures.iterdir()} == {"01_a.png", "claims.md", "index.html"}
     cell = nbformat.read(repository / "notebooks" / "01_works.ipynb", 4).cells[0]
     assert cell.outputs[0].text == "5 notebooks\n" and cell.execution_count == 1 and not cell.metadata
-    figures = repository / "figures" / "pocket"
     assert (figures / "01_a.png").read_bytes() == b"new" and (figures / "index.html").read_text() == "pocket"
     assert (repository / "README.md").read_text() == README.replace("old\n", "| claim |\n")
 

@@ -821,8 +821,7 @@ def run_tokens(cases, inputs, swept, content, same=False):
             corpus = str(folder.resolve() / "tokens.npy")
             store = sound(outcome, corpus=corpus, ablation="resample", dtype="float32", seed=0)
             rows = np.load("tokens.npy")
-            order = np.random.Generator(np.random.PCG64(0)).permutation(len(rows))[: len(rows) // 2 * 2]
-            assert np.array_equal(store["token"], rows[order].astype(np.int64))
+            assert np.array_equal(store["token"], rows[: len(rows) // 2 * 2].astype(np.int64))
             if same:
                 for name in swept.data_vars:
                     np.testing.assert_allclose(store[name], swept[name], atol=1e-5, err_msg=name)
@@ -1316,8 +1315,7 @@ def test_weights_that_spoil_one_late_prompt(cases, folders):
             lambda tensor: torch.cat([tensor[:-1], torch.full_like(tensor[-1:], 3e38)]),
         )(folder / "model")
         tokens = np.tile(TOKENS, (3, 1))
-        last = np.random.Generator(np.random.PCG64(0)).permutation(len(tokens))[-1]
-        tokens[last, -2] = 4095
+        tokens[-1, -2] = 4095
         np.save("tokens.npy", tokens)
         outcome = cases.run(["sweep", "--model", "model", "--tokens", "tokens.npy", "--out", "out"])
         assert outcome.status == 1 and "some effects are not finite" in outcome.err

@@ -108,7 +108,9 @@ def claims_table(
         for source, model, statistics in found
         if source == MEASURED or claim.statistic in statistics
     ]
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+    table = pd.DataFrame(rows, columns=list(COLUMNS))
+    # As they are kept: what is shown of a table is then the same before and after.
+    return table.assign(**{name: [float(f"{value:.9g}") for value in table[name]] for name in NUMBER_COLUMNS})
 
 
 def _row(

@@ -41,8 +41,12 @@ def update_committed(study: Study, summarise: Callable[[], object]) -> None:
         write_atomically(path, (nbformat.writes(notebook).rstrip("\n") + "\n").encode())
     out_dir, target = study.out_dir, FIGURES / study.profile.name
     target.mkdir(parents=True, exist_ok=True)
-    for file in [*sorted((out_dir / "figures").iterdir()), out_dir / "index.html"]:
+    made = [*sorted((out_dir / "figures").iterdir()), out_dir / "index.html"]
+    for file in made:
         shutil.copyfile(file, target / file.name)
+    for file in target.iterdir():
+        if file.name not in {one.name for one in made}:
+            file.unlink()  # no notebook draws it any more
     claims = (out_dir / "figures" / "claims.md").read_text(encoding="utf-8")
     write_atomically(README, f"{before}{begin}{claims}{end}{after}".encode())
 
