@@ -22,7 +22,7 @@ the page results/NAME/index.html. Interrupted, the same command goes on from whe
                   the config.yaml of FOLDER
   --update        run the pocket profile, then refresh the committed notebooks, figures and README from it
   --test          run the tests (tests/README.md says which there are) and the pocket profile, then check the
-                  notebooks' saved outputs; --test=fast: the quick tests alone, in two minutes
+                  notebooks' saved outputs; --test=fast: the quick tests alone, some minutes
   --lab           open the notebooks in JupyterLab
   --help          show this text
 
