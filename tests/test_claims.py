@@ -302,7 +302,7 @@ def test_a_table_for_people(registered):
 def test_results_name_what_is_shown(registered):
     exists, some = results(claims_table("01", MODELS, RELEASED))
     assert (exists.claim.id, exists.statistic.unit, exists.verdict) == ("exists", "logits", "partly")
-    assert (exists.control, some.control) == ("random signs", "share of harm")
+    assert (exists.control, some.control) == ("0, random signs", "share of harm")
     assert (exists.published_verdict, some.published_verdict) == ("reproduced", "partly")
     assert [(shown.model, shown.value, shown.holds) for shown in some.measured] == [
         ("m|1", "0.30 [0.25, 0.35] (control 0.12)", "yes"),

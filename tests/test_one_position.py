@@ -4,6 +4,7 @@ import families
 import pytest
 import torch
 from families import ALL_FAMILIES, LENGTH, load_family, random_tokens
+from transformers import DynamicCache
 
 from selfrepair.engine import one_position
 from selfrepair.engine.forward import Replay, run_clean, z_reached
@@ -21,8 +22,9 @@ class Changed:
         tokens = random_tokens(3)
         generator = torch.Generator().manual_seed(seed)
         self.model, self.position = model, position
-        self.clean, self.replay = run_clean(model, tokens), Replay(model, LENGTH)
-        self.at = OnePosition(CleanKeys.of(model, tokens), position)
+        cache = DynamicCache()
+        self.clean, self.replay = run_clean(model, tokens, cache=cache), Replay(model, LENGTH)
+        self.at = OnePosition(CleanKeys.of(model, tokens, cache), position)
         self.change = torch.randn(len(PROMPT), 32, generator=generator)
 
     def whole(self, layer):

@@ -178,7 +178,9 @@ def test_self_feeding_does_not_depend_on_batches_but_on_the_seed(family, monkeyp
     batches, rows = [], []
     real, of = measure.Reading, OnePosition.of
     monkeypatch.setattr(
-        measure, "Reading", lambda model, tokens: batches.append(len(tokens)) or real(model, tokens)
+        measure,
+        "Reading",
+        lambda model, tokens, cache: batches.append(len(tokens)) or real(model, tokens, cache),
     )
     monkeypatch.setattr(OnePosition, "of", lambda self, prompt: rows.append(len(prompt)) or of(self, prompt))
     monkeypatch.setattr(OnePosition, "rows_at_once", lambda _: 50)

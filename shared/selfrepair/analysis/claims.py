@@ -174,7 +174,9 @@ def results(table: pd.DataFrame) -> list[ClaimResult]:
             ClaimResult(
                 claim,
                 statistic,
-                statistic.control_is or statistics[str(statistic.control)].sentence,
+                f"{statistic.control:g}, {statistic.control_is}"
+                if statistic.control_id is None
+                else statistics[statistic.control_id].sentence,
                 *(_of_models(by_source.get(source), statistic) for source in (PUBLISHED, MEASURED)),
                 found,
                 on_published[name] if PUBLISHED in by_source else "",
@@ -214,10 +216,9 @@ def to_markdown(table: pd.DataFrame) -> str:
     ]
     for result in results(table):
         claim, statistic = result.claim, result.statistic
-        number = "" if statistic.control_id else f"{statistic.control:g}, "
         cells = (
             f"{claim.claim} ({claim.source})",
-            f"{statistic.sentence}; {claim.rule}; control: {number}{result.control}. "
+            f"{statistic.sentence}; {claim.rule}; control: {result.control}. "
             f"Rule written {claim.written} looking, {claim.date}",
             _lines(result.published) + (f"<br>*{result.published_verdict}*" if result.published else ""),
             _lines(result.measured),

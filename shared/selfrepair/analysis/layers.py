@@ -174,7 +174,7 @@ def best_layers(runs: Sequence[LayerRun]) -> pd.DataFrame:
     ``slope`` and ``R²`` with their intervals; the layer is chosen on one half of the prompts, they are read
     off the other.
     """
-    rows = []
+    tables = [pd.DataFrame(columns=["condition", "model", "ablated", "quantity", "estimate", "low", "high"])]
     for run in runs:
         fit = run.reading.compensation_fit
         for part in PARTS:
@@ -182,10 +182,8 @@ def best_layers(runs: Sequence[LayerRun]) -> pd.DataFrame:
                 continue
             about = {"condition": run.condition, "model": run.name, "ablated": f"{part} {best // 2}"}
             for quantity, estimate in (("slope", fit.slope[best]), ("R²", fit.r_squared[best])):
-                ends = estimate.interval()._asdict()
-                rows.append({**about, "quantity": quantity, "estimate": estimate.value, **ends})
-    columns = ["condition", "model", "ablated", "quantity", "estimate", "low", "high"]
-    return pd.DataFrame(rows, columns=columns)
+                tables.append(estimate.table({}, **about, quantity=quantity))
+    return pd.concat([table for table in tables if len(table)] or tables, ignore_index=True)
 
 
 def by_phrasing(run: LayerRun, facts: xr.Dataset) -> pd.DataFrame:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from selfrepair.engine.batches import rows_that_fit
 from selfrepair.engine.hooks import Arguments, before, input_of, standing_in, watching, widened_norms
@@ -128,31 +129,45 @@ class _Given(nn.Module):
 
 
 @torch.no_grad()
-def run_clean(model: Model, tokens: Int[Tensor, "prompt position"], mlps: bool = False) -> CleanRun:
-    """The clean pass over ``tokens``, without the unembedding; ``mlps``: keep what MLPs write, too."""
+def run_clean(
+    model: Model,
+    tokens: Int[Tensor, "prompt position"],
+    mlps: bool = False,
+    last_only: bool = False,
+    cache: DynamicCache | None = None,
+) -> CleanRun:
+    """The clean pass over ``tokens``, without the unembedding.
+
+    ``mlps``: keep what MLPs write, too. ``last_only``: of everything, keep the last position alone.
+    ``cache`` is given the keys and values of all positions.
+    """
     residuals: list[Tensor] = []
     z: list[Tensor] = []
     attention_outputs: list[Tensor] = []
     mlp_outputs: list[Tensor] = []
 
+    def kept(values: Tensor) -> Tensor:
+        by_position = values.view(len(tokens), -1, values.shape[-1])  # some architectures flatten the batch
+        return by_position[:, -1:].clone() if last_only else by_position
+
     def before_part(_: int, positional: tuple, named: dict) -> None:
-        residuals.append(positional[0] if positional else named["hidden_states"])
+        residuals.append(kept(positional[0] if positional else named["hidden_states"]))
 
     def after_attention(_: int, given: Tensor, output: Tensor) -> None:
-        z.append(given.unflatten(-1, (model.n_heads, -1)))
-        attention_outputs.append(output)
+        z.append(kept(given).unflatten(-1, (model.n_heads, -1)))
+        attention_outputs.append(kept(output))
 
     with (
         float32_residual(model),
         before([*model.blocks, model.final_norm], before_part),
         watching(model.output_projections, after_attention),
         watching(
-            model.mlp_output_projections if mlps else [], lambda _, __, output: mlp_outputs.append(output)
+            model.mlp_output_projections if mlps else [],
+            lambda _, __, output: mlp_outputs.append(kept(output)),
         ),
     ):
-        model.hf.base_model(input_ids=tokens, use_cache=False)
+        model.hf.base_model(input_ids=tokens, past_key_values=cache, use_cache=cache is not None)
     *residuals, final = residuals
-    mlp_outputs = [output.view_as(final) for output in mlp_outputs]  # some architectures flatten the batch
     return CleanRun(residuals, z, attention_outputs, mlp_outputs, final)
 
 

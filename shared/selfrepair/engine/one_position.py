@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
-from selfrepair.engine.forward import Replay, block_arguments, float32_residual
+from selfrepair.engine.forward import Replay, block_arguments
 from selfrepair.engine.hooks import Arguments
 from selfrepair.models.loading import Model
 
@@ -32,14 +32,10 @@ class CleanKeys:
     values: list[Float[Tensor, "prompt key_head position d_value"]]
 
     @classmethod
-    @torch.no_grad()
-    def of(cls, model: Model, tokens: Int[Tensor, "prompt position"]) -> CleanKeys:
-        cache = DynamicCache()
-        with float32_residual(model):
-            model.hf.base_model(input_ids=tokens, past_key_values=cache, use_cache=True)
-        return cls(
-            model, tokens, [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
-        )
+    def of(cls, model: Model, tokens: Int[Tensor, "prompt position"], cache: DynamicCache) -> CleanKeys:
+        """Those that a clean pass over ``tokens`` has left in ``cache``."""
+        layers = cache.layers
+        return cls(model, tokens, [layer.keys for layer in layers], [layer.values for layer in layers])
 
 
 class OnePosition:

@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from selfrepair.engine.direct_effect import FinalNorm, token_directions
 from selfrepair.engine.forward import run_clean
@@ -22,9 +23,12 @@ class Reading:
     """
 
     @torch.no_grad()
-    def __init__(self, model: Model, tokens: Int[Tensor, "prompt position"]):
+    def __init__(
+        self, model: Model, tokens: Int[Tensor, "prompt position"], cache: DynamicCache | None = None
+    ):
+        """``cache`` is given the pass' keys and values."""
         self.model = model
-        self.clean = run_clean(model, tokens)
+        self.clean = run_clean(model, tokens, cache=cache)
         self.norm = FinalNorm.of(model.final_norm)
         self.direction, _ = token_directions(model, tokens)
         self.sigma = self.norm.sigma(self.clean.final_residual[:, :-1])
@@ -55,16 +59,30 @@ class Reading:
         self, layer: int, z: Float[Tensor, "*variant prompt position head d_head"]
     ) -> Float[Tensor, "*variant prompt position-1 head"]:
         """Direct effects of heads of ``layer``, were ``z`` this: ``u · (z_h − b_V,h) W_O,h / σ_clean``."""
-        z, bias, W_O = self._wide(z, self.model.value_biases[layer], self.model.W_O(layer))
-        along = torch.einsum("pkd,hed->pkhe", self.direction, W_O)  # u W_Oᵀ, per head
-        own = (z - bias)[..., :-1, :, :]
-        return torch.einsum("...pkhe,pkhe->...pkh", own, along) / self.sigma[..., None]
+        return self._effects(layer, z[..., :-1, :, :], slice(None))
 
     @torch.no_grad()
-    def output(self, layer: int, head: int) -> Float[Tensor, "prompt position d_model"]:
-        """What a head writes: ``(z_h − b_V,h) W_O,h``."""
-        z = self.clean.z[layer][:, :, head] - self.model.value_biases[layer][head]
-        return z @ self.model.W_O(layer)[head]
+    def effects_at(
+        self, layer: int, z: Float[Tensor, "*variant prompt head d_head"], position: int
+    ) -> Float[Tensor, "*variant prompt head"]:
+        """The same at one position, where ``z`` is this."""
+        return self._effects(layer, z[..., None, :, :], slice(position, position + 1))[..., 0, :]
+
+    def _effects(
+        self, layer: int, z: Float[Tensor, "*variant prompt some_position head d_head"], positions: slice
+    ) -> Float[Tensor, "*variant prompt some_position head"]:
+        z, bias, W_O = self._wide(z, self.model.value_biases[layer], self.model.W_O(layer))
+        along = torch.einsum("pkd,hed->pkhe", self.direction[:, positions], W_O)  # u W_Oᵀ, per head
+        return torch.einsum("...pkhe,pkhe->...pkh", z - bias, along) / self.sigma[:, positions, None]
+
+    @torch.no_grad()
+    def output(
+        self, layer: int, head: int, position: int | None = None
+    ) -> Float[Tensor, "prompt *position d_model"]:
+        """What a head writes, ``(z_h − b_V,h) W_O,h``: at all positions, or at one."""
+        z = self.clean.z[layer][:, :, head]
+        z = z if position is None else z[:, position]
+        return (z - self.model.value_biases[layer][head]) @ self.model.W_O(layer)[head]
 
     @torch.no_grad()
     def written(

@@ -35,11 +35,12 @@ import torch
 import xarray as xr
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from transformers import DynamicCache
 
 from selfrepair.engine.ablations import Replacement, find_ablation
 from selfrepair.engine.direct_effect import FinalNorm, token_directions
 from selfrepair.engine.forward import CleanRun, Replay, float32_residual, run_clean
-from selfrepair.engine.hooks import before, watching
+from selfrepair.engine.hooks import watching
 from selfrepair.engine.identity_check import check_identity
 from selfrepair.engine.one_position import CleanKeys, OnePosition
 from selfrepair.engine.sites import COMPONENTS
@@ -141,30 +142,13 @@ class CleanLayers:
         return cls._of(model, run_clean(model, tokens, mlps=True))
 
     @classmethod
-    @torch.no_grad()
     def at_last_position(
         cls, model: Model, tokens: Int[Tensor, "prompt position"]
     ) -> tuple[CleanLayers, CleanKeys]:
         """The same with what the pass leaves at the last position alone, and its keys and values."""
-        residuals: list[Tensor] = []
-        attention_outputs: list[Tensor] = []
-        mlp_outputs: list[Tensor] = []
-
-        def last(values: Tensor) -> Tensor:  # some architectures flatten the batch
-            return values.view(len(tokens), -1, values.shape[-1])[:, -1:].clone()
-
-        def before_part(_: int, positional: tuple, named: dict) -> None:
-            residuals.append(last(positional[0] if positional else named["hidden_states"]))
-
-        with (
-            float32_residual(model),
-            before([*model.blocks, model.final_norm], before_part),
-            watching(model.output_projections, lambda *seen: attention_outputs.append(last(seen[-1]))),
-            watching(model.mlp_output_projections, lambda *seen: mlp_outputs.append(last(seen[-1]))),
-        ):
-            keys = CleanKeys.of(model, tokens)
-        *residuals, final = residuals
-        return cls._of(model, CleanRun(residuals, [], attention_outputs, mlp_outputs, final)), keys
+        cache = DynamicCache()
+        run = run_clean(model, tokens, mlps=True, last_only=True, cache=cache)
+        return cls._of(model, run), CleanKeys.of(model, tokens, cache)
 
     @classmethod
     @torch.no_grad()

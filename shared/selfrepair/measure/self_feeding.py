@@ -12,6 +12,7 @@ import torch
 import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from selfrepair.engine.batches import prompts_that_fit
 from selfrepair.engine.forward import Replay, attention_z, z_reached
@@ -122,11 +123,9 @@ def _feed(
     prompts: Int[np.ndarray, " prompt"],
 ) -> xr.Dataset:
     """The measurement's variables of some prompts."""
-    reading, keys, replay = (
-        Reading(model, tokens),
-        CleanKeys.of(model, tokens),
-        Replay(model, tokens.shape[1]),
-    )
+    cache = DynamicCache()
+    reading, replay = Reading(model, tokens, cache), Replay(model, tokens.shape[1])
+    keys = CleanKeys.of(model, tokens, cache)
     after, sigma_ratio = [], []
     for position in positions:
         at = OnePosition(keys, position)
@@ -156,7 +155,8 @@ def _feed_at(
     scales = torch.tensor(SCALES, device=vectors.device, dtype=model.dtype)[:, None, None]
     residual = reading.clean.residuals[layer][:, at.position] + scales * vectors[:, :, None]
     z = _rows(at, residual, lambda replay, rows: z_reached(model, layer, lambda: replay.block(layer, rows)))
-    effects = [_read(reading, head, z[i, ..., head.head, :], at.position) for i, head in enumerate(heads)]
+    of_all = reading.effects_at(layer, z, at.position)
+    effects = [of_all[i, ..., head.head] for i, head in enumerate(heads)]
     largest = _rows(at, residual[:, :, -1], lambda replay, rows: _final(replay, layer, rows))
     return torch.stack(effects), reading.sigma[:, at.position] / reading.norm.sigma(largest)
 
@@ -165,15 +165,9 @@ def _vectors(
     reading: Reading, head: FedHead, position: int, seed: int, prompts: Sequence[int]
 ) -> Float[Tensor, "vector prompt d_model"]:
     """What the head is fed at a position, in the order of ``VECTORS``."""
-    own = _written(reading, head.layer, head.head, position)
+    own = reading.output(head.layer, head.head, position)
     random = _random_like(own, [seed, head.layer, head.head, position], prompts)
-    return torch.stack([own, _written(reading, *head.other, position), random])
-
-
-def _written(reading: Reading, layer: int, head: int, position: int) -> Float[Tensor, "prompt d_model"]:
-    """What a head writes at a position: ``(z_h − b_V,h) W_O,h``."""
-    z = reading.clean.z[layer][:, position, head] - reading.model.value_biases[layer][head]
-    return z @ reading.model.W_O(layer)[head]
+    return torch.stack([own, reading.output(*head.other, position), random])
 
 
 def _random_like(
@@ -209,16 +203,6 @@ def _final(
     for above in range(layer, replay.model.n_layers):
         residual = replay.block(above, residual)
     return residual
-
-
-def _read(
-    reading: Reading, head: FedHead, z: Float[Tensor, "*variant prompt d_head"], position: int
-) -> Float[Tensor, "*variant prompt"]:
-    """Direct effects (logits) of a head at a position, were its ``z`` this."""
-    direction = reading.scaled_direction[:, position]
-    along = direction @ reading.model.W_O(head.layer)[head.head].T.to(direction.dtype)
-    own = z - reading.model.value_biases[head.layer][head.head]
-    return torch.linalg.vecdot(own.to(direction.dtype), along)
 
 
 def _effects_fed_everywhere(

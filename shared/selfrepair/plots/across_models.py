@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from selfrepair.analysis.head_table import layer_means
+from selfrepair.plots.panels import legend_below
 from selfrepair.plots.style import looks
 
 
@@ -111,12 +112,5 @@ def effect_against_change(panels: dict[str, pd.DataFrame]) -> Figure:
         if below:
             said = f"not shown: {below} below"
             axis.annotate(said, (0.03, 0.03), xycoords="axes fraction", fontsize=8, color="0.3")
-    entries = {
-        label: handle
-        for axis in axes.flat[: len(panels)]
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(
-        entries.values(), entries.keys(), loc="outside lower center", ncol=4, frameon=False, fontsize=8
-    )
+    legend_below(figure, axes.flat[: len(panels)], columns=4)
     return figure

@@ -15,15 +15,16 @@ from selfrepair.analysis.layers import PUBLISHED, LayerRun
 from selfrepair.plots.layers import (
     condition_grid,
     label_grid,
-    legend_below,
     panels,
     part_columns,
     part_grid,
     relative_depth,
+    say_prompts,
     title,
     with_interval,
     with_looks,
 )
+from selfrepair.plots.panels import legend_below
 from selfrepair.plots.style import looks
 
 #: What McGrath et al. print of the layer that fits best, and of how much middle layers give back.
@@ -33,7 +34,7 @@ PUBLISHED_SHARE = PUBLISHED["chinchilla-7b"]["downstream-compensation-facts"].va
 
 def compensation_scatter(runs: Sequence[LayerRun]) -> Figure:
     """Compensation against direct effect (logits) over prompts, for the attention layer that fits best, with
-    the regression line and ``y = x`` dashed: a column per model, facts above prose (McGrath Fig. 7a). The
+    the regression line and ``y = x`` dashed: a column per model, facts above prose (McGrath Fig. 7b). The
     layer is chosen on the prompts in grey; line, slope and R² are of those in blue."""
     figure, axes = condition_grid(runs, 2.1, 2.1)
     for axis, run in panels(axes, runs):
@@ -64,8 +65,8 @@ def compensation_scatter(runs: Sequence[LayerRun]) -> Figure:
 
 def compensation_by_layer(runs: Sequence[LayerRun]) -> Figure:
     """Mean compensation against mean direct effect (logits), a point for each ablated layer, and R² of the
-    two over prompts by layer, negative where the slope is; all models, attention (McGrath Fig. 7b) and MLPs
-    (Fig. 7c) ablated. Published values dashed."""
+    two over prompts by layer, negative where the slope is (McGrath Fig. 7d); all models, attention (Fig. 7a)
+    and MLPs (Fig. 7c) ablated. Published values dashed."""
     figure, axes = part_grid(runs, ("compensation (logits)", "R², signed"))
     for axis in axes[0]:
         axis.set_xlabel("direct effect (logits)", fontsize=9)
@@ -82,12 +83,14 @@ def compensation_by_layer(runs: Sequence[LayerRun]) -> Figure:
             r_squared = run.means.compensation_fit.r_squared[components]
             with_interval(column[1], depth, r_squared, color=colour, marker=marker, label=run.name)
         ends = np.array([0, column[0].get_xlim()[1]])
-        column[0].plot(ends, PUBLISHED_SHARE * ends, color="0.3", ls="--", lw=0.9, zorder=0)
+        published = f"published: {PUBLISHED_SHARE:.0%} given back (above), R² {PUBLISHED_R2} (below)"
+        column[0].plot(ends, PUBLISHED_SHARE * ends, color="0.3", ls="--", lw=0.9, zorder=0, label=published)
         column[1].axhline(PUBLISHED_R2, color="0.3", ls="--", lw=0.9, zorder=0)
         column[1].set_ylim(-1.03, 1.03)
         for axis in column:
             axis.axhline(0, color="0.6", lw=0.7, zorder=0)
-    legend_below(figure, axes[0, 0], columns=5)
+    say_prompts(figure, runs)
+    legend_below(figure, axes[0, 0], columns=6)
     return figure
 
 
@@ -116,6 +119,7 @@ def compensation_split(runs: Sequence[LayerRun]) -> Figure:
         axis.plot(attention // 2, together, "_", color="k", ms=11, mew=1.8, label="given back in all")
         axis.axhline(0, color="0.4", lw=0.7)
         axis.use_sticky_edges = False  # room below the longest bar
+        axis.margins(y=0.06)
         axis.set_title(title(run), fontsize=8.5)
         axis.set_xticks(attention[:: max(1, means.n_layers // 12)] // 2)
     label_grid(axes, "ablated attention layer", "given back (logits)")

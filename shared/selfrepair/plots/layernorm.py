@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from selfrepair.analysis.breakdown import FLOOR, SUMS, WAYS, Breakdown
 from selfrepair.analysis.layernorm import ScaleRatios
+from selfrepair.plots.panels import legend_below
 from selfrepair.plots.style import looks
 
 PART_LABELS = {"layernorm": "final norm", "heads": "other heads", "mlps": "MLPs"}
@@ -78,12 +79,7 @@ def breakdown_by_layer(table: pd.DataFrame) -> Figure:
         axis.set_title(model, fontsize=9)
     for axis in axes[-1]:
         axis.set_xlabel("layer of the ablated head", fontsize=9)
-    entries = {
-        label: handle
-        for axis in axes[:2, 0]
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncol=4, frameon=False)
+    legend_below(figure, axes[:2, 0], columns=4)
     return figure
 
 
@@ -226,13 +222,7 @@ def restored_by_part(shares: pd.DataFrame, logits: pd.DataFrame, title: str) -> 
     axes[0].set_ylim(len(models) - 0.4, -0.6)
     axes[0].set_xlabel("share of the direct effect, top tokens")
     axes[1].set_xlabel("logits, mean over all tokens")
-    entries = {
-        label: handle
-        for axis in axes
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
-    place = {"loc": "outside lower center", "ncol": 3}
-    figure.legend(entries.values(), entries.keys(), frameon=False, fontsize=8, **place)
+    legend_below(figure, axes, columns=3)
     return figure
 
 

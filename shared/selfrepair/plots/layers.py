@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from selfrepair.analysis.estimates import Estimate
 from selfrepair.analysis.layer_means import PARTS
 from selfrepair.analysis.layers import CONDITIONS, LayerRun
+from selfrepair.plots.panels import legend_below, say
 from selfrepair.plots.style import looks
 
 UNEMBEDDING, ABLATION = "unembedding-based", "ablation-based"
@@ -46,6 +47,7 @@ def effects_by_layer(runs: Sequence[LayerRun]) -> Figure:
         column[1].set_xlabel("layer")
     for axis, part in zip(axes[:, 0], PARTS, strict=True):
         axis.set_ylabel(f"{part}: effect (logits)")
+    say_prompts(figure, runs)
     legend_below(figure, axes[0, 0], columns=4)
     return figure
 
@@ -102,6 +104,7 @@ def unembedding_larger(runs: Sequence[LayerRun]) -> Figure:
     lowest = min(axis.get_ylim()[0] for axis in axes[1])
     for axis in axes[1]:
         axis.set_ylim(lowest, 1.03)
+    say_prompts(figure, runs)
     legend_below(figure, axes[0, 0], columns=5)
     return figure
 
@@ -162,6 +165,15 @@ def late_mlps(runs: Sequence[LayerRun]) -> Figure:
 
 def title(run: LayerRun) -> str:
     return f"{run.name}\n{run.condition}, {run.means.n_prompts} prompts"
+
+
+def say_prompts(figure: Figure, runs: Sequence[LayerRun]) -> None:
+    """How many prompts there are of each condition, and what bars are, above panels that do not say it."""
+    said = []
+    for condition in dict.fromkeys(run.condition for run in runs):
+        numbers = sorted({run.means.n_prompts for run in runs if run.condition == condition})
+        said.append(f"{condition}: {' to '.join(map(str, dict.fromkeys((numbers[0], numbers[-1]))))} prompts")
+    say(figure, f"{', '.join(said)}; bars: 95 % intervals over prompts")
 
 
 def _models(runs: Sequence[LayerRun]) -> list[str]:
@@ -242,8 +254,3 @@ def with_interval(
     bars = np.abs(np.stack(estimate.interval()) - estimate.value)
     look = {"color": color, "marker": marker, "ls": ls, "fillstyle": fillstyle, "label": label}
     axis.errorbar(np.asarray(x), estimate.value, bars, ms=4, lw=1.1, elinewidth=1, **look)
-
-
-def legend_below(figure: Figure, axis: Axes, columns: int) -> None:
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncol=columns, frameon=False, fontsize=8.5)

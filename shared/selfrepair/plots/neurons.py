@@ -44,14 +44,14 @@ def single_neurons(models: Sequence[ModelNeurons]) -> Figure:
             axis.set_title(
                 f"{model.model}, {scope}\nMLP {repair.mlp}, n = {len(repair.prompt)} tokens", fontsize=9
             )
-        column[-1].set_xlabel("Nth most repairing (dashed: breaking) neuron")
+        column[-1].set_xlabel("Nth most repairing neuron")
     for axis in axes[:, 0]:
         axis.set(ylabel="share of tokens", ylim=(-0.03, 1.03), xlim=(0, len(nth) + 1))
     handles, labels = axes[0, 0].get_legend_handles_labels()
     handles += [Line2D([], [], color="0.3", lw=1, ls="--")]
     figure.legend(
         handles,
-        [*labels, "breaks so much"],
+        [*labels, "Nth most breaking"],
         loc="outside lower center",
         ncol=6,
         frameon=False,

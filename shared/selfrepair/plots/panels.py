@@ -1,8 +1,9 @@
-"""Figures of one panel per model: their grid, labels, one legend below, what they say above."""
+"""What figures of several panels share: grid, labels, one legend below, what they say above."""
 
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Iterable
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -29,20 +30,23 @@ def label_left(axes: np.ndarray, columns: int, label: str) -> None:
         axis.set_ylabel(label)
 
 
-def legend_below(figure: Figure, axis: Axes, columns: int) -> None:
-    """The legend of one of the panels, for all."""
-    figure.legend(
-        *axis.get_legend_handles_labels(),
-        loc="outside lower center",
-        ncol=min(columns, int(figure.get_figwidth() // 2)),
-        frameon=False,
-        fontsize=8,
-    )
+def legend_below(figure: Figure, axes: Axes | Iterable[Axes], columns: int) -> None:
+    """What the legends of one panel or several would say, once, for all."""
+    entries = {
+        label: handle
+        for axis in ([axes] if isinstance(axes, Axes) else axes)
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    place = {"loc": "outside lower center", "ncol": min(columns, int(figure.get_figwidth() // 2))}
+    figure.legend(entries.values(), entries.keys(), frameon=False, fontsize=8, **place)
 
 
 def say(figure: Figure, text: str) -> None:
-    """What is shown, above all panels, in as many lines as it needs."""
-    figure.suptitle(textwrap.fill(text, int(14 * figure.get_figwidth())), fontsize=9, color="0.3")
+    """What is shown, above all panels, in as many lines as it needs, of much the same length."""
+    widest = int(14 * figure.get_figwidth())
+    n_lines = len(textwrap.wrap(text, widest))
+    width = next(width for width in range(1, widest + 1) if len(textwrap.wrap(text, width)) <= n_lines)
+    figure.suptitle(textwrap.fill(text, width), fontsize=9, color="0.3")
 
 
 def signed(value: float) -> str:

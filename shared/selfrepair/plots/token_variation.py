@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from selfrepair.analysis.rules import load_claims
 from selfrepair.analysis.token_variation import STATISTICS, THRESHOLDS, TokenNoise
+from selfrepair.plots.panels import legend_below
 from selfrepair.plots.style import looks
 
 
@@ -43,7 +44,7 @@ def all_tokens(heads: Mapping[str, Mapping[str, Float[np.ndarray, " token"]]], t
     axes[0, 0].set_ylabel("logit change (logits)")
     axes[1, 0].set_ylabel("self-repair (logits)")
     figure.colorbar(cells, ax=axes, label="tokens in a cell", shrink=0.6)
-    _legend_of_all(figure, axes[:, 0], columns=2)
+    legend_below(figure, axes[:, 0], columns=2)
     return figure
 
 
@@ -78,7 +79,7 @@ def effect_against_change_per_token(tokens: pd.DataFrame, title: str) -> Figure:
         axis.set_title(f"L{layer}H{head}: {len(here)} tokens{beyond}", fontsize=10)
         axis.set_xlabel(r"direct effect removed, $\mathrm{DE} - \mathrm{DE}_\mathrm{ablated}$ (logits)")
         axis.set_ylabel("logit change (logits)")
-    _legend_of_all(figure, axes.flat[: len(heads)], columns=2)
+    legend_below(figure, axes.flat[: len(heads)], columns=2)
     return figure
 
 
@@ -97,17 +98,6 @@ def _outcomes(tokens: pd.DataFrame) -> list[_Outcome]:
         _Outcome("partly repaired", (share >= 0) & (share <= 1), "C0", "o"),
         _Outcome("made worse: self-repair below 0", share < 0, "C3", "v"),
     ]
-
-
-def _legend_of_all(figure: Figure, axes: Iterable[Axes], columns: int) -> None:
-    """One legend for several panels, below them."""
-    entries = {
-        label: handle
-        for axis in axes
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
-    place = {"loc": "outside lower center", "ncol": columns}
-    figure.legend(entries.values(), entries.keys(), frameon=False, fontsize=8, **place)
 
 
 def share_distributions(
@@ -134,7 +124,7 @@ def share_distributions(
         axis.set(xlim=(-1, 2), ylim=(0, 1))
         axis.text(-0.95, 0.97, "made worse", fontsize=8, va="top")
         axis.text(1.95, 0.03, "over-corrected", fontsize=8, ha="right")
-    _legend_of_all(figure, axes, columns=4)
+    legend_below(figure, axes, columns=4)
     return figure
 
 
@@ -167,13 +157,14 @@ def spread(noise: dict[str, TokenNoise], title: str) -> Figure:
     figure = _intervals(noise, labels, title)
     needed = {claim.statistic: claim.at_least for claim in load_claims()}
     for axis, quantity in zip(figure.axes, labels, strict=True):
-        axis.axvline(needed[STATISTICS[quantity]], color="0.3", lw=1, ls="--")
+        least = "dashed: the least that the claim needs"
+        axis.axvline(needed[STATISTICS[quantity]], color="0.3", lw=1, ls="--", label=least)
         for y, found in enumerate(noise.values()):
             fixed = found.over_heads()[f"{quantity}_fixed"]
             label = None if y else "control: repair a fixed share of each head's direct effect"
             axis.plot(fixed.interval(), [y - 0.2, y - 0.2], color="0", lw=1.4)
             axis.plot(fixed.value, y - 0.2, "|", color="0", ms=8, mew=1.6, label=label)
-    _legend_of_all(figure, figure.axes[:1], columns=1)
+    legend_below(figure, figure.axes[0], columns=2)
     return figure
 
 
@@ -227,7 +218,11 @@ def _limits(axis: Axes, heads: Float[np.ndarray, " head"]) -> None:
     heads = heads[np.isfinite(heads)]
     low, high = np.quantile(heads, [0.02, 0.98]) if heads.size else (0, 1)
     margin = max(0.15 * (max(high, 0) - min(low, 0)), 1e-3)
-    axis.set_xlim(min(low, 0) - margin, max(high, 0) + margin)
+    ends = np.array([min(low, 0) - margin, max(high, 0) + margin])
+    for i, outwards in enumerate((-1, 1)):
+        if (np.abs(heads - ends[i]) < 0.2 * margin).any():  # else its point would be cut in half
+            ends[i] += 0.4 * outwards * margin
+    axis.set_xlim(*ends)
     axis.axvline(0, color="0.3", lw=0.8, zorder=0)
 
 

@@ -32,6 +32,7 @@ from selfrepair.analysis.neuron_repair import (
 )
 from selfrepair.analysis.neurons import SELECTED, ModelNeurons
 from selfrepair.analysis.rules import load_claims, load_statistics
+from selfrepair.plots.panels import legend_below, say
 
 #: Tokens, and the side of the MLP's change that is looked at there.
 KINDS = {
@@ -65,7 +66,7 @@ def parts_of_self_repair(models: Sequence[ModelNeurons]) -> Figure:
         axis.set_title(f"{model.model}, {scope}\nn = {len(share)} of {len(repair.prompt)} tokens", fontsize=9)
         axis.set_xlabel("part of self-repair (%)")
     axes[0, 0].set_ylabel("share of tokens")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), **_BELOW)
+    legend_below(figure, axes[0, 0], columns=2)
     return figure
 
 
@@ -89,7 +90,7 @@ def few_neurons(models: Sequence[ModelNeurons]) -> Figure:
         column[1].set_xlabel("five neurons, of the positive change (%)")
     for axis in axes[:, 0]:
         axis.set_ylabel("share of tokens")
-    figure.legend(*axes[1, 0].get_legend_handles_labels(), **_BELOW | {"ncol": 1})
+    legend_below(figure, axes[1, 0], columns=1)
     return figure
 
 
@@ -174,7 +175,7 @@ def frequencies(models: Sequence[ModelNeurons]) -> Figure:
             f"{model.model}, {scope}\nMLP {repair.mlp}, n = {len(repair.prompt)} tokens", fontsize=9
         )
     axes[0, 0].set_ylabel("tokens with the neuron\namong the ten (%)")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), **_BELOW | {"ncol": 1})
+    legend_below(figure, axes[0, 0], columns=1)
     return figure
 
 
@@ -221,7 +222,8 @@ def against_controls(found: Mapping[str, Mapping[str, Statistics]], notebook: st
         handles.append(Line2D([], [], color="0.3", marker=marker, mfc=face, ls=""))
     labels = [f"tokens of {name}" for name in found]
     labels += ["statistic", "control", "erasure-neurons: its mirror image"]
-    figure.legend(handles, labels, **_BELOW | {"ncol": 3})
+    figure.legend(handles, labels, loc="outside lower center", ncol=3, frameon=False, fontsize=8)
+    say(figure, "bars: 95 % intervals over prompts; dashed: the end of the claim's range")
     return figure
 
 
@@ -233,8 +235,6 @@ _UNITS = {
     ERASING: "share of the positive change",
     FIRST: "share of tokens",
 }
-#: Where a figure's legend stands.
-_BELOW = {"loc": "outside lower center", "ncol": 2, "frameon": False, "fontsize": 8}
 
 
 def _columns(
