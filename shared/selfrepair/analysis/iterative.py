@@ -1,4 +1,4 @@
-"""What the claims of iterative inference are about (Rushing & Nanda 2024, §6).
+"""What the claims of iterative inference are about (Rushing & Nanda 2024, §5.3).
 
 If layers refine a common estimate in small steps, heads react to their own output already being there,
 neighbouring layers write alike, and every block moves the residual stream down the gradient of the loss.

@@ -2,7 +2,7 @@
 
 *Erasure* is a negative clean direct effect, *anti-erasure* its becoming less negative. Everything has a
 mirror image, with the signs of all direct effects and changes reversed: neurons that break in place of
-those that repair, that support in place of those that erase. Rushing & Nanda 2024, §5.
+those that repair, that support in place of those that erase. Rushing & Nanda 2024, §4.
 """
 
 from __future__ import annotations

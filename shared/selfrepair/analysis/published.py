@@ -26,7 +26,7 @@ def published_heads(tokens: str = "top2pct") -> pd.DataFrame:
 
 
 def published_self_feeding() -> pd.DataFrame:
-    """The authors' released self-feeding numbers (R&N 2024, §6): four heads of five models, in logits."""
+    """The authors' released self-feeding numbers (R&N 2024, §5.3): four heads of five models, in logits."""
     return pd.read_csv(PUBLISHED / "published_self_feeding_heads.csv")
 
 

@@ -47,7 +47,7 @@ def earlier_against_ablated(found: dict[str, xr.Dataset]) -> Figure:
     say(
         figure,
         f"points: heads of every layer but the first, mean change of direct effect over {tokens} tokens; "
-        "bars and r: 95 % intervals over prompts (axes as in the released code of R&N §6, which takes one "
+        "bars and r: 95 % intervals over prompts (axes as in the released code of R&N §5.3, which takes one "
         "layer of each model)",
     )
     return figure

@@ -31,7 +31,7 @@ SHARE_LIMITS = dict.fromkeys(WAYS, (-0.6, 1.1)) | {"clipped": (0.0, 0.7)}
 
 
 def scale_ratio_histograms(ratios: Sequence[Sequence[ScaleRatios]]) -> Figure:
-    """Histograms of ``σ_clean / σ_ablated`` (R&N §4): a row per head, a column per kind of ablation."""
+    """Histograms of ``σ_clean / σ_ablated`` (R&N §3): a row per head, a column per kind of ablation."""
     n_rows, n_columns = len(ratios), max(map(len, ratios))
     size = (3.2 * n_columns + 0.4, 2.7 * n_rows + 0.5)
     figure, axes = plt.subplots(n_rows, n_columns, figsize=size, squeeze=False, sharex="row")

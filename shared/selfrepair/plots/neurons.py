@@ -26,7 +26,7 @@ def single_neurons(models: Sequence[ModelNeurons]) -> Figure:
     """Share of tokens on which the last MLP's Nth most repairing neuron alone repairs so much.
 
     Columns: models; rows: the chosen head, all heads of its layer. Bands: 95 % intervals. Dashed: the Nth
-    most breaking neuron breaks so much (R&N §5, the authors' ``top_neuron_explains_instances``).
+    most breaking neuron breaks so much (R&N §4, the authors' ``top_neuron_explains_instances``).
     """
     figure, axes = plt.subplots(
         2, len(models), figsize=(3.4 * len(models) + 0.4, 5.8), squeeze=False, sharex=True, sharey=True
@@ -64,7 +64,7 @@ def single_neurons(models: Sequence[ModelNeurons]) -> Figure:
 def cumulative_change(models: Sequence[ModelNeurons]) -> Figure:
     """Cumulative share of the absolute change over the last MLP's neurons, repairing and breaking apart.
 
-    Columns: models. Colour: mean clean direct effect of neurons at that rank; below 0 they erase (R&N §5,
+    Columns: models. Colour: mean clean direct effect of neurons at that rank; below 0 they erase (R&N §4,
     the authors' ``average_cumulative_self_repair``).
     """
     figure, axes = plt.subplots(

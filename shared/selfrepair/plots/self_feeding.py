@@ -75,7 +75,7 @@ def slope_by_scale(measured: pd.DataFrame, published: pd.DataFrame) -> Figure:
     figure.legend(handles=handles, loc="outside lower center", ncol=4, frameon=False, fontsize=8)
     say(
         figure,
-        f"measured: {_tokens(measured)} tokens, bars: 95 % intervals over prompts; published (R&N §6): "
+        f"measured: {_tokens(measured)} tokens, bars: 95 % intervals over prompts; published (R&N §5.3): "
         f"{_tokens(published)} tokens, read with the fed run's final norm; rank by mean direct effect",
     )
     return figure
@@ -125,7 +125,7 @@ def slope_by_head(measured: pd.DataFrame, published: pd.DataFrame) -> Figure:
     say(
         figure,
         f"filled: added at one position per run; measured: {_tokens(measured)} tokens, bars: 95 % intervals "
-        f"over prompts; published (R&N §6): {_tokens(published)} tokens, read with the fed run's final norm",
+        f"over prompts; published (R&N §5.3): {_tokens(published)} tokens, read with the fed run's final norm",
     )
     return figure
 
@@ -159,7 +159,7 @@ def slope_by_way(ways: pd.DataFrame, published: pd.DataFrame) -> Figure:
     say(
         figure,
         f"scale {published['scale'].max()}; measured: all heads fed, bars: 95 % intervals over prompts; "
-        "published (R&N §6): four heads of each model",
+        "published (R&N §5.3): four heads of each model",
     )
     return figure
 
@@ -191,7 +191,7 @@ def effect_after_against_before(fed: Mapping[str, xr.Dataset]) -> Figure:
         figure,
         f"heads of the largest and smallest slope at scale {scale}, one position per run; points: {n_tokens} "
         "tokens, fed the head's own output, at most 2 in 1000 outside; lines: least squares "
-        "(axes as in the released code of R&N §6)",
+        "(axes as in the released code of R&N §5.3)",
     )
     return figure
 

@@ -47,7 +47,7 @@ CAP = 300
 def parts_of_self_repair(models: Sequence[ModelNeurons]) -> Figure:
     """How much of a head's self-repair later MLPs are, over tokens; all heads of the chosen one's layer.
 
-    Clipped to 0 … 100 %, on tokens with positive self-repair (R&N §5, the authors' ``boolean_activation``).
+    Clipped to 0 … 100 %, on tokens with positive self-repair (R&N §4, the authors' ``boolean_activation``).
     """
     figure, axes = _columns(1, models, height=3.0)
     bins = np.linspace(0, 100, 21)
@@ -73,7 +73,7 @@ def parts_of_self_repair(models: Sequence[ModelNeurons]) -> Figure:
 def few_neurons(models: Sequence[ModelNeurons]) -> Figure:
     """What the five largest changes of the last MLP make up; all heads of the chosen one's layer.
 
-    Above: of what *all* MLPs repair, on the tokens where they repair most, up to 300 % (R&N §5, the authors'
+    Above: of what *all* MLPs repair, on the tokens where they repair most, up to 300 % (R&N §4, the authors'
     ``sparse_neuron_activation``). Below: of the last MLP's positive change. Lines: the mirror image.
     """
     figure, axes = _columns(2, models, height=5.2, sharex=False)
@@ -108,7 +108,7 @@ def first_neuron(models: Sequence[ModelNeurons]) -> Figure:
     """The neuron that repairs most on each token: its direct effect clean and ablated; the chosen head.
 
     Columns: models; rows: tokens by direct effect, by the MLPs' repair, and the mirror image. Colour: the
-    last MLP's clean direct effect, without its bias (R&N §5, the authors' ``erasure_neuron``).
+    last MLP's clean direct effect, without its bias (R&N §4, the authors' ``erasure_neuron``).
     """
     figure, axes = plt.subplots(
         len(KINDS),
@@ -155,7 +155,7 @@ def frequencies(models: Sequence[ModelNeurons]) -> Figure:
     """How often a neuron is among the ten of the last MLP that repair most, most frequent neuron first.
 
     The chosen head's tokens. Beside it the ten of largest absolute clean direct effect, and random ones (R&N
-    §5, from the authors' figure code).
+    §4, from the authors' figure code).
     """
     figure, axes = _columns(1, models, height=3.3)
     for axis, model in zip(axes[0], models, strict=True):
