@@ -180,3 +180,20 @@ def test_two_folders_of_the_same_name_are_refused(tmp_path):
     file.write_text(f"models: [{MODEL}, {MODELS / MODEL}]\nablations: [zero]\nn_prompts: 4\n")
     with pytest.raises(UserError, match=f"called {MODEL} too"):
         Study.of(str(file))
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_as_committed"),
+    [
+        ({}, True),
+        ({"device": "cpu", "out_dir": "elsewhere"}, True),
+        ({"n_prompts": 8}, False),
+        ({"model": "pocket-gpt2"}, False),
+        ({"seed": 1}, False),
+        ({"head": [1, 2]}, False),
+        ({"n_facts": 10}, False),
+        ({"profile": "paper"}, False),
+    ],
+)
+def test_only_the_pocket_profile_unchanged_is_what_committed_notebooks_describe(changes, is_as_committed):
+    assert Study.of(**changes).is_as_committed == is_as_committed

@@ -76,6 +76,17 @@ class Study:
         folder = REPOSITORY / "results" / whole.name if out_dir is None else Path(out_dir)
         return cls(whole, seed, device, folder, None if head is None else tuple(head), facts, n_facts)
 
+    @property
+    def is_as_committed(self) -> bool:
+        """Whether the results are those that the committed notebooks describe: the pocket profile, unchanged."""
+        return (self.profile, self.seed, self.head, self.facts, self.n_facts) == (
+            load_profile("pocket"),
+            0,
+            None,
+            None,
+            None,
+        )
+
     def wanted(self, model_name: str, ablation: str) -> dict[str, object]:
         """Every setting that a measurement of the model may use."""
         own = self.profile.of_model(model_name)
