@@ -109,8 +109,8 @@ class Page:
         ):
             self.requests.append(report["request"]["url"])
 
-    def open(self, path: Path, width: int = 1280, height: int = 900, dark: bool = False) -> None:
-        """Shows a file in a window of that many CSS pixels, as a phone would below 600."""
+    def open(self, what: Path | str, width: int = 1280, height: int = 900, dark: bool = False) -> None:
+        """Shows a file or an address in a window of that many CSS pixels, as a phone would below 600."""
         phone = width < 600
         self.call(
             "Emulation.setDeviceMetricsOverride",
@@ -124,7 +124,7 @@ class Page:
             features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}],
         )
         self._loaded = False
-        self.call("Page.navigate", url=path.resolve().as_uri())
+        self.call("Page.navigate", url=what if isinstance(what, str) else what.resolve().as_uri())
         while not self._loaded:
             self.call("Runtime.evaluate", expression="0")
             time.sleep(0.02)
@@ -137,6 +137,14 @@ class Page:
             raise RuntimeError(answer["exceptionDetails"]["exception"]["description"])
         return answer["result"].get("value")
 
+    def wait_for(self, script: str, seconds: float = PATIENCE) -> None:
+        """Until a JavaScript expression is true; an error if it is not in time."""
+        deadline = time.monotonic() + seconds
+        while not self.run(f"Boolean({script})"):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"not true within {seconds} s: {script}")
+            time.sleep(0.1)
+
     def click(self, selector: str) -> None:
         """Clicks the middle of the first element of that CSS selector, as a mouse does."""
         found = f"document.querySelector({json.dumps(selector)})"
@@ -145,6 +153,7 @@ class Page:
             f"(() => "
             f"{{ const b = {found}.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2]; }})()"
         )
+        self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 

@@ -8,7 +8,7 @@ from families import ALL_FAMILIES
 from readings import HEADS, changes_of, close, effect, measured, prompts, tokens_of, z_with_input
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from selfrepair.analysis.earlier_input import correlation, mean_changes
+from selfrepair.analysis.earlier_input import changes_table, correlation, mean_changes
 from selfrepair.errors import NotMeasurable, UserError
 from selfrepair.measure import earlier_input as measure
 from selfrepair.models.loading import load_model
@@ -100,3 +100,14 @@ def test_mean_changes_and_their_correlation():
         a, b = ((values * times).sum(-1) / totals[:, None] for values in (earlier, ablated))
         np.testing.assert_allclose(means.ablated.drawn[..., sample], b)
         assert r[sample] == pytest.approx(np.corrcoef(a.ravel(), b.ravel())[0, 1])
+
+
+def test_heads_are_counted_by_both_changes():
+    earlier = np.array([[[2.0, 1.0], [-1.0, -3.0], [1.0, 1.0]]])
+    ablated = np.array([[[1.0, 0.0], [-1.0, 0.0], [-1.0, 0.5]]])
+    changes = changes_of([1], earlier, ablated, np.full((1, 2), 2.0))
+    (row,) = changes_table({"some": changes}).to_dict("records")
+    assert (row["heads"], row["more both times"], row["less both times"]) == (3, 1, 1)
+    assert row["size"] == pytest.approx((1 + 1 + 0.5) / (3 + 4 + 2))
+    r = correlation(mean_changes(changes))
+    assert [row["correlation"], row["low"], row["high"]] == [r.value, *r.interval()]

@@ -9,13 +9,22 @@ from fake_sweeps import without_repair
 
 from selfrepair.analysis.claims import claims_table, verdicts
 from selfrepair.analysis.estimates import Estimate
-from selfrepair.analysis.head_means import HeadMeans, head_statistics, restored_table
+from selfrepair.analysis.head_means import (
+    HeadMeans,
+    head_statistics,
+    means_of_models,
+    released_means,
+    restored_table,
+    statistics_of_models,
+)
 from selfrepair.analysis.head_table import (
     PARTS,
     extreme_heads,
     heads_of_models,
     heads_table,
     layer_means,
+    restored_of_strong,
+    share_in_zone,
     strongest_head,
     write_heads,
 )
@@ -113,9 +122,28 @@ def test_extreme_heads():
     assert found == {
         "model": ["a", "a", "b", "b"],
         "head": ["L0H1", "L1H0", "L1H0", "L0H0"],
-        "self_repair": [-3.0, 2.0, 4.0, 5.0],
-        "direct_effect": [2.0, 3.0, 5.0, 4.0],
+        "self-repair": [-3.0, 2.0, 4.0, 5.0],
+        "direct effect": [2.0, 3.0, 5.0, 4.0],
     }
+
+
+def test_share_in_the_zone_of_self_repair():
+    """Not on its borders: nothing repaired, nothing lost; nor with more lost than given, or something won."""
+    table = pd.DataFrame({"direct_effect": 1.0, "logit_change": [-0.9, -0.1, -1, 0, -1.1, 0.5, -0.5, -3]})
+    assert share_in_zone(table) == 3 / 8
+
+
+def test_what_is_restored_of_strong_heads_of_the_later_half():
+    table = pd.DataFrame(
+        {
+            "model": list("aaaabb"),
+            "layer": [0, 1, 2, 3, 0, 1],
+            "direct_effect": [9.0, 9, 2, 0.5, 9, 4],
+            "self_repair": [-9.0, -9, 1, 5, -9, 0.5],
+        }
+    )
+    assert restored_of_strong(table) == 1.5 / 6
+    assert np.isnan(restored_of_strong(table, least=4.0))
 
 
 def test_strongest_head():
@@ -152,6 +180,19 @@ def test_head_means_of_a_sweep_equal_the_table():
         assert estimate.value == pytest.approx(again[name].value) and not again[name].samples.size
 
 
+def test_means_of_several_models_are_those_of_each():
+    sweeps = {"a": fake_sweep(model="a"), "b": fake_sweep(5, 2, seed=1, model="b")}
+    means = means_of_models(sweeps, 0.05)
+    assert list(means) == ["a", "b"]
+    for model, sweep in sweeps.items():
+        alone = HeadMeans.of_sweep(sweep, 0.05)
+        assert np.array_equal(means[model].self_repair.drawn, alone.self_repair.drawn)
+        wanted = head_statistics(alone)
+        assert {name: one.value for name, one in statistics_of_models(means)[model].items()} == {
+            name: one.value for name, one in wanted.items()
+        }
+
+
 def test_layer_intervals_hold_the_layer_means():
     sweep = fake_sweep()
     intervals = HeadMeans.of_sweep(sweep, 0.05, n_bootstrap=200).layer_intervals()
@@ -174,14 +215,9 @@ def test_statistics_by_hand():
 
 def test_what_is_restored_over_top_and_all_tokens_as_released():
     """Of the later half of layers; no share where the direct effects do not sum to more than 0."""
-    released = {
-        tokens: {
-            model: HeadMeans.of_table(rows)
-            for model, rows in published_heads(tokens).groupby("model", sort=False)
-        }
-        for tokens in ("top2pct", "all_tokens")
-    }
-    top, everywhere = (restored_table(models).set_index("model") for models in released.values())
+    top, everywhere = (
+        restored_table(released_means(tokens)).set_index("model") for tokens in ("top2pct", "all_tokens")
+    )
     assert top["share"].round(2).to_dict() == {
         "gpt2-small": 0.39,
         "gpt2-medium": 0.43,
@@ -250,9 +286,19 @@ def test_panels_share_one_linear_scale_and_tails_are_at_its_edge():
     )
     far = table.assign(model="far " + table["model"])
     far.loc[0, "self_repair"], far.loc[1, "self_repair"] = 1000, -500
-    intervals = pd.DataFrame({"layer": [0, 1, 2], "low": -0.2, "high": 0.2})
-    figure = self_repair_by_depth({"measured": table, "published": far}, {"a": intervals})
+    measured = HeadMeans(Estimate(rng.normal(size=(3, 40, 50))), Estimate(np.ones((3, 40, 50))))
+    figure = self_repair_by_depth({"measured": table, "published": far}, {"a": measured})
     left, right = figure.axes
+    bars = [
+        segment
+        for part in left.collections
+        if hasattr(part, "get_segments")
+        for segment in part.get_segments()
+    ]
+    assert [(bar[0][1], bar[1][1]) for bar in bars] == [
+        pytest.approx((low, high)) for _, low, high in measured.layer_intervals().itertuples(index=False)
+    ]
+    assert not any(hasattr(part, "get_segments") for part in right.collections)
     assert left.get_ylim() == right.get_ylim() and left.get_yscale() == "linear"
     for axis, shown in ((left, table), (right, far)):
         low, high = axis.get_ylim()

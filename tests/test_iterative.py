@@ -8,7 +8,7 @@ from readings import changes_of, feeding, prompts, some_alignment, some_cosines
 
 from selfrepair.analysis.claims import claims_table
 from selfrepair.analysis.cosines import cosine_by_distance, head_cosines
-from selfrepair.analysis.iterative import iterative_statistics
+from selfrepair.analysis.iterative import alignment_table, iterative_statistics
 from selfrepair.analysis.rules import load_claims, load_statistics
 from selfrepair.analysis.self_feeding import (
     published_self_feeding,
@@ -80,6 +80,19 @@ def test_statistics_are_those_of_the_claims_and_their_controls():
     assert found["gradient-alignment"].value == pytest.approx(aligned["gradient"].values.mean())
     fed = feeding({(1, 0): (5, 1, 1), (2, 1): (2, 1, 1)}, n_layers=3)
     assert "neighbour-cosine-gap" not in iterative_statistics(fed, some_cosines(3), some_alignment(3), 5)
+
+
+def test_the_table_of_alignment_says_where_the_loss_rises():
+    aligned = some_alignment(3)
+    aligned["loss"][:] = np.array([9.0, 5.0, 6.0, 4.0])[:, None]
+    falling = aligned.assign(loss=aligned["loss"][::-1] * 0 + np.array([4.0, 3, 2, 1])[:, None])
+    found = alignment_table({"rising": aligned, "falling": falling})
+    assert found["rises"].tolist() == ["2", ""]
+    assert found["loss before"].tolist() == [9, 4] and found["loss after"].tolist() == [4, 1]
+    gradient = 1000 * aligned["gradient"].values
+    row = found.loc["rising"]
+    assert row["descent"] == pytest.approx(gradient.mean()) and row["low"] < row["descent"] < row["high"]
+    assert row["largest block"] == pytest.approx(max(gradient.mean(1)))
 
 
 def test_a_claim_needs_more_than_its_range():

@@ -13,12 +13,15 @@ from selfrepair.analysis.layers import (
     LayerRun,
     best_layers,
     by_phrasing,
+    late_mlps,
+    reactions,
     statistics_of_models,
-    worked_prompt,
-    worked_table,
+    statistics_table,
+    unembedding_larger,
 )
 from selfrepair.analysis.layers import statistics as layer_statistics
 from selfrepair.analysis.rules import load_claims, load_statistics
+from selfrepair.analysis.worked_prompt import worked_prompt, worked_table
 from selfrepair.measure.layer_ablation import downstream
 from selfrepair.plots import layer_compensation, layers, style
 from selfrepair.statistics import bootstrap_weights
@@ -157,6 +160,36 @@ def test_every_statistic_is_known_and_published_ones_are_claimed():
     assert set(found) <= set(load_statistics()) and len(found) == 2 * len(layer_statistics(runs[0]))
     claimed = {claim.statistic for claim in load_claims()}
     assert all(set(of_model) <= claimed for of_model in PUBLISHED.values())
+
+
+def test_tables_by_hand():
+    effects = made_up_effects(seed=3)
+    effects["effect"][:, :10] = abs(effects["effect"][:, :10])  # attention 5 and MLP 5 may lower the token
+    run, by_hand, every = LayerRun.of("facts", effects, 20), ByHand(effects, 6, False), range(9)
+    pairs = [(2 * layer, o) for layer in range(6) for o in range(2 * layer + 1, 12)]
+    falls = sum(statistics.fmean(by_hand.changes(a, o, every)) < 0 for a, o in pairs)
+    takes = sum(by_hand.mean("compensation", 2 * layer, every) < 0 for layer in range(6))
+    (row,) = reactions([run]).to_dict("records")
+    assert row == {
+        **{"condition": "facts", "model": "fake", "pairs": len(pairs), "falls": falls},
+        **{"layers": 6, "takes away": takes},
+    }
+    ablated = by_hand.strongest_below(9, range(0, 9, 2))
+    for row, component in zip(late_mlps([run]).to_dict("records"), (9, 11), strict=True):
+        raw = by_hand.mean("effect", component, every)
+        change = statistics.fmean(by_hand.changes(ablated, component, every))
+        assert (row["condition"], row["model"], row["layer"]) == ("facts", "fake", component // 2)
+        assert [row["raw"], row["ablated"]] == pytest.approx([raw, raw + change])
+        assert row["centred"] == pytest.approx(by_hand.mean("direct_effect", component, every))
+    (larger,) = unembedding_larger([run]).to_dict("records")
+    found = statistics_of_models([run])
+    assert larger["share"] == found["fake"]["unembedding-larger-facts"].value
+    assert larger["low"] < larger["share"] < larger["high"]
+    table = statistics_table(
+        found | {"other": {"late-mlps-effect-facts": found["fake"]["late-mlps-effect-facts"]}}
+    )
+    assert table.loc["late-mlps-effect-facts", "other"] == run.means.effect.value[[9, 11]].mean()
+    assert np.isnan(table.loc["unembedding-larger-facts", "other"])
 
 
 def test_what_is_left_out():

@@ -18,14 +18,28 @@ from fake_sweeps import (
 )
 from families import random_tokens
 
+from selfrepair.analysis.breakdown import FLOOR, WAYS, wide
 from selfrepair.analysis.claims import claims_table, verdicts
 from selfrepair.analysis.head_table import heads_table, strongest_head
 from selfrepair.analysis.layernorm import (
     ScaleRatios,
+    breakdowns,
     by_model,
+    claimed,
+    heads_without_repair,
+    last_layers_head,
+    layer_table,
     layernorm_statistics,
+    means_of_all_tokens,
+    means_of_top_tokens,
+    released_breakdowns,
+    restored_logits,
+    restored_shares,
     scale_ratios,
     scale_table,
+    second_to_last_layer,
+    shares_over_heads,
+    shares_over_tokens,
 )
 from selfrepair.analysis.rules import load_claims, load_statistics
 from selfrepair.measure.heads import MEASUREMENT
@@ -47,6 +61,7 @@ def test_scale_ratios_by_hand():
     table = heads_table(dataset, FRACTION)
     layer, head = strongest_head(table, -1)
     assert layer == 3 and table.query("layer == 3").set_index("head")["direct_effect"].idxmax() == head
+    assert last_layers_head(dataset, FRACTION) == (layer, head)
 
 
 def test_one_head_of_two_models_under_every_ablation():
@@ -85,6 +100,39 @@ def test_one_head_of_two_models_under_every_ablation():
         assert row[3] == pytest.approx((one.all_tokens[one.top] > 1).mean())
         assert row[4:6] == pytest.approx(tuple(one.share_above_one().interval()))
         assert row[6] == (one.all_tokens > 1).mean()
+
+
+def test_tables_of_ours_and_of_what_was_released():
+    sweeps = {name: {"resample": fake_sweep(seed), "zero": fake_sweep(9)} for seed, name in enumerate("ab")}
+    ours, released = breakdowns(sweeps, FRACTION), released_breakdowns()
+    assert list(released) == ["gpt2-small", "gpt2-medium", "pythia-160m", "pythia-410m"]
+    every = [(layer, head) for layer in range(LAYERS) for head in range(HEADS)]
+    found = [counted(tokens_of(sweeps["b"]["resample"], *head), "layernorm") for head in every]
+    level = statistics.fmean(floor(tokens_of(sweeps["b"]["resample"], *head), "layernorm") for head in every)
+    for table, median in (
+        (shares_over_heads(ours), statistics.median(one["ratio of means"] for one in found)),
+        (shares_over_tokens(ours), statistics.fmean(one["median"] for one in found)),
+    ):
+        row = wide(table).loc["b"]
+        assert list(row.index) == [*WAYS, FLOOR]
+        assert row["clipped"] == pytest.approx(statistics.fmean(one["clipped"] for one in found))
+        assert row["median"] == pytest.approx(median) and row[FLOOR] == pytest.approx(level)
+    both = ours | released
+    assert second_to_last_layer(both)["model"].tolist() == [*both]
+    without = wide(heads_without_repair(both))
+    assert list(without) == ["heads", "clipped share", "floor"] and list(without.index) == [*both]
+    assert without.loc[[*released], "floor"].isna().all() and without.loc["pythia-160m", "heads"] > 0.5
+    assert layer_table(ours).groupby("model", sort=False)["layer"].nunique().to_dict() == {"fake": LAYERS}
+    top, everywhere = means_of_top_tokens(ours, released), means_of_all_tokens(sweeps)
+    assert [*top] == ["a", "b", *(f"{name} (published)" for name in released)]
+    assert [*everywhere] == ["a", "b", "gpt2-small (published)", "pythia-160m (published)"]
+    effects = sweeps["a"]["resample"]["direct_effect"][2:]
+    assert wide(restored_logits(everywhere)).loc["a", "direct effect"] == pytest.approx(float(effects.mean()))
+    share = wide(restored_shares(top)).loc["gpt2-small (published)", "heads"]
+    assert share == pytest.approx(0.17, abs=0.005)
+    measured, published = claimed(sweeps, FRACTION)
+    assert measured["a"]["layernorm-clipped-floor"].value == ours["a"].floor("layernorm")[FLOOR].value
+    assert [*measured] == ["a", "b"] and [*published] == [*released]
 
 
 def plain_statistics(kinds, prompts=range(PROMPTS)):

@@ -15,10 +15,8 @@ from selfrepair.analysis.layers import (
     by_phrasing,
     over_training,
     prompts_table,
-    worked_prompt,
-    worked_sums,
-    worked_table,
 )
+from selfrepair.analysis.worked_prompt import worked_prompt, worked_sums, worked_table
 from selfrepair.measure import facts, layer_ablation, layers, layers_on_prose, layers_over_training
 from selfrepair.measure.layers_over_training import checkpoints
 from selfrepair.models.loading import load_model
@@ -103,6 +101,8 @@ def test_run_of_known_facts(facts_run):
     assert run.effects["answered"].all() and (run.effects["token"].values == asked["answer"].values).all()
     (row,) = prompts_table([run], {MODEL: asked}).to_dict("records")
     assert (row["asked"], row["prompts"]) == (36, asked.sizes["prompt"]) and row["spread between donors"] > 0
+    total = run.effects["total_effect"].sel(ablated=[0, 2, 4, 6])
+    assert row["size of the effect"] == pytest.approx(float(abs(total).mean()))
     phrasings = by_phrasing(run, asked).set_index("phrasing")
     assert phrasings["prompts"].sum() == asked.sizes["prompt"]
     assert set(phrasings.index) == {"held out", "trained"}

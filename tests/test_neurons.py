@@ -3,6 +3,7 @@ and figures."""
 
 import dataclasses
 import functools
+import html
 import itertools
 import re
 
@@ -15,10 +16,12 @@ from families import ALL_FAMILIES, PARALLEL, load_family, random_tokens
 from matplotlib.patches import Rectangle
 
 from selfrepair.analysis.claims import claims_table
+from selfrepair.analysis.neuron_examples import AFTER, BEFORE, colour_limit, neurons_in_context, passages
 from selfrepair.analysis.neuron_repair import repairs_of, totals_of
 from selfrepair.analysis.neuron_sets import chance_overlap, mean_overlap, pair_overlaps
-from selfrepair.analysis.neurons import ModelNeurons, by_selection, claimed, statistics_table
+from selfrepair.analysis.neurons import ModelNeurons, by_selection, claimed, over_models, statistics_table
 from selfrepair.analysis.rules import load_claims, load_statistics
+from selfrepair.analysis.words import signed
 from selfrepair.engine.ablations import ABLATIONS, find_ablation
 from selfrepair.engine.head_ablation import ablate_heads
 from selfrepair.engine.sites import HEADS
@@ -559,9 +562,54 @@ def test_tables(measured):
     assert listed == sorted(pd.Series(decoded).value_counts(), reverse=True)
     assert first["tokens erased most often"].startswith(tuple(repr(text) for text in decoded))
 
-    examples = found.examples(n=3)
-    best = sorted(-repair.direct_effect[repair.prompt == p].max() for p in range(8))[:3]
-    np.testing.assert_allclose(examples["direct effect"], np.negative(best))
+    both = over_models([found, found], ModelNeurons.single_neurons)
+    assert len(both) == 2 * len(alone) and both.index.is_unique
+
+
+def test_passages_have_the_repair_of_every_token_around_the_strongest(measured):
+    """A token's value is that of the position before it, where it is predicted."""
+    model, inputs, found = measured("llama")
+    repair, _ = found.scopes().values()
+    tokens = inputs["tokens"]["token"].values
+    mlps = inputs["heads"]["self_repair_mlps"].values[found.chosen]
+    shown = passages(found, inputs["heads"], n=3)
+    best = sorted((-repair.direct_effect[repair.prompt == p].max(), p) for p in range(8))[:3]
+    for passage, (effect, prompt) in zip(shown, best, strict=True):
+        assert f"direct effect {signed(-effect)}" in passage.heading
+        assert passage.tokens == [model.tokenizer.decode([token]) for token in tokens[prompt]]
+        np.testing.assert_allclose(passage.values[1:], mlps[prompt])
+        assert np.isnan(passage.values[0])
+        row = np.flatnonzero((repair.prompt == prompt) & (repair.position == passage.marked - 1))
+        assert repair.direct_effect[row] == pytest.approx(-effect)
+        changes = [f"{repair.repairers[row[0], i]} ({signed(repair.largest[row[0], 0, i])})" for i in (0, 1)]
+        assert passage.heading.endswith(
+            f"last MLP {signed(repair.mlp_repair[row[0]])}, neurons {', '.join(changes)}"
+        )
+    page = top_figures.passages_html(shown)
+    assert page.count("outline") == 3 and all(html.escape(one.heading) in page for one in shown)
+    figure = top_figures.passages_figure(shown, "repair")
+    assert [one.heading for one in shown] == [
+        text.get_text() for text in figure.axes[0].texts if text.get_fontweight() == "bold"
+    ]
+
+
+def test_neurons_in_context_by_hand():
+    clean, change = np.random.default_rng(0).normal(size=(2, 99, 5))
+    clean[70], change[70] = (0.1, -0.3, -0.2, 0, 0), (0.1, 0.0, 0.2, -0.5, 0)
+    clean[69], change[71, 2] = 7, 8
+    text = [str(i) for i in range(100)]
+    shown = neurons_in_context(text, 70, clean, change)
+    assert [one.heading for one in shown] == [
+        f"neuron {neuron}, which {verb} most at '71': {name}"
+        for verb, neuron in (("erases", 1), ("repairs", 2))
+        for name in ("clean direct effect", "change")
+    ]
+    for one, (neuron, of) in zip(shown, ((1, clean), (1, change), (2, clean), (2, change)), strict=True):
+        assert one.tokens == text[71 - BEFORE : 72 + AFTER] and one.tokens[one.marked] == "71"
+        np.testing.assert_array_equal(one.values, of[70 - BEFORE : 71 + AFTER, neuron])
+    values = np.abs(np.concatenate([one.values for one in shown]))
+    assert (values <= colour_limit(shown)).mean() == pytest.approx(0.98, abs=0.01)
+    assert colour_limit(neurons_in_context(text, 70, 0 * clean, 0 * change)) == 1
 
 
 @pytest.mark.parametrize(
@@ -617,6 +665,7 @@ def test_figures_show_the_numbers(measured):
         assert colours[0] == pytest.approx(
             sign * totals.clean_by_rank[side, 0] / totals.tokens_by_rank[side, 0]
         )
+        assert totals.first_clean(side) == pytest.approx(colours[0])
     figure = figures.neurons_for_half(models)
     for line, side in zip(figure.axes[0].lines[:2], (0, 1), strict=True):
         assert line.get_xdata().max() == pytest.approx(100 * scopes[0].n_for_half[:, side].max() / 48)

@@ -3,6 +3,7 @@
 import csv
 
 import numpy as np
+import pandas as pd
 import pytest
 import reference
 import torch
@@ -23,13 +24,16 @@ from readings import (
 )
 
 from selfrepair.analysis.self_feeding import (
+    in_context,
     published_self_feeding,
     published_statistics,
+    reactions,
     self_feeding_table,
     slope_statistics,
     slopes,
     slopes_everywhere,
     slopes_rescaled,
+    smallest_slopes,
 )
 from selfrepair.engine import forward
 from selfrepair.engine.forward import Replay, attention_z, z_reached
@@ -294,6 +298,48 @@ def test_comparisons_are_in_the_rows_that_they_are_of():
     )
     assert table.loc[(3, 0, "own_output", 8), "slope_everywhere"] == pytest.approx(0.5)
     assert table["slope_everywhere"].count() == 2
+
+
+def test_heads_are_counted_by_how_they_react():
+    """Rows of another scale do not count; models stay in their order; released tables are counted alike."""
+    heads = {(0, 0): (1.2, 1, 0.9), (1, 0): (0.7, 0.8, 0.6), (2, 1): (0.3, 1, 0.9), (3, 1): (-0.4, 0.2, 0.5)}
+    tables = [
+        self_feeding_table("z", feeding(heads)),
+        self_feeding_table("a", feeding({(1, 1): (0.5, 1, 1)})),
+    ]
+    found = reactions(pd.concat(tables))
+    assert found.index.tolist() == ["z", "a"]
+    z, a = found.to_dict("records")
+    assert (z["heads"], z["above 1"], z["below both controls"]) == (4, 1, 2)
+    assert [z["smallest"], z["largest"]] == pytest.approx([-0.4, 1.2])
+    assert z["random direction"] == pytest.approx(np.mean([0.9, 0.6, 0.9, 0.5]))
+    assert (a["heads"], a["above 1"], a["below both controls"]) == (1, 0, 1)
+    published = published_self_feeding()
+    released = reactions(published)
+    assert released["heads"].tolist() == [4] * 5
+    at_8 = published[(published["scale"] == 8) & (published["added_vector"] == "own_output")]
+    assert released["largest"].max() == at_8["slope_after_on_before"].max()
+
+
+def test_the_smallest_slope_says_where_it_is_and_on_how_few_tokens_it_hangs():
+    fed = feeding({(2, 1): (0.9, 1, 1), (3, 0): (-0.2, 1, 1)}, noise=0.2)
+    (row,) = smallest_slopes({"some": fed}).to_dict("records")
+    own = slopes(fed)[1, 0, -1]
+    assert (row["layer"], row["head"], row["slope"]) == (3, 0, own.value)
+    assert (row["low"], row["high"]) == tuple(own.interval())
+    before = fed["before"].values[1].ravel().tolist()
+    squares = sorted((x - np.mean(before)) ** 2 for x in before)
+    assert row["weight"] == pytest.approx(sum(squares[-10:]) / sum(squares))
+    fed["before"][1, 0, 0] = 1e4
+    assert smallest_slopes({"some": fed}, n_tokens=1)["weight"].item() == pytest.approx(1, abs=0.05)
+
+
+def test_changes_stand_at_the_tokens_that_are_predicted():
+    fed = feeding({(2, 1): (0.9, 1, 1), (3, 0): (0.2, 1, 1)}, noise=0.2)
+    changes = in_context(fed, 1, prompt=4, n_tokens=12)
+    assert np.flatnonzero(np.isfinite(changes)).tolist() == [2, 4, 6, 8, 10]
+    wanted = fed["after"].values[1, 0, -1, 4] - fed["before"].values[1, 4]
+    np.testing.assert_allclose(changes[[2, 4, 6, 8, 10]], wanted)
 
 
 def line_fed(own, direction, n_prompts=6):

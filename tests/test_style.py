@@ -1,10 +1,18 @@
-"""One look per model, readable on white."""
+"""One look per model, readable on white; small pictures in notebooks."""
+
+from base64 import b64decode
+from io import BytesIO
 
 import matplotlib.colors
+import matplotlib.pyplot as plt
+import nbformat
+import numpy as np
+import papermill
 import pytest
+from PIL import Image
 
 from selfrepair.paths import MODELS, PUBLISHED
-from selfrepair.plots.style import FIXED_LOOKS, OTHER_LOOKS, looks
+from selfrepair.plots.style import FIXED_LOOKS, OTHER_LOOKS, looks, small_png
 
 
 def contrast_with_white(colour):
@@ -36,3 +44,30 @@ def test_other_models_look_different_and_stay_in_order():
 @pytest.mark.parametrize("look", sorted({*FIXED_LOOKS.values(), *OTHER_LOOKS}))
 def test_every_colour_is_readable_on_white(look):
     assert contrast_with_white(look[0]) >= 3
+
+
+def test_pictures_in_notebooks_are_small_and_look_the_same():
+    figure, axis = plt.subplots(figsize=(3, 2), dpi=100)
+    axis.scatter(*np.random.default_rng(0).normal(size=(2, 500)), c=np.linspace(0, 1, 500), alpha=0.5)
+    whole = BytesIO()
+    figure.savefig(whole, dpi=100, bbox_inches="tight")
+    small = small_png(figure)
+    plt.close(figure)
+    assert len(small) < 0.6 * len(whole.getvalue())
+    wanted, found = (np.asarray(Image.open(data).convert("RGB"), float) for data in (whole, BytesIO(small)))
+    assert found.shape == wanted.shape and abs(found - wanted).max(-1).mean() < 3
+
+
+def test_a_notebook_shows_these_pictures(tmp_path):
+    """Though the inline backend sets its own when it is first used."""
+    source = "import matplotlib.pyplot as plt\nfrom selfrepair.plots.style import use_style\nuse_style()"
+    cells = [nbformat.v4.new_code_cell(text) for text in (source, "plt.plot([1, 2])")]
+    metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), tmp_path / "a.ipynb")
+    done = papermill.execute_notebook(
+        str(tmp_path / "a.ipynb"), str(tmp_path / "b.ipynb"), progress_bar=False
+    )
+    (picture,) = [
+        output.data["image/png"] for output in done.cells[1].outputs if output.output_type == "display_data"
+    ]
+    assert Image.open(BytesIO(b64decode(picture))).mode == "P"

@@ -1,5 +1,6 @@
 """Notebook 02's numbers against plain loops over float64 passes, repeated samples and textbook formulas."""
 
+import dataclasses
 import itertools
 import math
 import re
@@ -18,10 +19,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from selfrepair.analysis import token_shares
 from selfrepair.analysis import token_variation as noise
 from selfrepair.analysis.claims import claims_table, verdicts
 from selfrepair.analysis.estimates import draws
-from selfrepair.analysis.examples import _decode, examples_text, pick_examples
+from selfrepair.analysis.examples import (
+    AFTER,
+    BEFORE,
+    KINDS,
+    colour_limit,
+    examples_table,
+    in_context,
+    pick_examples,
+    token_texts,
+)
 from selfrepair.analysis.head_table import with_self_repair
 from selfrepair.analysis.published import published_heads
 from selfrepair.analysis.rules import VERDICTS, load_claims, load_statistics
@@ -341,6 +352,7 @@ def test_statistics_are_those_of_the_claims_and_their_controls():
     assert set(found) == used | {load_statistics()[name].control_id for name in used}
     judged = verdicts(claims_table("02", {"fake": found}))
     assert len(judged) == 3 and set(judged.values()) <= set(VERDICTS) - {"not testable here"}
+    assert set(noise.LABELS) == set(noise.head_noise(made_tokens(), np.ones((1, 6)))) - {"share"}
     for quantity, name in (noise.STATISTICS | noise.CONTROLS).items():
         assert found[name].drawn == pytest.approx(measured.quantities[quantity].drawn.mean((0, 1)))
 
@@ -373,14 +385,61 @@ def test_strongest_heads(layers, expected):
 
 
 def test_head_shares_of_the_published_later_half():
-    found = noise.head_shares(published_heads())
+    found = token_shares.head_shares(published_heads())
     rows = published_heads().query("model == 'gpt2-small' and layer >= 6")
     assert found["gpt2-small"] == pytest.approx((rows["self_repair"] / rows["direct_effect"]).to_numpy())
     assert len(found["gpt2-small"]) == 72 and len(found["pythia-410m"]) == 192
     with_negative = pd.DataFrame(
         {"model": "m", "layer": [0, 1, 1], "direct_effect": [1.0, -1.0, 2.0], "self_repair": [1.0, 1.0, 1.0]}
     )
-    assert noise.head_shares(with_negative)["m"].tolist() == [0.5]
+    assert token_shares.head_shares(with_negative)["m"].tolist() == [0.5]
+
+
+def test_shares_of_heads_and_their_quantiles():
+    measured = noise.noise_of_models({"fake": fake_sweep(shift=3.0)}, 0.1)
+    shares = token_shares.shares_of_heads(measured, published_heads())
+    assert list(shares) == ["measured", "published"]
+    assert shares["measured"]["fake"].tolist() == measured["fake"].quantities["share"].value.ravel().tolist()
+    assert shares["published"].keys() == token_shares.head_shares(published_heads()).keys()
+    quantiles = token_shares.quantiles_of_heads(
+        {"a": np.array([0.0, 0.5, 1.0]), "b": np.array([2.0, np.nan])}
+    )
+    assert list(quantiles) == ["10%", "25%", "50%", "75%", "90%"] and quantiles.index.name == "model"
+    assert quantiles.loc["a"].tolist() == pytest.approx([0.1, 0.25, 0.5, 0.75, 0.9])
+    assert quantiles.loc["b"].tolist() == [2.0] * 5
+
+
+def test_quantiles_over_tokens_count_every_head_equally():
+    sweep = fake_sweep(shift=4.0)
+    measured = noise.noise_of_models({"fake": sweep}, 0.2)
+    shares = [
+        noise.selected_tokens(sweep, 0.2, layer, head)["share"]
+        for layer, head in itertools.product((2, 3), range(3))
+    ]
+    found = token_shares.quantiles_of_tokens(measured)
+    assert found.index.name == "model" and list(found) == ["10%", "25%", "50%", "75%", "90%"]
+    wanted = np.quantile(np.concatenate(shares), [0.1, 0.25, 0.5, 0.75, 0.9])
+    assert found.loc["fake"].tolist() == pytest.approx(wanted, abs=0.02)  # equally many tokens of each head
+    everything = dataclasses.replace(measured["fake"], share_at_most=np.ones((1, 1, len(noise.THRESHOLDS))))
+    assert token_shares.quantiles_of_tokens({"fake": everything}).isna().all(axis=None)
+
+
+def test_tables_of_several_models():
+    sweeps = {
+        "a": fake_sweep(seed=1).assign_attrs(model="a"),
+        "b": fake_sweep(seed=2).assign_attrs(model="b"),
+    }
+    models = noise.noise_of_models(sweeps, 0.1)
+    table = noise.noise_table(models)
+    for name, one in models.items():
+        rows = table[table["model"] == name].reset_index(drop=True)
+        pd.testing.assert_frame_equal(rows, one.table())
+    text = noise.with_intervals(table, ["share", "spread"])
+    assert list(text) == ["share", "spread"] and list(text.index) == ["a", "b"]
+    row = models["b"].table().set_index("quantity").loc["share"]
+    numbers = re.fullmatch(r"([+−]\d\.\d\d) \[([+−]\d\.\d\d), ([+−]\d\.\d\d)\]", text.loc["b", "share"])
+    for number, end in zip(numbers.groups(), ("estimate", "low", "high"), strict=True):
+        assert float(number.replace("−", "-")) == pytest.approx(row[end], abs=0.005)
 
 
 # --- tokens in context ---
@@ -413,11 +472,10 @@ def example_rows(shares, prompts):
     )
 
 
-def test_examples_follow_the_rule(tokenizer):
+def test_examples_follow_the_rule():
     shares = [0.55, 0.6, 0.7, 0.8, 0.95, 0.4, 0.0, 1.0, 1.2, 3.0, 1.4, -0.1, -0.2, -0.3, -4.0, -5.0]
     tokens = example_rows(shares, [0, 1, 2, 3, 2, 0, 0, 0, 5, 6, 5, 0, 1, 2, 3, 2])
-    ids = np.tile(np.arange(300, 350), (7, 1))
-    chosen = pick_examples(tokens, ids, tokenizer)
+    chosen = pick_examples(tokens)
     picked = chosen.groupby("kind", sort=False)["share"].apply(list).to_dict()
     # median 0.7; 90 % quantile 0.89 is nearest to 0.95, which is of the first one's prompt, so 0.8
     assert picked["strongly repaired"] == [0.7, 0.8]
@@ -426,50 +484,60 @@ def test_examples_follow_the_rule(tokenizer):
         -0.3,
         -4.0,
     ]  # sizes: median 0.3; 90 % at 4.6, nearest −5 is of the same prompt
-    again = pick_examples(tokens, ids, tokenizer)
+    again = pick_examples(tokens)
     pd.testing.assert_frame_equal(chosen, again)
 
 
-def test_examples_of_a_kind_that_is_not_there(tokenizer):
-    tokens = example_rows([0.1, 0.7], [0, 0])
-    ids = np.tile(np.arange(300, 350), (1, 1))
-    text = examples_text(pick_examples(tokens, ids, tokenizer))
-    assert "OVER-CORRECTED: no such token here" in text and "MADE WORSE: no such token here" in text
-    assert text.count("STRONGLY REPAIRED: L3H1, prompt 0, position 31") == 1
-    assert text.count("⟦") == 1
-    nothing = examples_text(pick_examples(tokens.iloc[:0], ids, tokenizer))
-    assert nothing.count("no such token") == 3
+def test_examples_of_a_kind_that_is_not_there():
+    chosen = pick_examples(example_rows([0.1, 0.7], [0, 0]))
+    assert list(chosen["kind"]) == ["strongly repaired"] and set(chosen["kind"]) < set(KINDS)
+    nothing = pick_examples(example_rows([0.1], [0]))
+    assert nothing.empty and examples_table(nothing).empty
+    assert colour_limit([]) > 0
 
 
-def test_the_marked_token_is_the_one_predicted(tokenizer):
-    text = "One morning the ferry was late.\nNobody on the quay — not even the café’s owner — said a word."
+def test_an_example_stands_among_its_neighbours_each_with_the_heads_self_repair_on_it(tokenizer):
+    sweep = fake_sweep(positions=127)
+    ids = np.random.default_rng(0).integers(300, 3000, (8, 128))
+    sweep = sweep.assign(token=(("prompt", "token_position"), ids))
+    for position in (3, 60, 126):
+        row = example_rows([0.7], [5]).assign(position=position)
+        (found,) = in_context(pick_examples(row), sweep, tokenizer)
+        at = position + 1
+        first, last = max(0, at - BEFORE), min(128, at + AFTER + 1)
+        assert found.marked == at - first and len(found.tokens) == len(found.values) == last - first
+        for index, value in enumerate(found.values, start=first):
+            if index == 0:
+                assert math.isnan(value)
+            else:
+                assert value == sweep["self_repair"].values[3, 1, 5, index - 1]
+        assert found.tokens[found.marked][0] + found.tokens[found.marked][-1] == "⟦⟧"
+        shown = "".join(found.tokens).replace("⟦", "").replace("⟧", "")
+        assert shown == tokenizer.decode(ids[5, first:last])
+        assert found.heading == "1 · strongly repaired: L3H1, prompt 5"
+        within = np.abs([value for value in found.values if math.isfinite(value)])
+        assert colour_limit([found]) == pytest.approx(np.quantile(within, 0.95))
+
+
+def test_characters_of_several_tokens_come_with_the_last_of_them(tokenizer):
+    text = "One morning the ferry was late.\nNobody on the quay — not even the café’s owner — said a word 🛶."
     ids = np.array(tokenizer(text)["input_ids"])
-    for at in range(1, len(ids)):
-        before, token = _decode(tokenizer, ids, at, 25)
-        assert before + token == tokenizer.decode(ids[max(0, at - 25) : at + 1])
-        assert tokenizer.decode(ids[max(0, at - 25) : at]).startswith(before)
-        plain = tokenizer.decode(ids[at])
-        assert token == plain or "\ufffd" in plain  # part of a character
-    row = example_rows([0.7], [0]).assign(position=9)
-    chosen = pick_examples(row, ids[None], tokenizer)
-    assert chosen["token"].tolist() == [tokenizer.decode(ids[10])]
-    assert chosen["before"].tolist() == [tokenizer.decode(ids[:10])]
+    texts = token_texts(ids, tokenizer)
+    assert "".join(texts) == tokenizer.decode(ids)
+    assert not any("\ufffd" in one for one in texts)
+    for one, token in zip(texts, ids, strict=True):
+        plain = tokenizer.decode(token)
+        assert one == plain or "\ufffd" in plain  # part of a character
+    assert "" in texts
 
 
-def test_examples_text_shows_numbers_and_line_ends():
-    row = example_rows([1.5], [4]).assign(kind="over-corrected", before="a line\nanother", token=" end\n")
-    text = examples_text(row)
-    assert "… a line ↵ another⟦\u00a0end↵⟧" in text
-    for part in (
-        "L3H1, prompt 4, position 30",
-        "direct effect 2.00",
-        "logit change +1.00",
-        "self-repair +3.00",
-        "+150%",
-        "probability 0.25",
-    ):
-        assert part in " ".join(text.split())
-    assert max(map(len, text.splitlines())) <= 100
+def test_table_of_examples_has_their_numbers():
+    table = examples_table(pick_examples(example_rows([1.5, -0.5], [4, 4])))
+    assert table.index.name == "example" and list(table.index) == [1, 2]
+    over, worse = table.to_dict("records")
+    assert (over["kind"], over["head"], over["DE"], over["Δlogit"]) == ("over-corrected", "L3H1", 2, 1)
+    assert (worse["kind"], worse["self-repair"], worse["self-repair / DE"]) == ("made worse", -1, -0.5)
+    assert worse["clean probability"] == 0.25 and worse["DE ablated"] == 0
 
 
 # --- what the figures plot ---
@@ -477,9 +545,7 @@ def test_examples_text_shows_numbers_and_line_ends():
 
 def test_scatter_shows_every_token_in_the_colour_of_its_outcome():
     sweep = fake_sweep()
-    tokens = pd.concat(
-        [noise.selected_tokens(sweep, 0.1, layer, 0) for layer in (1, 2, 3)], ignore_index=True
-    )
+    tokens = noise.tokens_of_heads(sweep, 0.1, [(1, 0), (2, 0), (3, 0)])
     figure = plots.effect_against_change_per_token(tokens, "fake")
     assert [axis.get_title().split(":")[0] for axis in figure.axes] == ["L1H0", "L2H0", "L3H0"]
     for axis, (_, here) in zip(figure.axes, tokens.groupby("layer"), strict=True):
@@ -503,7 +569,7 @@ def test_scatter_shows_every_token_in_the_colour_of_its_outcome():
 def test_all_tokens_are_drawn_on_the_authors_axes():
     """Whatever the sign of their direct effect; those beyond the axes are counted."""
     sweep = fake_sweep()
-    heads = {f"L{layer}H0": noise.all_tokens(sweep, layer, 0) for layer in (1, 3)}
+    heads = noise.all_tokens(sweep, [(1, 0), (3, 0)])
     assert np.array_equal(heads["L3H0"]["logit_change"], sweep["logit_change"].values[3, 0].ravel())
     figure = plots.all_tokens(heads, "fake")
     for place, (name, head) in enumerate(heads.items()):
@@ -525,7 +591,10 @@ def test_distributions_cross_at_the_shares():
     measured = {"fake": noise.TokenNoise.of_sweep(fake_sweep(), 0.1, n_bootstrap=5)}
     figure = plots.share_distributions(
         measured,
-        {"measured": {"fake": np.array([0.3, 0.1])}, "published": noise.head_shares(published_heads())},
+        {
+            "measured": {"fake": np.array([0.3, 0.1])},
+            "published": token_shares.head_shares(published_heads()),
+        },
         "fake",
     )
     curve = figure.axes[0].lines[0].get_xydata()

@@ -1,6 +1,10 @@
+import re
+
+import numpy as np
+import pandas as pd
 import pytest
 
-from selfrepair.analysis.words import number, span
+from selfrepair.analysis.words import number, signed, significant, span, table_html
 
 
 @pytest.mark.parametrize(
@@ -9,6 +13,10 @@ from selfrepair.analysis.words import number, span
 )
 def test_numbers_as_text_has_them(value, digits, said):
     assert number(value, digits) == said
+
+
+def test_signs_are_said():
+    assert [signed(value) for value in (0.126, -0.126, -0.001)] == ["+0.13", "−0.13", "+0.00"]
 
 
 def test_a_span_is_from_the_least_to_the_largest():
@@ -20,3 +28,18 @@ def test_a_span_is_from_the_least_to_the_largest():
 def test_what_is_no_number_is_not_said(values):
     with pytest.raises(ValueError):
         span(values)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(0.0349, "0.035"), (-1.02, "−1.0"), (9.97, "10"), (99.7, "100"), (1234.0, "1234"), (0.0, "0.0")],
+)
+def test_significant_digits(value, said):
+    assert significant(value) == said
+
+
+def test_tables_have_significant_digits_and_a_dash_where_there_is_nothing():
+    table = pd.DataFrame({"model": ["a", "b"], "tokens": [2608, 7], "share": [-0.0349, np.nan]})
+    cells = re.findall("<t[hd]>(.*?)</t[hd]>", table_html(table))
+    assert cells == ["model", "tokens", "share", "a", "2608", "−0.035", "b", "7", "–"]
+    assert table_html(table.set_index("model").rename_axis(columns="what")) == table_html(table)

@@ -3,9 +3,10 @@
 ``estimates`` are values with bootstrap samples, ``rules`` what the papers claim and what decides it
 (``claims.yaml``, ``statistics.yaml``), ``claims`` the verdicts, ``published`` the authors' numbers,
 ``comparison`` ours beside them.
-What the notebooks ask is in ``head_table`` and ``head_means`` (01), ``token_variation`` and ``examples``
-(02), ``breakdown`` and ``layernorm`` (03), ``neurons`` and ``neuron_repair`` (04), ``self_feeding``,
-``earlier_input``, ``cosines`` and ``iterative`` (05), ``layers`` and ``layer_means`` (06).
+What the notebooks ask is in ``head_table`` and ``head_means`` (01), ``token_variation``, ``token_shares``
+and ``examples`` (02), ``breakdown`` and ``layernorm`` (03), ``neurons``, ``neuron_repair`` and
+``neuron_examples`` (04), ``self_feeding``, ``earlier_input``, ``cosines`` and ``iterative`` (05),
+``layers``, ``layer_means`` and ``worked_prompt`` (06).
 """
 
 import lazy_loader

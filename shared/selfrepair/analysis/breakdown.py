@@ -228,6 +228,13 @@ def table_of(found: Mapping[str, Mapping[str, Estimate]], name: str) -> pd.DataF
     return pd.concat(tables, ignore_index=True)
 
 
+def wide(table: pd.DataFrame) -> pd.DataFrame:
+    """The estimates of :func:`table_of`: a row for each model, a column for each name, in its order."""
+    name = table.columns[1]
+    found = table.pivot(index="model", columns=name, values="estimate")
+    return found.loc[table["model"].unique(), table[name].unique()]
+
+
 def _column(table: pd.DataFrame, name: str) -> Estimate:
     """A column of one model's heads table, ``[layer, head]``."""
     ordered = table.sort_values(["layer", "head"])

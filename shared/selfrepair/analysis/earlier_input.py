@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 
 from selfrepair.analysis.estimates import Estimate, draws
@@ -34,3 +36,31 @@ def correlation(changes: MeanChanges) -> Estimate:
         for drawn in (changes.earlier.drawn, changes.ablated.drawn)
     )
     return Estimate((x * y).sum(0) / np.sqrt((x * x).sum(0) * (y * y).sum(0)))
+
+
+def changes_table(found: Mapping[str, xr.Dataset]) -> pd.DataFrame:
+    """Of every model's ``earlier_input``: how the two changes of its heads go together.
+
+    ``correlation`` with its interval ``low`` to ``high``; how many of the ``heads`` write more of the correct
+    token both times and how many less; ``size``: the mean absolute change under ablation over that with the
+    earlier input.
+    """
+    rows = []
+    for model_name, changes in found.items():
+        means = mean_changes(changes)
+        earlier, ablated = means.earlier.value, means.ablated.value
+        r = correlation(means)
+        low, high = r.interval()
+        rows.append(
+            {
+                "model": model_name,
+                "heads": earlier.size,
+                "more both times": int(((earlier > 0) & (ablated > 0)).sum()),
+                "less both times": int(((earlier < 0) & (ablated < 0)).sum()),
+                "size": np.abs(ablated).mean() / np.abs(earlier).mean(),
+                "correlation": float(r.value),
+                "low": float(low),
+                "high": float(high),
+            }
+        )
+    return pd.DataFrame(rows).set_index("model")

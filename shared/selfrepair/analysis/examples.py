@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+import xarray as xr
 from jaxtyping import Int
 
 if TYPE_CHECKING:
@@ -14,16 +16,21 @@ if TYPE_CHECKING:
 
 #: Kinds of example tokens: self-repair over direct effect lies between these.
 KINDS = {"strongly repaired": (0.5, 1.0), "over-corrected": (1.0, np.inf), "made worse": (-np.inf, 0.0)}
-CONTEXT = 25
+#: How many tokens are shown before an example, and after it.
+BEFORE, AFTER = 40, 8
+#: What a table of examples shows of each (logits, but the probability), and how it calls that.
+COLUMNS = {
+    "direct_effect": "DE",
+    "ablated_direct_effect": "DE ablated",
+    "logit_change": "Δlogit",
+    "self_repair": "self-repair",
+    "share": "self-repair / DE",
+    "probability": "clean probability",
+}
 
 
-def pick_examples(
-    tokens: pd.DataFrame,
-    token_ids: Int[np.ndarray, "prompt token"],
-    tokenizer: PreTrainedTokenizerBase,
-    context: int = CONTEXT,
-) -> pd.DataFrame:
-    """Up to two of ``tokens`` per kind, with ``kind``, the text ``before`` and the correct ``token`` itself.
+def pick_examples(tokens: pd.DataFrame) -> pd.DataFrame:
+    """Up to two of ``tokens`` per kind, with their ``kind``.
 
     ``tokens`` are rows as of :func:`selfrepair.analysis.token_variation.selected_tokens`.
     The rule: of the kind's tokens, the one whose ``share`` is nearest in size to their median, then the
@@ -35,50 +42,69 @@ def pick_examples(
         for wanted in np.quantile(left["share"].abs(), [0.5, 0.9]) if len(left) else ():
             if len(left):
                 row = left.loc[(left["share"].abs() - wanted).abs().idxmin()]
-                before, token = _decode(
-                    tokenizer, token_ids[int(row["prompt"])], int(row["position"]) + 1, context
-                )
-                rows.append({"kind": kind, **row, "before": before, "token": token})
+                rows.append({"kind": kind, **row})
                 left = left[left["prompt"] != row["prompt"]]
-    return pd.DataFrame(rows, columns=["kind", *tokens.columns, "before", "token"])
+    whole = {name: int for name in ("layer", "head", "prompt", "position")}
+    return pd.DataFrame(rows, columns=["kind", *tokens.columns]).astype(whole)
 
 
-def _decode(
-    tokenizer: PreTrainedTokenizerBase, ids: Int[np.ndarray, " token"], at: int, context: int
-) -> tuple[str, str]:
-    """Text of the ``context`` tokens before token ``at``, and what that token adds to it.
+@dataclass(frozen=True)
+class Context:
+    """An example among its neighbours: tokens as text, and a head's self-repair (logits) on each.
 
-    A token may be part of a character.
+    ``marked`` is the index of the example, in ⟦brackets⟧ among the ``tokens``. The first token of a prompt
+    is predicted by none: its value is NaN.
     """
-    first = max(0, at - context)
-    before, whole = (
-        tokenizer.decode(ids[first:end], clean_up_tokenization_spaces=False) for end in (at, at + 1)
-    )
-    differ = (i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b)
-    split = next(differ, min(len(before), len(whole)))
-    return whole[:split], whole[split:]
+
+    heading: str
+    tokens: list[str]
+    values: list[float]
+    marked: int
 
 
-def examples_text(chosen: pd.DataFrame, width: int = 100) -> str:
-    """The examples as plain text, the token in ⟦brackets⟧, line ends as ↵."""
-    blocks = []
-    for kind in KINDS:
-        rows = chosen[chosen["kind"] == kind]
-        blocks += [_example_text(row, width) for _, row in rows.iterrows()]
-        if rows.empty:
-            blocks.append(f"{kind.upper()}: no such token here")
-    return "\n\n".join(blocks)
+def in_context(chosen: pd.DataFrame, sweep: xr.Dataset, tokenizer: PreTrainedTokenizerBase) -> list[Context]:
+    """Each of :func:`pick_examples` with the tokens around it.
+
+    ``sweep`` is as :func:`selfrepair.analysis.token_variation.with_probability` gives it.
+    """
+    return [
+        _context(number, row, sweep, tokenizer) for number, row in enumerate(chosen.itertuples(), start=1)
+    ]
 
 
-def _example_text(row: pd.Series, width: int) -> str:
-    numbers = (
-        f"{row['kind'].upper()}: L{row['layer']:.0f}H{row['head']:.0f}, "
-        f"prompt {row['prompt']:.0f}, position {row['position']:.0f}: "
-        f"direct effect {row['direct_effect']:.2f} ({row['ablated_direct_effect']:.2f} when ablated), "
-        f"logit change {row['logit_change']:+.2f}, self-repair {row['self_repair']:+.2f} "
-        f"({row['share']:+.0%} of the direct effect), clean probability {row['probability']:.2g}"
-    )
-    token = row["token"].replace("\n", "↵").replace(" ", "\u00a0")
-    text = row["before"].replace("\n", " ↵ ") + f"⟦{token}⟧"
-    context = textwrap.fill(text, width, initial_indent="    … ", subsequent_indent="    ")
-    return f"{textwrap.fill(numbers, width)}\n{context}"
+def _context(number: int, row: tuple, sweep: xr.Dataset, tokenizer: PreTrainedTokenizerBase) -> Context:
+    ids = sweep["token"].values[row.prompt]
+    at = row.position + 1  # the token that this position predicts
+    first, last = max(0, at - BEFORE), min(len(ids), at + AFTER + 1)
+    repair = sweep["self_repair"].values[row.layer, row.head, row.prompt].astype(np.float64)
+    tokens = token_texts(ids[first:last], tokenizer)
+    tokens[at - first] = f"⟦{tokens[at - first]}⟧"
+    heading = f"{number} · {row.kind}: L{row.layer}H{row.head}, prompt {row.prompt}"
+    return Context(heading, tokens, np.r_[np.nan, repair][first:last].tolist(), at - first)
+
+
+def token_texts(ids: Int[np.ndarray, " token"], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What each token adds to the text of those before it.
+
+    A character that is made of several tokens comes with the last of them.
+    """
+    texts, done = [], ""
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
+        whole = text.rstrip("\ufffd") if end < len(ids) else text
+        texts.append(whole[len(done) :])
+        done = whole if len(whole) > len(done) else done
+    return texts
+
+
+def colour_limit(contexts: Sequence[Context]) -> float:
+    """Self-repair (logits) at which colours are at their strongest: 95 % of all tokens shown lie below it."""
+    values = np.abs(np.concatenate([context.values for context in contexts])) if contexts else np.zeros(1)
+    return max(float(np.nanquantile(values, 0.95)), 0.01)
+
+
+def examples_table(chosen: pd.DataFrame) -> pd.DataFrame:
+    """The numbers of :func:`pick_examples`, with the numbers that :func:`in_context` gives them."""
+    place = "L" + chosen["layer"].astype(str) + "H" + chosen["head"].astype(str)
+    named = pd.DataFrame({"kind": chosen["kind"], "head": place}).join(chosen[list(COLUMNS)])
+    return named.rename(columns=COLUMNS).set_index(pd.RangeIndex(1, len(chosen) + 1, name="example"))

@@ -12,6 +12,7 @@ import xarray as xr
 from selfrepair.analysis.claims import Statistics
 from selfrepair.analysis.estimates import Estimate, draws
 from selfrepair.analysis.head_table import LayerTokens
+from selfrepair.analysis.published import published_heads
 from selfrepair.statistics import later_half
 
 
@@ -68,6 +69,26 @@ class HeadMeans:
         """95 % interval of each layer's mean self-repair over its heads: ``layer, low, high``."""
         by_layer = self.self_repair.mean(1)
         return by_layer.table({"layer": range(len(by_layer))})[["layer", "low", "high"]]
+
+
+def means_of_models(sweeps: Mapping[str, xr.Dataset], fraction: float) -> dict[str, HeadMeans]:
+    """:meth:`HeadMeans.of_sweep` of several models, by name.
+
+    Raises:
+        UserError: ``fraction`` is not in (0, 1].
+    """
+    return {model: HeadMeans.of_sweep(sweep, fraction) for model, sweep in sweeps.items()}
+
+
+def released_means(tokens: str = "top2pct") -> dict[str, HeadMeans]:
+    """Of the models that the authors released, over ``top2pct`` or ``all_tokens``; without samples."""
+    by_model = published_heads(tokens).groupby("model", sort=False)
+    return {str(model): HeadMeans.of_table(rows) for model, rows in by_model}
+
+
+def statistics_of_models(models: Mapping[str, HeadMeans]) -> dict[str, Statistics]:
+    """:func:`head_statistics` of each."""
+    return {model: head_statistics(heads) for model, heads in models.items()}
 
 
 def head_statistics(heads: HeadMeans) -> Statistics:

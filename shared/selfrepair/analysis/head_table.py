@@ -12,7 +12,7 @@ import xarray as xr
 from jaxtyping import Bool, Float
 
 from selfrepair.analysis.estimates import Estimate, draws, selected_means
-from selfrepair.statistics import PARTS, clipped_share, select_top
+from selfrepair.statistics import PARTS, clipped_share, later_half, select_top
 from selfrepair.store.files import write_atomically
 
 EFFECTS = ("logit_change", "direct_effect", "ablated_direct_effect")
@@ -147,7 +147,24 @@ def extreme_heads(table: pd.DataFrame) -> pd.DataFrame:
     places = table.groupby("model", sort=False)["self_repair"].agg(["idxmin", "idxmax"])
     rows = table.loc[places.stack()].reset_index(drop=True)
     name = "L" + rows["layer"].astype(str) + "H" + rows["head"].astype(str)
-    return rows.assign(head=name)[["model", "head", "self_repair", "direct_effect"]]
+    effects = {"self-repair": rows["self_repair"], "direct effect": rows["direct_effect"]}
+    return rows.assign(head=name, **effects)[["model", "head", *effects]]
+
+
+def share_in_zone(table: pd.DataFrame) -> float:
+    """Share of heads in the self-repair zone: something is lost, but less than the direct effect."""
+    change = table["logit_change"]
+    return float(((-table["direct_effect"] < change) & (change < 0)).mean())
+
+
+def restored_of_strong(table: pd.DataFrame, least: float = 1.0) -> float:
+    """Self-repair over direct effect, of a heads table's later half of layers: sums over strong heads.
+
+    Strong are those with a direct effect above ``least`` (logits); NaN where there are none.
+    """
+    n_layers = table.groupby("model")["layer"].transform("nunique")
+    strong = table[(table["layer"] >= n_layers.map(later_half)) & (table["direct_effect"] > least)]
+    return strong["self_repair"].sum() / strong["direct_effect"].sum() if len(strong) else np.nan
 
 
 def strongest_head(table: pd.DataFrame, layer: int) -> tuple[int, int]:

@@ -6,6 +6,10 @@ neighbouring layers write alike, and every block moves the residual stream down 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
 import xarray as xr
 
 from selfrepair.analysis.cosines import neighbours_minus_distant
@@ -25,3 +29,30 @@ def iterative_statistics(
     if cosines.sizes["layer"] >= 4:
         found["neighbour-cosine-gap"] = neighbours_minus_distant(cosines, n_bootstrap, seed)
     return found
+
+
+def alignment_table(found: Mapping[str, xr.Dataset]) -> pd.DataFrame:
+    """Of every model's ``alignment``: does it descend, and how good is the guess that is read out on the way?
+
+    ``descent``: mean cosine of updates with minus the gradient, over all blocks, in thousandths, with its
+    interval ``low`` to ``high``; ``largest block``: the largest mean of one block. ``loss before`` and ``loss
+    after`` all blocks (nats), and in which blocks, counted from 1, it ``rises``.
+    """
+    rows = []
+    for model_name, aligned in found.items():
+        descent = mean_over_prompts(1000 * aligned["gradient"].values.mean(0))
+        low, high = descent.interval()
+        loss = aligned["loss"].mean("prompt").values
+        rows.append(
+            {
+                "model": model_name,
+                "descent": float(descent.value),
+                "low": float(low),
+                "high": float(high),
+                "largest block": 1000 * float(aligned["gradient"].mean("prompt").max()),
+                "loss before": float(loss[0]),
+                "loss after": float(loss[-1]),
+                "rises": ", ".join(str(block + 1) for block in np.flatnonzero(np.diff(loss) > 0)),
+            }
+        )
+    return pd.DataFrame(rows).set_index("model")

@@ -1,4 +1,4 @@
-"""The final norm: when ablation lowers its scale, and what the claims of notebook 03 are about."""
+"""Notebook 03: when ablation lowers the final norm's scale, what repairs, and what the claims are about."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Bool, Float
 
-from selfrepair.analysis.breakdown import Breakdown, PartMeans, TokensOfHeads
+from selfrepair.analysis.breakdown import Breakdown, PartMeans, TokensOfHeads, table_of
 from selfrepair.analysis.claims import Statistics
 from selfrepair.analysis.estimates import Estimate, draws, selected_means
 from selfrepair.analysis.head_table import heads_table, strongest_head
+from selfrepair.analysis.published import published_heads
 from selfrepair.statistics import select_top
 
 
@@ -61,9 +62,14 @@ def scale_ratios(
     rows = []
     for model in _models_to_show(sweeps):
         kinds = list(sweeps[model].values())
-        place = strongest_head(heads_table(kinds[0], fraction), layer=-1) if head is None else head
+        place = last_layers_head(kinds[0], fraction) if head is None else head
         rows.append([ScaleRatios.of_sweep(sweep, *place, fraction) for sweep in kinds])
     return rows
+
+
+def last_layers_head(sweep: xr.Dataset, fraction: float) -> tuple[int, int]:
+    """``(layer, head)``: the last layer's with the largest mean direct effect on its top tokens."""
+    return strongest_head(heads_table(sweep, fraction), layer=-1)
 
 
 def _models_to_show(sweeps: Mapping[str, Mapping[str, xr.Dataset]]) -> list[str]:
@@ -85,6 +91,95 @@ def scale_table(ratios: Sequence[Sequence[ScaleRatios]]) -> pd.DataFrame:
         for one in of_head
     ]
     return pd.concat(tables, ignore_index=True).rename(columns={"estimate": "top tokens"})
+
+
+def breakdowns(sweeps: Mapping[str, Mapping[str, xr.Dataset]], fraction: float) -> dict[str, Breakdown]:
+    """Of every model, under the first kind of ablation; ``sweeps`` are as :func:`by_model` gives them."""
+    return {model: Breakdown.of_sweep(sweep, fraction) for model, sweep in _first_kind(sweeps).items()}
+
+
+def released_breakdowns() -> dict[str, Breakdown]:
+    """Of every model that the authors released: means of heads over their top 2 % of tokens, no samples."""
+    return {model: Breakdown.of_table(rows) for model, rows in _released("top2pct").items()}
+
+
+def layer_table(models: Mapping[str, Breakdown]) -> pd.DataFrame:
+    """The rows of :meth:`Breakdown.by_layer` of every model."""
+    return pd.concat([one.by_layer() for one in models.values()], ignore_index=True)
+
+
+def shares_over_heads(models: Mapping[str, Breakdown]) -> pd.DataFrame:
+    """The final norm's share by each way of counting, from head means, and the clipped one's floor if known.
+
+    ``model, way, estimate, low, high``.
+    """
+    found = {model: one.over_heads("layernorm") | one.floor("layernorm") for model, one in models.items()}
+    return table_of(found, "way")
+
+
+def shares_over_tokens(models: Mapping[str, Breakdown]) -> pd.DataFrame:
+    """The same with ratios per token within each head, which released tables do not allow."""
+    found = {model: one.over_tokens("layernorm") | one.floor("layernorm") for model, one in models.items()}
+    return table_of(found, "way")
+
+
+def second_to_last_layer(models: Mapping[str, Breakdown]) -> pd.DataFrame:
+    """:meth:`Breakdown.second_to_last` of the final norm: ``model, estimate, low, high``."""
+    found = {model: {"": one.second_to_last("layernorm")} for model, one in models.items()}
+    return table_of(found, "layer").drop(columns="layer")
+
+
+def heads_without_repair(models: Mapping[str, Breakdown]) -> pd.DataFrame:
+    """:meth:`Breakdown.without_repair` of the final norm: ``model, quantity, estimate, low, high``."""
+    return table_of({model: one.without_repair("layernorm") for model, one in models.items()}, "quantity")
+
+
+def means_of_top_tokens(
+    measured: Mapping[str, Breakdown], released: Mapping[str, Breakdown]
+) -> dict[str, PartMeans]:
+    """What each part gives back on the heads' top tokens, ours and ``(published)``."""
+    return {model: one.means for model, one in measured.items()} | {
+        as_published(model): one.means for model, one in released.items()
+    }
+
+
+def means_of_all_tokens(sweeps: Mapping[str, Mapping[str, xr.Dataset]]) -> dict[str, PartMeans]:
+    """The same over all tokens, which the authors released of two models."""
+    measured = {model: PartMeans.of_sweep(sweep, 1) for model, sweep in _first_kind(sweeps).items()}
+    return measured | {
+        as_published(model): PartMeans.of_table(rows) for model, rows in _released("all_tokens").items()
+    }
+
+
+def restored_shares(models: Mapping[str, PartMeans]) -> pd.DataFrame:
+    """What each part gives back of the direct effect, later half of layers: ``model, part, estimate, …``."""
+    return table_of({model: means.restored_by_part() for model, means in models.items()}, "part")
+
+
+def restored_logits(models: Mapping[str, PartMeans]) -> pd.DataFrame:
+    """The same in logits, beside the mean direct effect."""
+    return table_of({model: means.by_part() for model, means in models.items()}, "part")
+
+
+def as_published(model: str) -> str:
+    """How tables and figures name a model whose numbers the authors released."""
+    return f"{model} (published)"
+
+
+def _first_kind(sweeps: Mapping[str, Mapping[str, xr.Dataset]]) -> dict[str, xr.Dataset]:
+    return {model: next(iter(kinds.values())) for model, kinds in sweeps.items()}
+
+
+def _released(tokens: str) -> dict[str, pd.DataFrame]:
+    return dict(iter(published_heads(tokens).groupby("model", sort=False)))
+
+
+def claimed(
+    sweeps: Mapping[str, Mapping[str, xr.Dataset]], fraction: float
+) -> tuple[dict[str, Statistics], dict[str, Statistics]]:
+    """What the claims of notebook 03 are about, by model: measured, and published."""
+    measured = {model: layernorm_statistics(kinds, fraction) for model, kinds in sweeps.items()}
+    return measured, {model: published_statistics(rows) for model, rows in _released("top2pct").items()}
 
 
 def layernorm_statistics(

@@ -1,4 +1,4 @@
-"""What notebook 06 says of layers on facts and on prose: statistics, tables, one prompt in parts."""
+"""What notebook 06 says of layers on facts and on prose: statistics and tables."""
 
 from __future__ import annotations
 
@@ -124,15 +124,29 @@ def statistics_of_models(runs: Sequence[LayerRun]) -> dict[str, dict[str, Estima
     return found
 
 
+def statistics_table(found: Mapping[str, Mapping[str, Estimate]]) -> pd.DataFrame:
+    """Values of :func:`statistics_of_models`: a row for each id, a column for each model; NaN where it has
+    none."""
+    return pd.DataFrame(
+        {
+            model_name: {name: float(estimate.value) for name, estimate in of_model.items()}
+            for model_name, of_model in found.items()
+        }
+    )
+
+
 def prompts_table(runs: Sequence[LayerRun], facts: Mapping[str, xr.Dataset]) -> pd.DataFrame:
     """Facts asked and answered, prompts, mean number of donors and their spread, by condition and model.
 
     The spread (logits) is the standard deviation between donors of the total effect of one attention layer on
-    one prompt.
+    one prompt; beside it, how large that effect is (its absolute value); both are means.
     """
     rows = []
     for run in runs:
-        spread = run.effects["total_effect_spread"].transpose("ablated", "prompt").values[::2]
+        total, spread = (
+            run.effects[name].transpose("ablated", "prompt").values[::2]
+            for name in ("total_effect", "total_effect_spread")
+        )
         asked = facts[run.name].attrs if run.condition == FACTS else {}
         rows.append(
             {
@@ -142,10 +156,23 @@ def prompts_table(runs: Sequence[LayerRun], facts: Mapping[str, xr.Dataset]) -> 
                 "answered": asked.get("n_answered", ""),
                 "prompts": run.means.n_prompts,
                 "donors": float(run.effects["n_donors"].mean()),
+                "size of the effect": float(np.abs(total).mean()),
                 "spread between donors": float(spread.mean()),
             }
         )
     return pd.DataFrame(rows)
+
+
+def unembedding_larger(runs: Sequence[LayerRun]) -> pd.DataFrame:
+    """Share of prompts and attention layers whose unembedding-based effect is above the ablation-based one.
+
+    By condition and model: ``share``, with its interval ``low`` to ``high``.
+    """
+    tables = [
+        run.means.unembedding_larger[::2].mean().table({}, condition=run.condition, model=run.name)
+        for run in runs
+    ]
+    return pd.concat(tables, ignore_index=True).rename(columns={"estimate": "share"})
 
 
 def balance(runs: Sequence[LayerRun]) -> pd.DataFrame:
@@ -165,6 +192,55 @@ def balance(runs: Sequence[LayerRun]) -> pd.DataFrame:
         values |= {"by the final norm": means.norm_term, "ablation-based": means.total_effect}
         of_half = {name: float(value.value[half].mean()) for name, value in values.items()}
         rows.append({"condition": run.condition, "model": run.name, **of_half})
+    return pd.DataFrame(rows)
+
+
+def reactions(runs: Sequence[LayerRun]) -> pd.DataFrame:
+    """What lies downstream of ablated attention layers: how much of it falls, by condition and model.
+
+    ``pairs``: of an attention layer and a component downstream of it, whose mean effect ``falls`` in so many
+    of them. ``layers``: attention layers with anything downstream; in so many the compensation ``takes away``
+    more than it gives back (its mean is below 0).
+    """
+    rows = []
+    for run in runs:
+        means, attention = run.means, run.means.with_downstream(PARTS[0])
+        change = means.change.value[attention][means.downstream[attention]]
+        rows.append(
+            {
+                "condition": run.condition,
+                "model": run.name,
+                "pairs": change.size,
+                "falls": int((change < 0).sum()),
+                "layers": len(attention),
+                "takes away": int((means.compensation.value[attention] < 0).sum()),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def late_mlps(runs: Sequence[LayerRun]) -> pd.DataFrame:
+    """Mean effects (logits) of the late MLPs (:meth:`LayerMeans.late_mlps`), by condition, model and layer.
+
+    ``raw``; ``centred``, of the output less its mean over donors; ``ablated``, raw with the attention layer
+    of :meth:`LayerRun.strongest_below_late_mlps` ablated, NaN without one.
+    """
+    rows = []
+    for run in runs:
+        means, ablated = run.means, run.strongest_below_late_mlps()
+        for component in means.late_mlps().tolist():
+            raw = float(means.effect.value[component])
+            change = np.nan if ablated is None else float(means.change.value[ablated, component])
+            rows.append(
+                {
+                    "condition": run.condition,
+                    "model": run.name,
+                    "layer": component // 2,
+                    "raw": raw,
+                    "centred": float(means.direct_effect.value[component]),
+                    "ablated": raw + change,
+                }
+            )
     return pd.DataFrame(rows)
 
 
@@ -206,63 +282,6 @@ def by_phrasing(run: LayerRun, facts: xr.Dataset) -> pd.DataFrame:
         tables.append(means.compensation_share().table({}, **of_phrasing))
     table = pd.concat(tables, ignore_index=True)
     return table.rename(columns={"estimate": "compensation over direct effect"})
-
-
-@dataclass(frozen=True)
-class WorkedPrompt:
-    """One prompt, and the number of the component that is ablated on it."""
-
-    component: int
-    prompt: int
-    text: str
-    answer: str
-
-
-def worked_prompt(run: LayerRun, facts: xr.Dataset) -> WorkedPrompt:
-    """The attention with the largest mean direct effect, on the prompt of median compensation.
-
-    That is neither the best nor the worst case. Attention with none above does not count, unless there is one
-    layer.
-    """
-    attention = np.arange(0, max(2, 2 * (run.means.n_layers - 1)), 2)
-    component = int(attention[run.means.direct_effect[attention].value.argmax()])
-    compensation = run.effects["compensation"].transpose("ablated", "prompt").values[component]
-    prompt = int(np.argsort(compensation, kind="stable")[len(compensation) // 2])
-    return WorkedPrompt(component, prompt, facts.attrs["texts"][prompt], facts.attrs["answers"][prompt])
-
-
-def worked_table(run: LayerRun, worked: WorkedPrompt) -> pd.DataFrame:
-    """One prompt part by part, in order of depth: ``part, clean, ablated`` (logits, averaged over donors).
-
-    The clean column sums to the clean logit, the ablated one, with the final norm's row, to the ablated
-    logit.
-    """
-    here, component = run.effects.isel(prompt=worked.prompt), worked.component
-    effect = here["effect"].values.astype(np.float64)
-    ablated = effect + here["change"].transpose("ablated", "observed").values[component]
-    ablated[component] -= float(here["direct_effect"][component])
-    rest = float(here["clean_logit"]) - effect.sum()
-    names = [f"{PARTS[i % 2]} {i // 2}" for i in range(len(effect))]
-    return pd.DataFrame(
-        {
-            "part": ["embedding, constants", *names, "final norm"],
-            "clean": [rest, *effect, 0.0],
-            "ablated": [rest, *ablated, float(here["norm_term"][component])],
-        }
-    )
-
-
-def worked_sums(table: pd.DataFrame, component: int) -> pd.DataFrame:
-    """What of :func:`worked_table` changes (logits): the ablated part, what is above it, the final norm."""
-    change = (table["ablated"] - table["clean"]).to_numpy()
-    own = component + 1  # the first row is what no component writes
-    sums = {
-        "ablated part": change[own],
-        "parts above": change[own + 1 : -1].sum(),
-        "final norm": change[-1],
-        "logit": change.sum(),
-    }
-    return pd.DataFrame([sums])
 
 
 def over_training(effects: xr.Dataset) -> pd.DataFrame:

@@ -158,6 +158,10 @@ class NeuronTotals:
         names = [field.name for field in dataclasses.fields(cls)]
         return cls(**{name: sum(getattr(part, name) for part in parts) for name in names})
 
+    def first_clean(self, side: int = REPAIRING) -> float:
+        """Mean clean direct effect (logits) of the neuron that repairs most, or (other side) breaks most."""
+        return float(self.clean_by_rank[side, 0] / self.tokens_by_rank[side, 0] * (1 - 2 * side))
+
 
 #: By selection, head and MLP.
 Repairs = dict[str, dict[Head, dict[int, NeuronRepair]]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -222,7 +222,7 @@ class ModelNeurons:
                 mlp, neuron = places[at]
                 repair = found[mlp]
                 erased = (repair.erasers == neuron).any(1)
-                counts = Counter(self._next_token(repair, token) for token in np.flatnonzero(erased).tolist())
+                counts = Counter(self.next_token(repair, token) for token in np.flatnonzero(erased).tolist())
                 shown = ", ".join(f"{text!r} ×{count}" for text, count in counts.most_common(n_tokens))
                 rows.append(
                     {
@@ -236,31 +236,6 @@ class ModelNeurons:
                         "tokens erased most often": shown,
                     }
                 )
-        return pd.DataFrame(rows)
-
-    def examples(self, n: int = 4, n_neurons: int = 3, n_context: int = 8) -> pd.DataFrame:
-        """The chosen head's ``n`` strongest tokens, of different prompts, and the last MLP's repairers."""
-        repair, _ = self.scopes().values()
-        order = np.argsort(-repair.direct_effect, kind="stable")
-        _, first = np.unique(repair.prompt[order], return_index=True)
-        rows = []
-        for token in order[np.sort(first)][:n].tolist():
-            prompt, position = int(repair.prompt[token]), int(repair.position[token])
-            context = "".join(self.text[prompt][max(0, position + 1 - n_context) : position + 1])
-            changes = repair.largest[token, REPAIRING]
-            rows.append(
-                {
-                    "model": self.model,
-                    "text": repr(context),
-                    "next token": repr(self._next_token(repair, token)),
-                    "direct effect": repair.direct_effect[token],
-                    "change of the last MLP": repair.mlp_repair[token],
-                    "neurons (change)": ", ".join(
-                        f"{neuron} ({change:+.2f})"
-                        for neuron, change in zip(repair.repairers[token, :n_neurons], changes, strict=False)
-                    ),
-                }
-            )
         return pd.DataFrame(rows)
 
     def statistics(self, selected: str = "largest direct effect") -> Statistics:
@@ -279,8 +254,16 @@ class ModelNeurons:
         """How often each of the prompts is drawn."""
         return draws(len(self.text))
 
-    def _next_token(self, repair: NeuronRepair, token: int) -> str:
+    def next_token(self, repair: NeuronRepair, token: int) -> str:
+        """The text of what is predicted at one of the tokens of ``repair``."""
         return self.text[int(repair.prompt[token])][int(repair.position[token]) + 1]
+
+
+def over_models(
+    models: Iterable[ModelNeurons], table: Callable[[ModelNeurons], pd.DataFrame]
+) -> pd.DataFrame:
+    """One of the tables of :class:`ModelNeurons`, of several models one under the other."""
+    return pd.concat([table(model) for model in models], ignore_index=True)
 
 
 def by_selection(models: Mapping[str, ModelNeurons]) -> dict[str, dict[str, Statistics]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,6 +86,68 @@ def self_feeding_table(model_name: str, fed: xr.Dataset) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+def reactions(table: pd.DataFrame) -> pd.DataFrame:
+    """How heads react at the largest scale, by model: rows of :func:`self_feeding_table`, or released ones.
+
+    ``heads`` fed, how many slopes with the own output are ``above 1`` and ``below both controls``, the
+    ``smallest`` and the ``largest`` of them, and the mean slope with a ``random direction``.
+    """
+    slope = table[table["scale"] == table["scale"].max()].pivot(
+        index=["model", "layer", "head"], columns="added_vector", values="slope_after_on_before"
+    )
+    own = slope[OWN_OUTPUT]
+    by_head = pd.DataFrame(
+        {
+            "heads": 1,
+            "above 1": own > 1,
+            "below both controls": own < slope.drop(columns=OWN_OUTPUT).min(axis=1),
+        }
+    )
+    found = by_head.groupby("model").sum().join(own.groupby("model").agg(smallest="min", largest="max"))
+    found["random direction"] = slope[RANDOM_DIRECTION].groupby("model").mean()
+    return found.loc[table["model"].unique()]
+
+
+def smallest_slopes(fed: Mapping[str, xr.Dataset], n_tokens: int = 10) -> pd.DataFrame:
+    """The head with the smallest slope of each model, fed its own output at the largest scale.
+
+    ``layer``, ``head``, ``slope`` and its interval ``low`` to ``high``.
+    ``weight``: the share of the variance of direct effects before that ``n_tokens`` of its tokens have, those
+    that are furthest from the mean. A slope of large weight hangs on these few.
+    """
+    rows = []
+    for model_name, found in fed.items():
+        own = slopes(found)[:, found.attrs["vectors"].index(OWN_OUTPUT), -1]
+        head = int(np.argmin(own.value))
+        low, high = own[head].interval()
+        before = found["before"].values[head].astype(np.float64)
+        squares = np.sort(((before - before.mean()) ** 2).ravel())
+        rows.append(
+            {
+                "model": model_name,
+                "layer": int(found["layer"][head]),
+                "head": int(found["head"][head]),
+                "slope": float(own[head].value),
+                "low": float(low),
+                "high": float(high),
+                "weight": squares[-n_tokens:].sum() / squares.sum(),
+            }
+        )
+    return pd.DataFrame(rows).set_index("model")
+
+
+def in_context(fed: xr.Dataset, head: int, prompt: int, n_tokens: int) -> Float[np.ndarray, " token"]:
+    """What feeding a head its own output changes (logits, largest scale), at the tokens that are predicted.
+
+    ``head`` counts along ``fed``, ``prompt`` is a number. NaN at the tokens whose position was not fed.
+    """
+    here = fed.isel(fed=head, scale=-1).sel(prompt=prompt)
+    after = here["after"].values[fed.attrs["vectors"].index(OWN_OUTPUT)]
+    changes = np.full(n_tokens, np.nan)
+    changes[here["position"].values + 1] = after - here["before"].values
+    return changes
 
 
 def slopes_by_way(model_name: str, fed: xr.Dataset) -> pd.DataFrame:

@@ -8,6 +8,7 @@ effect and its sign means the opposite. Among the top 2 % there are none; with `
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,6 +34,22 @@ STATISTICS = {
 #: Their controls: what these would be if a head's repair were its fixed share of the direct effect.
 CONTROLS = {f"{quantity}_fixed": f"{statistic}-of-fixed-share" for quantity, statistic in STATISTICS.items()}
 
+#: What readers are shown for the quantities.
+LABELS = {
+    "spread": "spread",
+    "over_corrected": "over-corrected",
+    "made_worse": "made worse",
+    "spread_fixed": "control: spread",
+    "over_corrected_fixed": "control: over-corrected",
+    "made_worse_fixed": "control: made worse",
+    "within": "standard deviation within prompts",
+    "between": "standard deviation between prompts",
+    "between_share": "share of the variance between prompts",
+    "correlation_direct_effect": "with the direct effect",
+    "correlation_probability": "with the clean probability",
+    "correlation_position": "with the position",
+}
+
 
 def with_probability(sweep: xr.Dataset, probabilities: xr.Dataset) -> xr.Dataset:
     """Adds ``self_repair`` (logits) and the correct token's clean ``probability``, joined by prompt numbers.
@@ -42,6 +59,13 @@ def with_probability(sweep: xr.Dataset, probabilities: xr.Dataset) -> xr.Dataset
     """
     of_prompts = probabilities["probability"].sel(prompt=sweep["prompt"].values)
     return with_self_repair(sweep).assign(probability=(of_prompts.dims, of_prompts.values))
+
+
+def with_probabilities(
+    sweeps: Mapping[str, xr.Dataset], probabilities: Mapping[str, xr.Dataset]
+) -> dict[str, xr.Dataset]:
+    """:func:`with_probability` of several models, by name."""
+    return {model: with_probability(sweep, probabilities[model]) for model, sweep in sweeps.items()}
 
 
 def strongest_heads(sweep: xr.Dataset, fraction: float, n_layers: int = 4) -> list[tuple[int, int]]:
@@ -78,10 +102,23 @@ def selected_tokens(sweep: xr.Dataset, fraction: float, layer: int, head: int) -
     return table
 
 
-def all_tokens(sweep: xr.Dataset, layer: int, head: int) -> dict[str, Float[np.ndarray, " token"]]:
-    """Effects of one head (logits) on every token, whatever the sign of its direct effect."""
+def tokens_of_heads(sweep: xr.Dataset, fraction: float, heads: Sequence[tuple[int, int]]) -> pd.DataFrame:
+    """:func:`selected_tokens` of several heads, one under the other."""
+    tables = [selected_tokens(sweep, fraction, layer, head) for layer, head in heads]
+    return pd.concat(tables, ignore_index=True)
+
+
+def all_tokens(
+    sweep: xr.Dataset, heads: Sequence[tuple[int, int]]
+) -> dict[str, dict[str, Float[np.ndarray, " token"]]]:
+    """Effects (logits) on every token, whatever the sign of its direct effect, by head: ``L3H1``."""
     names = ("direct_effect", "logit_change", "self_repair")
-    return {name: sweep[name].values[layer, head].ravel().astype(np.float64) for name in names}
+    return {
+        f"L{layer}H{head}": {
+            name: sweep[name].values[layer, head].ravel().astype(np.float64) for name in names
+        }
+        for layer, head in heads
+    }
 
 
 @dataclass(frozen=True)
@@ -131,6 +168,29 @@ class TokenNoise:
         """What the claims of notebook 02 are about, by id, and their controls."""
         means = self.over_heads()
         return {statistic: means[quantity] for quantity, statistic in (STATISTICS | CONTROLS).items()}
+
+
+def noise_of_models(sweeps: Mapping[str, xr.Dataset], fraction: float) -> dict[str, TokenNoise]:
+    """:meth:`TokenNoise.of_sweep` of several models, by name."""
+    return {model: TokenNoise.of_sweep(sweep, fraction) for model, sweep in sweeps.items()}
+
+
+def noise_table(models: Mapping[str, TokenNoise]) -> pd.DataFrame:
+    """The rows of :meth:`TokenNoise.table` of every model."""
+    return pd.concat([noise.table() for noise in models.values()], ignore_index=True)
+
+
+def with_intervals(table: pd.DataFrame, quantities: Sequence[str]) -> pd.DataFrame:
+    """Text like ``+0.14 [+0.11, +0.16]``: a row for each model, a column for each of these quantities."""
+    form = "{0.estimate:+.2f} [{0.low:+.2f}, {0.high:+.2f}]".format
+    rows = {model: of_model.set_index("quantity") for model, of_model in table.groupby("model", sort=False)}
+    return pd.DataFrame(
+        {
+            name: [form(of_model.loc[name]).replace("-", "−") for of_model in rows.values()]
+            for name in quantities
+        },
+        index=pd.Index(rows, name="model"),
+    )
 
 
 def _share_at_most(tokens: pd.DataFrame) -> Float[np.ndarray, " threshold"]:
@@ -263,15 +323,3 @@ def weighted_correlation(
     covariance, *variances = (np.einsum("dt,dt,dt->d", times, a, b) for a, b in ((x, y), (x, x), (y, y)))
     scale = np.sqrt(variances[0] * variances[1])
     return np.divide(covariance, scale, out=np.full_like(scale, np.nan), where=scale > 0)
-
-
-def head_shares(table: pd.DataFrame) -> dict[str, Float[np.ndarray, " head"]]:
-    """Mean self-repair over mean direct effect of a heads table's heads, by model.
-
-    Heads of the later half of the layers, with a positive direct effect.
-    """
-    shares = {}
-    for model, rows in table.groupby("model", sort=False):
-        later = rows[(rows["layer"] >= later_half(rows["layer"].nunique())) & (rows["direct_effect"] > 0)]
-        shares[model] = (later["self_repair"] / later["direct_effect"]).to_numpy()
-    return shares

@@ -1,8 +1,9 @@
 """The figures, by notebook: seaborn and matplotlib, colour-blind-safe, saved as PNG and PDF.
 
-``style`` holds what all share, ``panels`` what figures of one panel per model do; ``across_models``,
-``token_variation``, ``layernorm``, ``neurons``, ``self_feeding`` and ``iterative`` (05), ``layers`` and
-``layer_compensation`` (06) draw what :mod:`selfrepair.analysis` gives.
+``style`` holds what all share, ``panels`` what figures of one panel per model do; ``by_hand`` (00),
+``across_models``, ``token_variation``, ``layernorm``, ``neurons``, ``self_feeding`` and ``iterative`` (05),
+``layers`` and ``layer_compensation`` (06) draw what :mod:`selfrepair.analysis` gives.
+``tokens_in_context`` colours text.
 """
 
 import lazy_loader
@@ -11,6 +12,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "across_models": ["effect_against_change", "self_repair_by_depth"],
+        "by_hand": ["change_against_expected", "components", "idea", "split"],
         "iterative": [
             "alignment_by_layer",
             "cosine_matrices",
@@ -52,7 +54,10 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "first_neuron",
             "frequencies",
             "parts_of_self_repair",
+            "passages_figure",
+            "passages_html",
         ],
+        "tokens_in_context": ["tokens_figure", "tokens_html"],
         "token_variation": [
             "all_tokens",
             "by_prompt",

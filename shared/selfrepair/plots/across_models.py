@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -10,16 +10,17 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from selfrepair.analysis.head_means import HeadMeans
 from selfrepair.analysis.head_table import layer_means
 from selfrepair.plots.panels import legend_below
 from selfrepair.plots.style import looks
 
 
-def self_repair_by_depth(panels: dict[str, pd.DataFrame], intervals: dict[str, pd.DataFrame]) -> Figure:
+def self_repair_by_depth(panels: Mapping[str, pd.DataFrame], measured: Mapping[str, HeadMeans]) -> Figure:
     """Self-repair (logits) of every head against relative depth, with layer means (R&N Fig. 1), by panel.
 
     All panels have one linear scale, which holds all layer means; heads beyond it are triangles at its edge.
-    ``intervals`` of layer means (``layer, low, high``) are drawn for the models that they are given for.
+    Intervals of the layer means are drawn for the models that were ``measured``.
     """
     size = (5.2 * len(panels), 4.8)
     figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharey=True)
@@ -36,13 +37,13 @@ def self_repair_by_depth(panels: dict[str, pd.DataFrame], intervals: dict[str, p
             axis.plot(
                 here["relative_depth"], here["self_repair"], color=colour, marker=marker, ms=5, label=model
             )
-            if model in intervals:
-                ends = intervals[model]
+            if model in measured:
+                ends = measured[model].layer_intervals()
                 place = ends["layer"] / max(1, ends["layer"].max())
                 axis.vlines(place, ends["low"], ends["high"], color=colour, lw=2, alpha=0.7)
         axis.axhline(0, color="0.4", lw=0.8, ls="--", zorder=0)
         axis.set(title=title, xlabel="relative depth of the ablated head's layer")
-        bars = ", bars: 95 % intervals" if set(table["model"]) & set(intervals) else ""
+        bars = ", bars: 95% intervals" if set(table["model"]) & set(measured) else ""
         axis.legend(
             frameon=False,
             fontsize=8,

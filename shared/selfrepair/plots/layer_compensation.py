@@ -24,7 +24,7 @@ from selfrepair.plots.layers import (
     with_interval,
     with_looks,
 )
-from selfrepair.plots.panels import legend_below
+from selfrepair.plots.panels import legend_below, signed
 from selfrepair.plots.style import looks
 
 #: What McGrath et al. print of the layer that fits best, and of how much middle layers give back.
@@ -56,7 +56,7 @@ def compensation_scatter(runs: Sequence[LayerRun]) -> Figure:
         axis.axhline(0, color="0.7", lw=0.7, zorder=0)
         axis.axvline(0, color="0.7", lw=0.7, zorder=0)
         slope, r_squared = (round(each[best].value, 2) + 0.0 for each in (fit.slope, fit.r_squared))
-        numbers = f"slope {slope:.2f}, R² {r_squared:.2f}"
+        numbers = f"slope {signed(slope)}, R² {signed(r_squared)}"
         axis.set_title(f"{title(run)}\nattention {best // 2}: {numbers}", fontsize=8)
     label_grid(axes, "direct effect (logits)", "compensation (logits)")
     legend_below(figure, axes[0, 0], columns=4)

@@ -17,7 +17,8 @@ from selfrepair.analysis.neuron_repair import BREAKING, REPAIRING, NeuronTotals,
 from selfrepair.analysis.neurons import ModelNeurons
 from selfrepair.plots.style import looks
 
-COLOURS = plt.get_cmap("coolwarm")
+#: Red below 0 (erasing), blue above, as tokens in context have them.
+COLOURS = plt.get_cmap("coolwarm_r")
 #: Markers of the kinds of tokens in :func:`overlaps`.
 MARKERS = ("o", "s", "^")
 

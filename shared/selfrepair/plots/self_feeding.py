@@ -125,7 +125,8 @@ def slope_by_head(measured: pd.DataFrame, published: pd.DataFrame) -> Figure:
     say(
         figure,
         f"filled: added at one position per run; measured: {_tokens(measured)} tokens, bars: 95 % intervals "
-        f"over prompts; published (R&N §5.3): {_tokens(published)} tokens, read with the fed run's final norm",
+        f"over prompts; published (R&N §5.3): {_tokens(published)} tokens, read with the fed run's final "
+        "norm",
     )
     return figure
 

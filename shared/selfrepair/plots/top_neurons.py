@@ -1,8 +1,9 @@
-"""Figures of notebook 04 after the authors' figure code: the last MLP's part, its few largest changes, and
-the claims' statistics beside their controls."""
+"""Figures of notebook 04 after the authors' figure code: the last MLP's part, its few largest changes; tokens
+in context; and the claims' statistics beside their controls."""
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
@@ -14,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from selfrepair.analysis.claims import Statistics
+from selfrepair.analysis.neuron_examples import Passage, colour_limit
 from selfrepair.analysis.neuron_repair import (
     BREAKAGE,
     BREAKING,
@@ -33,6 +35,7 @@ from selfrepair.analysis.neuron_repair import (
 from selfrepair.analysis.neurons import SELECTED, ModelNeurons
 from selfrepair.analysis.rules import load_claims, load_statistics
 from selfrepair.plots.panels import legend_below, say
+from selfrepair.plots.tokens_in_context import tokens_figure, tokens_html
 
 #: Tokens, and the side of the MLP's change that is looked at there.
 KINDS = {
@@ -143,7 +146,7 @@ REACH = 3.0
 def _scatter(axis: Axes, repair: NeuronRepair, side: int) -> object:
     sign = 1 - 2 * side
     clean, change = repair.largest_clean[:, side, 0], repair.largest[:, side, 0]
-    look = {"cmap": "coolwarm", "norm": Normalize(-REACH, REACH), "s": 9, "lw": 0.2, "edgecolors": "0.4"}
+    look = {"cmap": "coolwarm_r", "norm": Normalize(-REACH, REACH), "s": 9, "lw": 0.2, "edgecolors": "0.4"}
     points = axis.scatter(clean, clean + change, c=sign * repair.mlp_direct_effect, **look)
     axis.axline((0, 0), slope=1, color="0.2", lw=0.9, ls="--")
     axis.axhline(0, color="0.7", lw=0.7, zorder=0)
@@ -177,6 +180,22 @@ def frequencies(models: Sequence[ModelNeurons]) -> Figure:
     axes[0, 0].set_ylabel("tokens with the neuron\namong the ten (%)")
     legend_below(figure, axes[0, 0], columns=1)
     return figure
+
+
+def passages_html(shown: Sequence[Passage]) -> str:
+    """Passages one under the other, tokens on the colour of their value, the marked one outlined."""
+    limit = colour_limit(shown)
+    return "".join(
+        f"<p><b>{html.escape(passage.heading)}</b></p>"
+        + tokens_html(passage.tokens, passage.values.tolist(), limit, passage.marked)
+        for passage in shown
+    )
+
+
+def passages_figure(shown: Sequence[Passage], unit: str) -> Figure:
+    """The same as a figure; ``unit`` says what the values are."""
+    rows = {passage.heading: (passage.tokens, passage.values.tolist()) for passage in shown}
+    return tokens_figure(rows, colour_limit(shown), unit)
 
 
 def against_controls(found: Mapping[str, Mapping[str, Statistics]], notebook: str = "04") -> Figure:

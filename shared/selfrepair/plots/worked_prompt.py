@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 def worked_prompt(table: pd.DataFrame, ablated: str, prompt: str, answer: str) -> Figure:
     """One prompt part by part, clean and with the part named ``ablated`` ablated (rows of
-    :func:`selfrepair.analysis.layers.worked_table`)."""
+    :func:`selfrepair.analysis.worked_prompt.worked_table`)."""
     figure, axis = plt.subplots(figsize=(6.4, 0.3 * len(table) + 1.7))
     heights = np.arange(len(table))
     for column, offset, colour in (("clean", -0.2, "C0"), ("ablated", 0.2, "C1")):

@@ -14,7 +14,8 @@ from nbclient.exceptions import CellExecutionError
 
 from selfrepair.errors import UserError
 from selfrepair.paths import FIGURES, README
-from selfrepair.run.notebooks import all_notebooks
+from selfrepair.run.notebooks import all_notebooks, without_widgets, write_notebook
+from selfrepair.run.page import write_page
 from selfrepair.run.study import Study
 from selfrepair.store.files import write_atomically
 
@@ -38,14 +39,15 @@ def update_committed(study: Study, summarise: Callable[[], object]) -> None:
         raise UserError(f"{README}: has no section 'Claims' that ends with '{CLAIMS[1].strip()} …'")
     summarise()  # first: its manifest says whether files differ from the commit
     for path, notebook in executed.items():
-        write_atomically(path, (nbformat.writes(notebook).rstrip("\n") + "\n").encode())
+        write_notebook(notebook, path)
     out_dir, target = study.out_dir, FIGURES / study.profile.name
     target.mkdir(parents=True, exist_ok=True)
-    made = [*sorted((out_dir / "figures").iterdir()), out_dir / "index.html"]
+    page = write_page(out_dir, target / "index.html")
+    made = sorted((out_dir / "figures").iterdir())
     for file in made:
         shutil.copyfile(file, target / file.name)
     for file in target.iterdir():
-        if file.name not in {one.name for one in made}:
+        if file.name not in {page.name, *(one.name for one in made)}:
             file.unlink()  # no notebook draws it any more
     claims = (out_dir / "figures" / "claims.md").read_text(encoding="utf-8")
     write_atomically(README, f"{before}{begin}{claims}{end}{after}".encode())
@@ -65,4 +67,4 @@ def _executed(path: Path) -> nbformat.NotebookNode:
         ) from error
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # times of day
-    return notebook
+    return without_widgets(notebook)

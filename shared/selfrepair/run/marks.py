@@ -11,7 +11,7 @@ from selfrepair.store.files import write_atomically
 
 #: What a finished run leaves for readers, by pattern; what was measured has checksums and manifests of its
 #: own.
-RESULTS = ("*.csv", "figures/*", "claims/*.csv", "notebooks/*.ipynb", "index.html")
+RESULTS = ("*.csv", "figures/*", "claims/*.csv", "notebooks/*.ipynb", "notebooks/*.html", "index.html")
 
 
 def mark(out_dir: Path, *place: str) -> Path:

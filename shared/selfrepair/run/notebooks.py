@@ -19,9 +19,14 @@ from filelock import FileLock
 from selfrepair.errors import UserError
 from selfrepair.paths import NOTEBOOKS
 from selfrepair.run.marks import mark, say_done
+from selfrepair.store.files import write_atomically
 
 if TYPE_CHECKING:
     from selfrepair.run.study import Study
+
+
+#: The form in which a widget is shown: it is alive only beside the kernel that made it.
+WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 @dataclass(frozen=True)
@@ -165,5 +170,20 @@ def _run(source: Path, target: Path, parameters: dict[str, object]) -> str | Non
             )
         except DeadKernelError:
             return f"{source.stem}: its kernel died, from too little memory perhaps (see {target})"
+    write_notebook(without_widgets(nbformat.read(target, as_version=4)), target)
     print(f"{source.stem}: done, {target}", file=sys.stderr)
     return None
+
+
+def without_widgets(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """An executed notebook without its widgets: the pictures that they would change stay."""
+    notebook.metadata.pop("widgets", None)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
+    return notebook
+
+
+def write_notebook(notebook: nbformat.NotebookNode, path: Path) -> None:
+    """Whole or not at all, as the Jupyter programs write it."""
+    write_atomically(path, (nbformat.writes(notebook).rstrip("\n") + "\n").encode())

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import json
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from selfrepair.analysis.rules import VERDICTS
 from selfrepair.engine.ablations import ABLATIONS
 from selfrepair.errors import UserError
 from selfrepair.paths import NOTEBOOKS
+from selfrepair.run.notebook_page import caption
 from selfrepair.store.files import write_atomically
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -63,17 +65,18 @@ class Figure:
 
     @property
     def caption(self) -> str:
-        return re.sub(r"^\d\d_", "", self.name).replace("_", " ").capitalize()
+        return caption(self.name)
 
 
 @dataclass(frozen=True)
 class Section:
-    """The figures of one notebook, grouped under its headings."""
+    """The figures of one notebook, grouped under its headings, and where to read it."""
 
     number: str
     title: str
     question: Markup
     groups: dict[str, list[Figure]]
+    notebook: str | None
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,9 @@ class Table:
 
 
 def write_page(out_dir: Path, target: Path | None = None) -> Path:
-    """Writes the page of a results folder, by default as ``index.html`` in it; what is not there is left out.
+    """Writes the page of a results folder, as ``index.html`` in it; what is not there is left out.
+
+    In another place (``target``) it links the notebooks of the repository, not those of the run as HTML.
 
     Raises:
         UserError: nothing to show, or a file that cannot be read.
@@ -105,7 +110,7 @@ def write_page(out_dir: Path, target: Path | None = None) -> Path:
         "claims": claims,
         "legend": _with_emphasis(LEGEND),
         "tally": {verdict: verdicts[verdict] for verdict in VERDICTS if verdicts[verdict]},
-        "sections": _sections(figures),
+        "sections": _sections(figures, out_dir, target),
         "comparison": _comparison(out_dir / "comparison.csv"),
         "models": models,
         "manifest": _manifest(out_dir / "manifest.json"),
@@ -140,7 +145,7 @@ def _figure(path: Path) -> Figure:
     )
 
 
-def _sections(figures: list[Figure]) -> list[Section]:
+def _sections(figures: list[Figure], out_dir: Path, target: Path | None) -> list[Section]:
     """Figures by the notebook that draws them, in the order in which it does; the others last."""
     left = {figure.name: figure for figure in figures}
     sections = []
@@ -156,11 +161,20 @@ def _sections(figures: list[Figure]) -> list[Section]:
                 continue
             for name in [name for name in left if f'"{name}"' in cell.source]:
                 groups.setdefault(heading, []).append(left.pop(name))
-        if groups:
-            sections.append(Section(path.name[:2], title, _with_emphasis(question), groups))
+        link = _link(path, out_dir, target)
+        if groups or link:
+            sections.append(Section(path.name[:2], title, _with_emphasis(question), groups, link))
     if left:
-        sections.append(Section("other", "Other figures", Markup(""), {"": list(left.values())}))
+        sections.append(Section("other", "Other figures", Markup(""), {"": list(left.values())}, None))
     return sections
+
+
+def _link(notebook: Path, out_dir: Path, target: Path | None) -> str | None:
+    """Where a page finds a notebook: its HTML beside the page of its run, if it was made."""
+    if target is not None:
+        return Path(os.path.relpath(notebook, target.parent)).as_posix()
+    beside = Path("notebooks", f"{notebook.stem}.html")
+    return beside.as_posix() if (out_dir / beside).is_file() else None
 
 
 def _after(beginning: str, lines: list[str]) -> str:

@@ -9,6 +9,7 @@ from selfrepair.analysis.comparison import report
 from selfrepair.errors import UserError
 from selfrepair.paths import HELD_OUT_TEXT
 from selfrepair.run.marks import RESULTS, mark, say_done
+from selfrepair.run.notebook_page import write_notebook_pages
 from selfrepair.run.page import write_page
 from selfrepair.run.study import Study
 from selfrepair.store.files import hash_files
@@ -20,7 +21,9 @@ OF_A_STORE = ("model", "measurement", "ablation", "dtype", "weights_sha256", "co
 
 
 def summarise(study: Study, notebooks: Mapping[str, str], key: str = "") -> str:
-    """Writes the manifest of a finished run, its page ``index.html`` and its mark, under the plan's ``key``.
+    """Writes the manifest of a finished run, its pages and their mark, under the plan's ``key``.
+
+    The pages are ``index.html`` and, of each notebook, ``notebooks/NN_….html``.
 
     ``notebooks`` are the keys of what the notebooks show, which the manifest names.
 
@@ -53,9 +56,10 @@ def summarise(study: Study, notebooks: Mapping[str, str], key: str = "") -> str:
     manifest = out / "manifest.json"
     seconds = sum(float(note["seconds"]) for note in stores.values())
     write_manifest(manifest, seconds, **made_from)  # the page shows it
+    notebook_pages = write_notebook_pages(out)
     page = write_page(out)
     write_manifest(manifest, seconds, **made_from, files=hash_files(out, RESULTS))
-    say_done(mark(study.out_dir, "page"), [page, manifest], out, key=key)
+    say_done(mark(study.out_dir, "page"), [page, *notebook_pages, manifest], out, key=key)
     return f"{said}\n{page}"
 
 

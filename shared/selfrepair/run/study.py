@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,7 @@ class Study:
 
     @property
     def is_as_committed(self) -> bool:
-        """Whether the results are those that the committed notebooks describe: the pocket profile, unchanged."""
+        """Whether results are those that the committed notebooks describe: the pocket profile, unchanged."""
         return (self.profile, self.seed, self.head, self.facts, self.n_facts) == (
             load_profile("pocket"),
             0,
@@ -86,6 +87,10 @@ class Study:
             None,
             None,
         )
+
+    def of_first_model(self) -> Study:
+        """The same of the profile's first model alone."""
+        return dataclasses.replace(self, profile=self.profile.of_model(self.profile.models[0]))
 
     def wanted(self, model_name: str, ablation: str) -> dict[str, object]:
         """Every setting that a measurement of the model may use."""
