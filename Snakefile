@@ -14,6 +14,7 @@ takes seconds; else, and on a cluster, each stage of a model is divided into job
 """
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -23,7 +24,15 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 ROOT = Path(workflow.basedir)
-PROFILE = str(config.get("profile", "pocket"))
+# Jobs are commands of the environment on the PATH, else of the one that Snakemake runs in, with the library of this repository.
+os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "shared"), *filter(None, [os.environ.get("PYTHONPATH")])])
+if shutil.which("selfrepair") is None:
+    sys.exit("error: no command selfrepair: install this repository into Snakemake's environment, as ./run_all.sh does")
+
+PROFILE = config.get("profile", "pocket")
+if not isinstance(PROFILE, str):
+    sys.exit(f"error: Snakemake takes the name of the profile for {PROFILE!r}; give its file: --config profile=profiles/NAME.yaml")
 OUT = Path(str(config.get("out", ROOT / "results" / Path(PROFILE).stem)))
 DONE = OUT / "done"
 GPUS = int(config.get("gpus", 0))  # that a job asks for; on one machine 1 with --resources gpu=1, as a job uses all that it sees
@@ -60,7 +69,7 @@ if workflow.is_main_process:
 else:  # a job on a cluster, which reads this file again
     PLAN = json.loads(KEPT_PLAN.read_text(encoding="utf-8"))
 
-MODELS = {name.strip("/").replace("/", "--"): name for name in PLAN["models"]}
+MODELS = {of_model["slug"]: name for name, of_model in PLAN["models"].items()}
 NOTEBOOKS = {stem[:2]: stem for stem in PLAN["notebooks"]}
 UNITS_PER_JOB = PLAN["units_per_job"]
 
@@ -89,9 +98,9 @@ def parts_of_stage(wildcards):
     return [DONE / "shards" / wildcards.model / f"{wildcards.stage}-{job}.done" for job in range(len(jobs))]
 
 
-def measured_before(wildcards):
-    """None where the notebook is done: Snakemake would run it again after a lost store, though that comes out as it was."""
-    return [] if (DONE / "notebooks" / f"{wildcards.number}.done").exists() else MEASURED
+def measured_unless(done):
+    """None where this is done: Snakemake would run it again after a lost store, though that comes out as it was."""
+    return [] if done.exists() else MEASURED
 
 
 LAST_STAGE = {model: "all" if UNITS_PER_JOB == 0 else len(PLAN["models"][name]["stages"]) - 1 for model, name in MODELS.items()}
@@ -181,10 +190,9 @@ ruleorder: network > measure
 
 
 # The executed notebook is no output, because Snakemake deletes those of a failed job: the failed cell is to be seen in it.
-# Nor are its claims, which a notebook that a reader runs by hand writes too.
 rule notebooks:
     input:
-        measured_before,
+        lambda wildcards: measured_unless(DONE / "notebooks" / f"{wildcards.number}.done"),
     output:
         DONE / "notebooks" / "{number}.done",
     log:
@@ -201,6 +209,7 @@ rule notebooks:
 rule summary:
     input:
         RUN_NOTEBOOKS,
+        measured_unless(DONE / "page.done"),
     output:
         DONE / "page.done",
     log:

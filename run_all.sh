@@ -52,6 +52,18 @@ fail_usage() {
     fail "$message (see ./run_all.sh --help)" 2
 }
 
+# refuse_folder: Snakemake's formatting and the scripts that pip writes do not take these paths, and say so at great length.
+refuse_folder() {
+    local why=
+    case "$ROOT" in
+        *$'\n'*) why="a line break" ;;
+        *[{}]*) why="a brace" ;;
+        *[[:space:]]*[\&\;\(\)]* | *[\&\;\(\)]*[[:space:]]*) why="a space and one of & ; ( )" ;;
+    esac
+    [[ -z "$why" ]] || fail "the repository's folder $(printf '%q' "$ROOT") has $why in its path, which other tools fail on: move it"
+    [[ -n "${HOME:-}" || ~ != / ]] || fail "this user has no home folder: set HOME to a folder that you may write to"
+}
+
 count_cores() {
     local cores
     cores="$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || true)"
@@ -229,16 +241,33 @@ install_all() {
     rm -f -- "$UNFINISHED"
 }
 
+refuse_folder
 cd -- "$ROOT"
 export PYTHONNOUSERSITE=1
+IFS=: read -r -a on_path <<<"${PYTHONPATH:-}"
+for folder in ${on_path[@]+"${on_path[@]}"}; do
+    if [[ -d "$folder/selfrepair" && ! "$folder" -ef "$ROOT/shared" ]]; then
+        say "PYTHONPATH names another library, in $folder: this repository's own is used"
+    fi
+done
+export PYTHONPATH="$ROOT/shared${PYTHONPATH:+:$PYTHONPATH}"
 if ! is_set_up; then set_up; fi
 export PATH="$ENVIRONMENT/bin:$PATH"
 export JUPYTER_PREFER_ENV_PATH=1 # the notebooks' kernel "python3" is this environment's, not the user's
 
+# profile_for_snakemake: its name, or its file, if Snakemake would read the name as a number (007 as 7) or a truth value.
+profile_for_snakemake() {
+    if [[ "$PROFILE" =~ ^[A-Za-z] && ! "$PROFILE" =~ ^([Nn][Aa][Nn]|[Ii][Nn][Ff].*|[Tt]rue|[Ff]alse)$ ]]; then
+        printf '%s\n' "$PROFILE"
+    else
+        printf 'profiles/%s.yaml\n' "$PROFILE"
+    fi
+}
+
 run_workflow() {
     local where=(--workflow-profile "$ROOT/workflow/default" --cores "${JOBS:-$(count_cores)}")
     if [[ -n "$SLURM" ]]; then where=(--workflow-profile "$SLURM" ${JOBS:+--jobs "$JOBS"}); fi
-    "$PYTHON" -m snakemake --logger selfrepair "${where[@]}" --config profile="$PROFILE" out="results/$PROFILE"
+    "$PYTHON" -m snakemake --logger selfrepair "${where[@]}" --config profile="$(profile_for_snakemake)" out="results/$PROFILE"
 }
 
 case "$MODE" in
@@ -249,9 +278,10 @@ case "$MODE" in
         ;;
     update)
         run_workflow
-        OMP_NUM_THREADS=1 exec "$PYTHON" -m selfrepair.cli.main update # as jobs of the run, so that figures are the same to the byte
+        exec "$PYTHON" -m selfrepair.cli.main update
         ;;
     lab)
+        [[ "$(id -u)" != 0 ]] || fail "JupyterLab does not start for root unless told to: $PYTHON -m jupyterlab --allow-root notebooks"
         exec "$PYTHON" -m jupyterlab notebooks
         ;;
     test)

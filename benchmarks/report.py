@@ -35,7 +35,7 @@ def write_section(path: Path, name: str, text: str) -> None:
     print(f"## {name}\n\n{text}")
     begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
     section = f"{begin}\n## {name}\n\n{text}\n{end}\n"
-    old = path.read_text() if path.is_file() else TITLE
+    old = path.read_text(encoding="utf-8") if path.is_file() else TITLE
     mine = re.compile(rf"^{re.escape(begin)}\n.*?^{re.escape(end)}\n", re.DOTALL | re.MULTILINE)
     new = mine.sub(lambda _: section, old) if mine.search(old) else f"{old.rstrip()}\n\n{section}"
     write_atomically(path, new.encode())

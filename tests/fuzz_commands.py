@@ -22,7 +22,7 @@ from selfrepair.cli.main import main
 SECONDS = 60
 #: What a command that fails later on may leave: locks, and finished pieces of work that the next run takes up.
 FINISHED_WORK = re.compile(
-    r"/out$|/results(/profile)?$|/measured$|/done$|\.lock$|\.shards$|/[^./][^/]*\.zarr(/|$)|/[^./][^/]*\.manifest\.json$|/cache(/|$)"
+    r"/out$|/results(/by-hand)?(/profile[^/]*)?$|/measured$|/done$|\.lock$|\.shards$|/[^./][^/]*\.zarr(/|$)|/[^./][^/]*\.manifest\.json$|/cache(/|$)"
 )
 #: Python shows these to nobody unless asked.
 SILENT = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)

@@ -1,6 +1,7 @@
 """Claims and statistics as they are registered, judged, kept and shown."""
 
 import datetime
+import html
 import math
 from concurrent.futures import ThreadPoolExecutor
 
@@ -278,6 +279,25 @@ def test_models_without_the_statistic_are_not_judged(registered):
 # --- what is shown --------------------------------------------------------------------------------
 
 
+HOSTILE = "<img src=x onerror=alert(1)>|[here](javascript:alert(2))`$x$`&\n# *big*"
+
+
+def test_a_models_name_is_shown_as_it_is(registered, tmp_path):
+    """No tag, link, formula or new line comes of it, in claims.md or in a notebook."""
+    table = claims_table("01", {HOSTILE: MODELS["NA"]})
+    write_claims(table, tmp_path)
+    plain_table, shown = (
+        to_markdown(claims_table("01", {"NA": MODELS["NA"]})),
+        (tmp_path / "figures" / "claims.md").read_text(encoding="utf-8"),
+    )
+    assert shown == to_markdown(table) + "\n"
+    names = {line.split(" | ")[3].split(" -1.23")[0] for line in shown.splitlines()[2:3]}
+    (name,) = names
+    assert not set("<>|[]`$*\n") & set(name) and html.unescape(name) == HOSTILE.replace("\n", " ")
+    for sign in "<>|[]`$*\n":
+        assert shown.count(sign) == plain_table.count(sign) + (sign == "\n")
+
+
 def test_a_table_for_people(registered):
     lines = to_markdown(claims_table("01", MODELS, RELEASED)).splitlines()
     assert lines == [
@@ -285,10 +305,10 @@ def test_a_table_for_people(registered):
         "| --- | --- | --- | --- | --- |",
         "| It exists. (R&N) | mean repair \\| all heads; ≥ 0; control: 0, random signs. Rule written after looking, "
         "2026-11-25 | gpt2 0.026 yes<br>*reproduced* "
-        "| m\\|1 0.050 [0.030, 0.071] yes<br>NA -1.23 [-2.50, -0.25] no | **partly** |",
+        "| m&#124;1 0.050 [0.030, 0.071] yes<br>NA -1.23 [-2.50, -0.25] no | **partly** |",
         "| Some. (R&N) | share of repair; ≥ 0.2 and ≤ 0.4; control: share of harm. Rule written after looking, "
         "2026-11-25 | opt 0.38 (control 0.50) no<br>neo 0.25 yes<br>*partly* "
-        "| m\\|1 0.30 [0.25, 0.35] (control 0.12) yes<br>NA 0.30 [0.25, 0.35] (control 0.30) open | **partly** |",
+        "| m&#124;1 0.30 [0.25, 0.35] (control 0.12) yes<br>NA 0.30 [0.25, 0.35] (control 0.30) open | **partly** |",
         "",
         LEGEND,
     ]

@@ -209,3 +209,19 @@ def test_what_is_no_module_is_said(package):
     assert module_file("selfrepair.paths") == package / "paths.py"
     with pytest.raises(ModuleNotFoundError, match=r"selfrepair\.measure\.none"):
         code_version("selfrepair.measure.none")
+
+
+def test_what_editors_keep_beside_the_sources_counts_for_nothing(package):
+    """Emacs' locks are links to nowhere; Vim's swap files come and go with every file that is open."""
+    before = {result: code_version(f"selfrepair.{result}") for result in RESULTS}
+    for folder, name in (("measure", "heads.py"), ("analysis", "claims.yaml"), ("text", "facts.yaml")):
+        (package / folder / f".#{name}").symlink_to("me@here.1234:5678")
+        (package / folder / f".{name}.swp").write_bytes(b"b0VIM\0")
+        (package / folder / f"#{name}#").write_text("saved now and then")
+        (package / folder / f"{name}~").write_text("as it was before")
+    try:
+        assert {result: code_version(f"selfrepair.{result}") for result in RESULTS} == before
+    finally:
+        for folder in ("measure", "analysis", "text"):
+            for link in (package / folder).glob(".#*"):
+                link.unlink()

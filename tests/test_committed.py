@@ -1,5 +1,5 @@
-"""What ``./run_all.sh --update`` writes over the committed files, and that a failing notebook changes none
-of them."""
+"""What ``./run_all.sh --update`` writes over the committed files, and that a run which is refused changes
+none of them."""
 
 import nbformat
 import pytest
@@ -25,44 +25,61 @@ def repository(tmp_path, monkeypatch):
     return tmp_path
 
 
-def update(repository):
+def update(repository, refuse=None):
     study = Study.of("pocket", out_dir=repository / "results" / "pocket")
 
     def summarise():
         before = {path.read_text() for path in (repository / "notebooks").iterdir()}
         assert not any('"execution_count": 1' in text for text in before), "the tree is still clean"
+        if refuse is not None:
+            raise UserError(refuse)
         (study.out_dir / "index.html").write_text(study.profile.name)
 
     committed.update_committed(study, summarise)
 
 
 def write(repository, name, source):
-    notebook = nbformat.v4.new_notebook(
-        cells=[nbformat.v4.new_code_cell(source), nbformat.v4.new_markdown_cell("text")]
-    )
+    """A notebook, and what its run left of it: with a cell of the run's own parameters, and other metadata."""
+    v4 = nbformat.v4
+    cells = [v4.new_code_cell("seed = 0", metadata={"tags": ["parameters"]}), v4.new_markdown_cell("text")]
+    notebook = v4.new_notebook(cells=[*cells, v4.new_code_cell(source)])
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nbformat.write(notebook, repository / "notebooks" / f"{name}.ipynb")
+    own = v4.new_code_cell("out_dir = 1", metadata={"tags": ["injected-parameters"]}, execution_count=2)
+    output = v4.new_output("execute_result", data={"text/plain": "5"}, execution_count=3)
+    notebook.cells[0].execution_count, notebook.cells[2].execution_count = 1, 3
+    notebook.cells[2].outputs = [output, v4.new_output("stream", text="5 heads\n")]
+    notebook.cells[2].metadata["papermill"] = {"duration": 2}
+    notebook.cells.insert(1, own)
+    (repository / "results" / "pocket" / "notebooks").mkdir(exist_ok=True)
+    nbformat.write(notebook, repository / "results" / "pocket" / "notebooks" / f"{name}.ipynb")
 
 
-def test_everything_is_refreshed(repository):
-    write(repository, "01_works", "import os\nprint(2 + 3, os.path.basename(os.getcwd()))")
+def test_everything_is_refreshed_from_the_run(repository):
+    write(repository, "01_works", "2 + 3")
     figures = repository / "figures" / "pocket"
     figures.mkdir(parents=True)
     (figures / "01_of_before.png").write_bytes(b"old")
+    run = repository / "results" / "pocket"
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     update(repository)
     assert {file.name for file in figures.iterdir()} == {"01_a.png", "claims.md", "index.html"}
-    cell = nbformat.read(repository / "notebooks" / "01_works.ipynb", 4).cells[0]
-    assert cell.outputs[0].text == "5 notebooks\n" and cell.execution_count == 1 and not cell.metadata
+    cells = nbformat.read(repository / "notebooks" / "01_works.ipynb", 4).cells
+    assert [cell.source for cell in cells] == ["seed = 0", "text", "2 + 3"]
+    assert [cell.execution_count for cell in cells if cell.cell_type == "code"] == [1, 2]
+    result, text = cells[2].outputs
+    assert (result.data["text/plain"], result.execution_count, text.text) == ("5", 2, "5 heads\n")
+    assert not cells[2].metadata
     assert (figures / "01_a.png").read_bytes() == b"new" and (figures / "index.html").read_text() == "pocket"
     assert (repository / "README.md").read_text() == README.replace("old\n", "| claim |\n")
+    assert {path: path.read_bytes() for path in before} == before
 
 
-def test_a_failing_notebook_changes_nothing(repository):
+def test_a_run_that_is_refused_changes_nothing(repository):
     write(repository, "01_works", "print(1)")
-    write(repository, "02_breaks", "1 / 0")
     before = {path: path.read_bytes() for path in repository.rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match="02_breaks: ZeroDivisionError"):
-        update(repository)
+    with pytest.raises(UserError, match="no finished run"):
+        update(repository, refuse="no finished run")
     assert {path: path.read_bytes() for path in repository.rglob("*") if path.is_file()} == before
 
 

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from selfrepair.errors import UserError
 from selfrepair.measure.tokens import of_prompts
-from selfrepair.text.corpora import load_tokens, pack, read_documents
+from selfrepair.models import checkpoints
+from selfrepair.text.corpora import _dataset_documents, load_tokens, pack, read_documents
+from selfrepair.text.facts import counterfact_facts
 
 BOS = 0
 documents_of_tokens = st.lists(st.lists(st.integers(1, 50), max_size=40), max_size=12)
@@ -87,3 +89,28 @@ def test_text_is_read_without_torch(module):
     heavy = "{'torch', 'transformers'} & set(sys.modules)"
     code = f"import sys; import selfrepair.text.{module}; sys.exit(bool({heavy}))"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_what_editors_keep_beside_a_text_is_not_read(tmp_path):
+    """Emacs' lock is a link to nowhere; Vim's swap file, and a hidden copy, are no documents either."""
+    (tmp_path / "story.txt").write_text("Once.")
+    (tmp_path / ".#story.txt").symlink_to("me@here.1234:5678")
+    (tmp_path / ".story.txt").write_text("Another.")
+    (tmp_path / ".story.txt.swp").write_bytes(b"b0VIM\0")
+    assert read_documents(tmp_path) == ["Once."]
+
+
+@pytest.mark.parametrize("read", [lambda: list(_dataset_documents("a/b")), lambda: counterfact_facts("a/b")])
+def test_a_hub_that_does_not_answer_is_not_asked_again_and_again(monkeypatch, read):
+    """Its own library tries for half a minute, in a dozen lines."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(checkpoints, "_hub_status", lambda url: None)
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("asked again"))
+    with pytest.raises(UserError, match=r"not reachable \(no answer from https://\S+\): "):
+        read()
+
+
+def test_a_local_data_set_needs_no_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(checkpoints, "_hub_status", lambda url: pytest.fail("asked the hub"))
+    checkpoints.check_dataset_reachable(str(tmp_path), "")

@@ -1,6 +1,8 @@
 """The places that say what to install agree with each other, and run_all.sh sets it up and passes its
 options on."""
 
+import ast
+import json
 import os
 import re
 import shutil
@@ -17,6 +19,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+from snakemake.cli import parse_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -145,10 +148,10 @@ esac
 
 
 class Clone:
-    """A copy of what run_all.sh needs, in a folder with spaces, with a stand-in for Python."""
+    """A copy of what run_all.sh needs, in a folder with spaces, with a stand-in for Python; the user is not root."""
 
-    def __init__(self, folder: Path):
-        self.root = folder / "a b" / "clone"
+    def __init__(self, folder: Path, name: str = "a b"):
+        self.root = folder / name / "clone"
         self.elsewhere = folder / "some where"
         self.calls_file = folder / "calls"
         programs = folder / "programs"
@@ -160,7 +163,9 @@ class Clone:
         self.stand_in = programs / "python3.11"
         self.stand_in.write_text(STAND_IN)
         self.stand_in.chmod(0o755)
+        self.be_user(1000)
         hidden = (
+            "PYTHONPATH",
             "SELFREPAIR_USE_ACTIVE",
             "VIRTUAL_ENV",
             "CONDA_PREFIX",
@@ -172,6 +177,11 @@ class Clone:
             "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
             "CALLS": str(self.calls_file),
         }
+
+    def be_user(self, number: int) -> None:
+        program = self.stand_in.with_name("id")
+        program.write_text(f"#!/bin/sh\necho {number}\n")
+        program.chmod(0o755)
 
     def run(
         self, *options: str, script: str = "run_all.sh", **environment: str
@@ -425,6 +435,207 @@ def test_ci_runs_the_tests(clone):
 def test_lab_opens_the_notebooks(clone):
     clone.run("--lab")
     assert clone.calls[-1] == "-m jupyterlab notebooks"
+
+
+@needs_bash
+def test_lab_tells_root_how(clone):
+    """JupyterLab itself refuses, as a line among many."""
+    clone.run("--lab")
+    clone.be_user(0)
+    done = clone.run("--lab")
+    assert (done.returncode, clone.calls) == (1, [])
+    told = f"{clone.root}/.venv/bin/python -m jupyterlab --allow-root notebooks"
+    assert re.fullmatch(rf"run_all\.sh: error: JupyterLab .*: {re.escape(told)}\n", done.stderr)
+
+
+@needs_bash
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("two\nlines", "a line break"),
+        ("a{}b", "a brace"),
+        ("{a", "a brace"),
+        ("a & b", "a space and one of & ; ( )"),
+        ("a ;b", "a space and one of & ; ( )"),
+        ("(a) b", "a space and one of & ; ( )"),
+    ],
+)
+def test_folders_that_other_tools_fail_on_are_refused_at_once(tmp_path, name, why):
+    clone = Clone(tmp_path, name)
+    done = clone.run()
+    assert (done.returncode, done.stdout, clone.calls) == (1, "", [])
+    assert re.fullmatch(
+        rf"run_all\.sh: error: .* has {re.escape(why)} in its path, .*: move it\n", done.stderr
+    )
+    assert clone.run("--help").returncode == 0
+
+
+@needs_bash
+@pytest.mark.parametrize("name", ["a&b", "a;b", "(a)", "a b", "ä$HOME'\"", "[a]*?"])
+def test_other_folders_are_not_refused(tmp_path, name):
+    clone = Clone(tmp_path, name)
+    assert clone.run().returncode == 0 and clone.calls[-1] == workflow(clone)
+
+
+@needs_bash
+@pytest.mark.parametrize("profile", ["007", "1.10", "1e3", "nan", "Infinity", "True", "null", "paper-small"])
+def test_a_profiles_name_is_no_number(clone, profile):
+    """Snakemake reads what it is given as numbers and truth values where it can."""
+    (clone.root / "profiles" / f"{profile}.yaml").touch()
+    assert clone.run("--profile", profile).returncode == 0
+    *_, of_profile, of_out = clone.calls[-1].split()
+    found = parse_config([of_profile, of_out])
+    assert found["profile"] in (profile, f"profiles/{profile}.yaml") and found["out"] == f"results/{profile}"
+
+
+@needs_bash
+def test_the_library_of_another_clone_is_not_used(clone, tmp_path):
+    """That of this one goes before it on the path, and that is said."""
+    other = tmp_path / "other" / "shared"
+    (other / "selfrepair").mkdir(parents=True)
+    shows = clone.stand_in.with_name("python3.11")
+    shows.write_text(STAND_IN.replace('"$CALLS"\ncase', '"$CALLS"\necho "$PYTHONPATH" >"$CALLS.path"\ncase'))
+    done = clone.run("--test", PYTHONPATH=f"{other}:/elsewhere")
+    said = f"run_all.sh: PYTHONPATH names another library, in {other}: this repository's own is used"
+    assert said in done.stderr.splitlines()
+    path = Path(f"{clone.calls_file}.path").read_text().strip()
+    assert path == f"{clone.root}/shared:{other}:/elsewhere"
+    done = clone.run("--test", PYTHONPATH=f"{clone.root}/shared")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@needs_bash
+@pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("setpriv") is None, reason="root alone can be another user"
+)
+def test_a_user_without_a_home_folder_is_told(clone):
+    """A user id without an entry in passwd, as containers have, and no HOME."""
+    rights = "+dac_override,+dac_read_search,+fowner"
+    user = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups", f"--inh-caps={rights}"]
+    environment = {name: value for name, value in clone.environment.items() if name != "HOME"}
+    done = subprocess.run(
+        [*user, f"--ambient-caps={rights}", "bash", clone.root / "run_all.sh"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert re.fullmatch(r"run_all\.sh: error: this user has no home folder: set HOME .*\n", done.stderr)
+
+
+# --- the Snakefile, without run_all.sh
+
+
+def snakemake(folder: Path, *config: str, **environment: str) -> list[str]:
+    """What a run of the Snakefile says that fails."""
+    command = ["-m", "snakemake", "--snakefile", ROOT / "Snakefile", "--cores", "1", "--config"]
+    done = subprocess.run(
+        [sys.executable, *command, "out=results", *config],
+        cwd=folder,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    return [line for line in done.stderr.splitlines() if "error" in line.lower()]
+
+
+def test_snakemake_uses_its_own_environment_and_this_library(tmp_path):
+    """Though neither is on the paths, and another library is; the name of a file stays one."""
+    (tmp_path / "selfrepair").mkdir()
+    (tmp_path / "selfrepair" / "__init__.py").write_text("raise SystemExit('another library')")
+    (said,) = snakemake(tmp_path, "profile=007.yaml", PATH=os.defpath, PYTHONPATH=str(tmp_path))
+    assert said.startswith("selfrepair: error: 007.yaml: no such profile")
+
+
+def test_a_number_for_a_profile_is_one_line(tmp_path):
+    (said,) = snakemake(tmp_path, "profile=007")
+    assert said.startswith(
+        "error: Snakemake takes the name of the profile for 7; give its file: --config profile="
+    )
+
+
+def test_a_command_says_if_its_library_is_another_clones(tmp_path):
+    """PYTHONPATH goes before what is installed; stages of the workflow use the workflow's library anyway."""
+    script = tmp_path / ".venv" / "bin" / "selfrepair"
+    script.parent.mkdir(parents=True)
+    script.write_text("import sys; from selfrepair.cli.main import main; sys.exit(main())")
+    (tmp_path / "shared" / "selfrepair").mkdir(parents=True)
+    said = {}
+    for command in ("heads none.zarr", "plan --profile none"):
+        done = subprocess.run(
+            [sys.executable, script, *command.split()],
+            env=os.environ | {"PYTHONPATH": str(ROOT / "shared")},
+            capture_output=True,
+            text=True,
+        )
+        said[command] = done.stderr.splitlines()
+    library = (
+        f"selfrepair: using the library {ROOT / 'shared' / 'selfrepair'}, not {tmp_path}/shared/selfrepair"
+    )
+    assert said["heads none.zarr"][0] == f"{library}: PYTHONPATH names it"
+    assert ["error: " in line for line in said["heads none.zarr"]] == [False, True]
+    assert ["error: " in line for line in said["plan --profile none"]] == [True]
+
+
+# --- other locales
+
+
+#: What reads or writes text, by where its encoding goes if it is not named.
+READS_TEXT = {"open": 2, "read_text": 0, "write_text": 1, "TextIOWrapper": 1}
+
+
+def without_encoding(tree: ast.AST) -> list[str]:
+    """Calls that read or write text in whatever encoding the user's locale has."""
+    found = []
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+        named = {word.arg for word in call.keywords}
+        given = [*map(ast.unparse, call.args), *(ast.unparse(word.value) for word in call.keywords)]
+        is_binary = any(re.fullmatch(r"'[rwax+]*b[rwax+]*'", text) for text in given)
+        of_another = ast.unparse(call.func) in ("os.open", "Image.open", "gzip.open")
+        if name in READS_TEXT and not (is_binary or of_another or "encoding" in named):
+            if len(call.args) <= READS_TEXT[name]:
+                found.append(ast.unparse(call))
+        if "text" in named and "encoding" not in named:
+            found.append(ast.unparse(call))
+    return found
+
+
+def test_calls_without_an_encoding_are_found():
+    calls = "a.read_text(); open('x'); open(b, 'rb'); a.read_text('utf-8'); run(c, text=True)"
+    assert without_encoding(ast.parse(calls)) == ["a.read_text()", "open('x')", "run(c, text=True)"]
+
+
+def test_no_text_is_read_in_the_locales_encoding():
+    """UTF-8 files are read as such under a Latin-1 locale too, by the library and in notebooks."""
+    sources = {file: file.read_text(encoding="utf-8") for file in (ROOT / "shared").rglob("[!.]*.py")}
+    for file in (ROOT / "notebooks").glob("*.ipynb"):
+        cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
+        sources[file] = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    found = {file.name: without_encoding(ast.parse(source)) for file, source in sources.items()}
+    assert {name: calls for name, calls in found.items() if calls} == {}
+
+
+LATIN_1 = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "latin-1"}
+
+
+def test_facts_profiles_and_claims_are_read_in_any_locale():
+    program = (
+        "import locale; from selfrepair.text.facts import own_facts; "
+        "from selfrepair.analysis.rules import load_claims; from selfrepair.run.profiles import load_profile; "
+        "print(locale.getpreferredencoding(), len(own_facts()) > 9, len(load_claims()) > 9, load_profile('pocket').name)"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=os.environ | LATIN_1, capture_output=True, text=True, check=True)
+    encoding, *rest = done.stdout.split()
+    assert "utf" not in encoding.lower() and rest == ["True", "True", "pocket"]
+
+
+def test_what_a_locale_cannot_print_does_not_stop_a_command():
+    command = [sys.executable, "-m", "selfrepair.cli.main", "sweep", "--help"]
+    done = subprocess.run(command, env=os.environ | LATIN_1, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and "cuda:1 \\u2026 (default auto)" in done.stdout
 
 
 @needs_bash

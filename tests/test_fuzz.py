@@ -35,8 +35,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import selfrepair.measure.tokens
 import selfrepair.models.loading
+import selfrepair.run.profiles
+import selfrepair.run.recomputed
 import selfrepair.run.study
-import selfrepair.run.verify
 import selfrepair.text.corpora
 from selfrepair.choices import PRECISIONS
 from selfrepair.engine.ablations import ABLATIONS
@@ -99,13 +100,13 @@ def inputs(cases):
                 loaded[key] = load(name, device, dtype)
             return loaded[key]
 
-        for module in (selfrepair.models.loading, selfrepair.run.verify):
+        for module in (selfrepair.models.loading, selfrepair.run.recomputed):
             patch.setattr(module, "load_model", load_once)
         for module in (selfrepair.text.corpora, selfrepair.measure.tokens):
             patch.setattr(module, "HELD_OUT_TEXT", folder / "texts")
-        patch.setattr(
-            selfrepair.run.study, "REPOSITORY", cases.base
-        )  # whose results are the default for --out
+        runs = cases.base / "results"  # the default for --out
+        patch.setattr(selfrepair.run.profiles, "RUNS", runs)
+        patch.setattr(selfrepair.run.study, "BY_HAND", runs / "by-hand")
         patch.setenv("HOME", str(cases.base))
         patch.setenv("SELFREPAIR_CACHE", str(cases.base / "cache"))
         yield folder
@@ -219,6 +220,8 @@ TRICKS = [
     "---\n---\n",
     "\ufeffmodels: [a]",
     "? {a: b}\n: c",
+    LAUGHS + "\n? *i\n: c",
+    LAUGHS + "\n? [*i, {*h : *h}]\n: c",
     "? &a [*a]\n: c",
     "models: [pocket-gpt2]\nablations: [zero]\nn_prompts: 4\nmodels: [pocket-llama]",
     "[]",

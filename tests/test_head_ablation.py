@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jaxtyping
 import pytest
 import reference
 import torch
@@ -306,3 +307,25 @@ def test_a_block_that_fails_has_its_attention_again(family):
     assert torch.equal(replay.block(1, clean.residuals[1]), wanted)
     given = replay.block_given_attention(1, clean.residuals[1], clean.attention_outputs[1])
     torch.testing.assert_close(given, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("n_prompts", [1, 3])
+def test_a_prompt_without_a_partner_is_refused(family, n_prompts):
+    """Its donor would be the prompt itself, and every effect 0; other ablations need none."""
+    model, _ = family("gpt2")
+    tokens = random_tokens(n_prompts)
+    with pytest.raises(UserError, match=rf"give an even number of prompts, not {n_prompts}$"):
+        ablate_heads(model, tokens, replacement("resample", model, tokens))
+    assert ablate_heads(model, tokens, replacement("zero", model, tokens)).logit_change.abs().max() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8, torch.bool])
+def test_token_ids_are_whole_numbers(family, dtype, monkeypatch):
+    model, _ = family("gpt2")
+    tokens = random_tokens(2)
+    put_in = replacement("zero", model, tokens)
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for users
+    with pytest.raises(UserError, match=f"token ids must be whole numbers .* not {dtype}"):
+        ablate_heads(model, tokens.to(dtype), put_in)
+    wanted = ablate_heads(model, tokens, put_in).logit_change
+    assert torch.equal(ablate_heads(model, tokens.int(), put_in).logit_change, wanted)

@@ -1,6 +1,7 @@
 """Every head ablated: values against the reference, batches, memory, and bad input from the command line."""
 
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -200,6 +201,57 @@ def test_missing_files_are_one_line(tmp_path, folder, token_file, capsys):
 def test_heads_of_another_measurement_are_refused_in_one_line(tmp_path, folder, token_file, model, capsys):
     tokens = heads_task(folder, token_file, tmp_path).needed["tokens"].merge([model])
     one_line(capsys, main(["heads", str(tokens)]), "no sweep of heads")
+
+
+def test_a_folder_of_good_stores_is_not_called_damaged(tmp_path, folder, token_file, model, capsys):
+    """Nobody is told to delete it; a store in it is named, in a run's folder too."""
+    store = heads_task(folder, token_file, tmp_path / "run" / "measured").merge([model])
+    for given in (tmp_path / "run", store.parent):
+        assert main(["heads", str(given)]) == 1
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and "a folder that holds stores; give one of them, such as" in said
+        assert str(store.parent) in said and "delete" not in said and "damaged" not in said
+    (store / "zarr.json").write_bytes(b"")
+    one_line(capsys, main(["heads", str(store)]), "damaged, or no store of this suite", "measure again")
+
+
+def test_heads_of_several_stores_are_one_table(tmp_path, folder, token_file, model, capsys):
+    """As a pattern gives them that more than one store has come to fit; each row says of which it is."""
+    stores = [
+        str(heads_task(folder, token_file, tmp_path, ablation=kind).merge([model]))
+        for kind in ("zero", "mean")
+    ]
+    tables = []
+    for given in ([stores[0]], [stores[1]], stores):
+        assert main(["heads", *given, "--csv", str(tmp_path / "heads.csv")]) == 0
+        tables.append(pd.read_csv(tmp_path / "heads.csv"))
+    assert "store" not in tables[0] and list(tables[2]["store"].unique()) == stores
+    for store, table in zip(stores, tables[:2], strict=True):
+        of_store = tables[2][tables[2]["store"] == store].drop(columns="store").reset_index(drop=True)
+        pd.testing.assert_frame_equal(of_store, table, check_dtype=False)
+    one_line(capsys, main(["heads", stores[0], str(tmp_path / "none.zarr")]), "none.zarr: no such store")
+
+
+def test_an_odd_last_row_is_left_out_and_that_is_said(tmp_path, folder, capsys):
+    np.save(tmp_path / "odd.npy", TOKENS[:5])
+    assert main(command(folder, tmp_path / "odd.npy", tmp_path / "out")) == 0
+    done = capsys.readouterr()
+    (said,) = [line for line in done.err.splitlines() if "odd.npy" in line]
+    assert "its last row is left out" in said and said.endswith("it has 5")
+    assert np.array_equal(open_store(done.out.strip())["token"], TOKENS[:4])
+    for rows, more in ((5, ["--n-prompts", "4"]), (4, [])):
+        np.save(tmp_path / "odd.npy", TOKENS[:rows])
+        assert main(command(folder, tmp_path / "odd.npy", tmp_path / "out", *more)) == 0
+        assert "left out" not in capsys.readouterr().err
+
+
+def test_the_working_directory_as_a_model_has_its_name(tmp_path, folder, token_file, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    assert main(command(".", token_file, tmp_path / "out")) == 0
+    store = Path(capsys.readouterr().out.strip())
+    assert (
+        store.name.startswith("tiny-gpt2-heads-resample-") and open_store(store).attrs["model"] == "tiny-gpt2"
+    )
 
 
 def test_no_network_is_one_line(tmp_path, token_file, capsys, folder):

@@ -614,7 +614,14 @@ def test_neurons_in_context_by_hand():
 
 @pytest.mark.parametrize(
     ("head", "said"),
-    [([2, 0], "no MLP comes after"), ([0, 4], "give"), ([7, 0], "from 0 to 1"), ([1], "layer, head")],
+    [
+        ([2, 0], "no MLP comes after"),
+        ([0, 4], "give"),
+        ([-1, 0], "give"),
+        ([-1, -1], "give"),
+        ([7, 0], "from 0 to 1"),
+        ([1], "layer, head"),
+    ],
 )
 def test_bad_heads_are_refused(measured, head, said):
     model, inputs, _ = measured("neox-parallel")

@@ -2,6 +2,10 @@
 
 import json
 import re
+import shlex
+import shutil
+import subprocess
+import sys
 
 import nbformat
 import pandas as pd
@@ -12,10 +16,10 @@ from selfrepair.analysis.claims import read_claims, to_markdown
 from selfrepair.analysis.rules import load_claims
 from selfrepair.cli.main import main
 from selfrepair.measure.measurement import find_measurement, measurement_names
-from selfrepair.paths import FIGURES, README, REPOSITORY
-from selfrepair.run.notebooks import Notebook, all_notebooks
+from selfrepair.models.checkpoints import model_identity
+from selfrepair.paths import FIGURES, MODELS, README, REPOSITORY
+from selfrepair.run.notebooks import Notebook, all_notebooks, notebook_keys, run_notebook_of
 from selfrepair.run.study import Study
-from selfrepair.run.workflow import notebook_keys
 
 PARAMETERS = {"model", "profile", "n_prompts", "seed", "device", "ablation", "fraction", "out_dir"}
 ALL = all_notebooks()
@@ -186,7 +190,8 @@ def written(folder, sources):
     for name, source in sources.items():
         cells = [
             nbformat.v4.new_code_cell(
-                "profile = None\nout_dir = None\nseed = 3", metadata={"tags": ["parameters"]}
+                "profile = None\nmodel = None\nout_dir = None\nseed = 3\ndevice = None",
+                metadata={"tags": ["parameters"]},
             ),
             nbformat.v4.new_code_cell(source),
         ]
@@ -220,7 +225,8 @@ def test_a_widget_is_not_kept_and_the_picture_that_it_changes_is(tmp_path, monke
 
 
 def test_what_a_notebook_left_is_its_own(tmp_path):
-    written(tmp_path, {"03_one": 'table.to_csv(out / "one.csv")'})
+    code = 'table.to_csv(out / "one.csv")\nstyle.save(figure, out, "03_a")\nwrite_heads(table, kind, out)'
+    written(tmp_path, {"03_one": code})
     (tmp_path / "out").mkdir()
     for name in (
         "notebooks/03_one.ipynb",
@@ -229,20 +235,143 @@ def test_what_a_notebook_left_is_its_own(tmp_path):
         "claims/04.csv",
         "one.csv",
         "two.csv",
+        "heads_zero.csv",
+        "heads_mean.csv",
     ):
         (tmp_path / "out" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "out" / name).touch()
-    for name in ("03_a.png", "03_a.pdf", "04_a.png", "claims.csv"):
+    for name in ("03_a.png", "03_a.pdf", "03_of_before.png", "04_a.png", "claims.csv"):
         (tmp_path / "out" / "figures").mkdir(exist_ok=True)
         (tmp_path / "out" / "figures" / name).touch()
     left = {
         path.relative_to(tmp_path / "out").as_posix()
-        for path in Notebook(tmp_path / "03_one.ipynb").left(tmp_path / "out")
+        for path in Notebook(tmp_path / "03_one.ipynb").left(
+            Study.of(ablation="zero", out_dir=tmp_path / "out")
+        )
     }
     assert left == {
         "notebooks/03_one.ipynb",
         "claims/03.csv",
         "one.csv",
+        "heads_zero.csv",
         "figures/03_a.png",
         "figures/03_a.pdf",
     }
+
+
+#: Says what a notebook understood, in the file ``said``.
+SAYS = """import json
+from pathlib import Path
+from selfrepair.measure.task import Task
+from selfrepair.run.study import Study
+
+study = Study.of(profile, model, out_dir=out_dir)
+(task,) = (study.task("tokens", name) for name in study.profile.models)
+said = {"models": study.profile.models, "out": str(study.out_dir), "files": task.determined_by["model_files"]}
+Path(SAID).write_text(json.dumps(said))
+"""
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A folder with a model and two profiles, and a hub cache with another model of the same name."""
+    folder, hub = tmp_path / "elsewhere", tmp_path / "hub"
+    folder.mkdir()
+    snapshot = hub / "models--my--model" / "snapshots" / "0123456789abcdef"
+    for place, model in ((folder / "my" / "model", "pocket-pythia-small"), (snapshot, "pocket-gpt2")):
+        shutil.copytree(MODELS / model, place)
+    (hub / "models--my--model" / "refs").mkdir()
+    (hub / "models--my--model" / "refs" / "main").write_text(snapshot.name)
+    amount = "ablations: [zero]\nn_prompts: 4\nprompt_len: 16\nfraction: 0.1\n"
+    (folder / "mini.yaml").write_text(f"models: [my/model]\n{amount}")
+    (folder / "pocket.yaml").write_text(f"models: [pocket-gpt2]\n{amount}")
+    monkeypatch.setenv("HF_HUB_CACHE", str(hub))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--model", "my/model"],
+        ["--profile", "mini.yaml"],
+        ["--profile", "pocket.yaml", "--model", "my/model"],
+    ],
+)
+def test_relative_paths_are_those_of_the_command(elsewhere, tmp_path, monkeypatch, given):
+    """Kernels work in another folder, from where the name is that of a hub model."""
+    (tmp_path / "notebooks").mkdir()
+    written(tmp_path / "notebooks", {"01_says": SAYS.replace("SAID", repr(str(tmp_path / "said")))})
+    monkeypatch.setattr("selfrepair.run.notebooks.NOTEBOOKS", tmp_path / "notebooks")
+    assert main(["notebooks", "--only", "01", *given, "--out", "out/here"]) == 0
+    said = json.loads((tmp_path / "said").read_text())
+    assert said == {
+        "models": [str(elsewhere / "my" / "model")],
+        "out": str(elsewhere / "out" / "here"),
+        "files": model_identity(str(MODELS / "pocket-pythia-small")),
+    }
+    assert (elsewhere / "out" / "here" / "notebooks" / "01_says.ipynb").is_file()
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "done/plan.json"])
+def test_a_folder_of_a_run_is_not_for_notebooks_by_hand(tmp_path, capsys, file):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text("{}")
+    assert main(["notebooks", "--only", "01", "--out", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "belongs to a run of the workflow; give another --out" in said
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / file]
+
+
+def test_what_a_run_of_a_notebook_left_before_goes(tmp_path, monkeypatch):
+    """A figure that is not drawn this time would be shown as one of this run."""
+    written(tmp_path, {"01_one": 'if seed: print("01_once")\n# "mine.csv"'})
+    monkeypatch.setattr("selfrepair.run.notebooks.NOTEBOOKS", tmp_path)
+    out = tmp_path / "out"
+    (out / "figures").mkdir(parents=True)
+    for name in (
+        "figures/01_once.png",
+        "mine.csv",
+        "figures/01_other.png",
+        "figures/02_once.png",
+        "yours.csv",
+    ):
+        (out / name).touch()
+    run_notebook_of(Study.of(out_dir=out), "pocket", "01", "the key")
+    there = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    assert there - {"notebooks/01_one.lock"} == {
+        *("notebooks/01_one.ipynb", "done/notebooks/01.done"),
+        *("figures/01_other.png", "figures/02_once.png", "yours.csv"),
+    }
+    assert json.loads((out / "done" / "notebooks" / "01.done").read_text())["left"].keys() == {
+        "notebooks/01_one.ipynb"
+    }
+
+
+@pytest.mark.slow("the commands of the README do what they say from any folder, with relative paths")
+def test_commands_of_the_readme_from_elsewhere(elsewhere):
+    """With a small model in the place of those, and few prompts."""
+    text = README.read_text(encoding="utf-8")
+    commands = re.findall(r"^    \.venv/bin/selfrepair (.*?)(?:  +#.*)?$", text, re.MULTILINE)
+    assert [command.split()[0] for command in commands] == ["verify", "notebooks", "sweep", "heads"]
+    verified, *made = commands
+    instead = {
+        "--model EleutherAI/pythia-160m": "--profile mini.yaml --model my/model",
+        "--model pocket-pythia": "--model my/model",
+        "--n-prompts 128": "--n-prompts 4",
+        "pocket-pythia-heads": "model-heads",
+    }
+    python = shlex.quote(sys.executable)
+    for command in (*made, verified.replace("results/pocket", "results/mine")):
+        for name, other in instead.items():
+            command = command.replace(name, other)
+        run = f"{python} -m selfrepair.cli.main {command}"
+        done = subprocess.run(["bash", "-c", run], cwd=elsewhere, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+    assert (elsewhere / "heads.csv").read_text().startswith("model,layer,head,")
+    assert (elsewhere / "results" / "pythia-160m" / "figures" / "01_self_repair_by_depth.png").is_file()
+    sources = {
+        json.loads(path.read_text())["source"] for path in elsewhere.glob("results/*/**/*.manifest.json")
+    }
+    assert sources == {str(elsewhere / "my" / "model")}

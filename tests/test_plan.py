@@ -10,7 +10,7 @@ from selfrepair.models.loading import load_model
 from selfrepair.run import workflow
 from selfrepair.run.marks import forget_stale, mark, say_done
 from selfrepair.run.notebooks import all_notebooks
-from selfrepair.run.study import Study
+from selfrepair.run.study import Study, with_needs
 from selfrepair.run.workflow import compute_units, measure, plan
 from selfrepair.store.stores import open_store
 
@@ -88,13 +88,12 @@ def test_stages_leave_what_the_plan_names_and_marks_that_answer_for_it(measured)
     for stage, units in enumerate(plan(here)["models"][MODEL]["stages"]):
         said = json.loads(mark(measured, "measured", f"{MODEL}-{stage}").read_text())
         labels = {unit.split(":")[0] for unit in units}
-        wanted = {
-            task.path
-            for task in here.tasks(MODEL)
-            if task.label in labels and workflow.stage_of(task) == stage
-        }
-        assert {measured / name for name in said["left"] if name.endswith(".zarr")} == wanted
-        assert all(task.is_done() for task in here.tasks(MODEL) if task.path in wanted)
+        wanted = [
+            task for task in here.tasks(MODEL) if task.label in labels and workflow.stage_of(task) == stage
+        ]
+        left = {measured / name for name in said["left"] if name.endswith(".zarr")}
+        assert left == {task.path for task in with_needs(wanted)}
+        assert all(task.is_done() for task in wanted)
     assert json.loads(mark(measured, "shards", MODEL, "2-7").read_text())["units"] == [
         "heads-mean:0",
         "cosines:0",
@@ -126,7 +125,7 @@ def test_shards_that_are_none_are_said(tmp_path, unit, said):
 
 
 def test_what_a_model_cannot_be_measured_on_is_passed_over_and_what_fails_stops_nothing_else(
-    tmp_path, monkeypatch
+    tmp_path, monkeypatch, capsys
 ):
     """As a model of one layer, which has no layer before."""
     made = []
@@ -149,8 +148,11 @@ def test_what_a_model_cannot_be_measured_on_is_passed_over_and_what_fails_stops_
         Made("b", UserError("no room")),
         Made("c"),
     ]
-    found = workflow._merge_all(study(tmp_path), MODEL, tasks, False)
-    assert found == (["no room"], ["a: one layer"]) and made == ["c"]
+    with pytest.raises(UserError, match=r"^no room$"):
+        workflow.make(study(tmp_path), MODEL, tasks)
+    assert made == ["c"]
+    assert workflow.make(study(tmp_path), MODEL, [tasks[0], tasks[2]]) == ["a: one layer"]
+    assert made == ["c", "c"] and capsys.readouterr().out == "a: one layer\n"
 
 
 # --- marks -------------------------------------------------------------------------------------------------

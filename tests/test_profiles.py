@@ -1,5 +1,6 @@
 import dataclasses
 import math
+import shutil
 
 import pytest
 import yaml
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 from selfrepair.choices import PRECISIONS
 from selfrepair.errors import UserError
 from selfrepair.models.loading import embedded_models
-from selfrepair.paths import PROFILES
+from selfrepair.paths import MODELS, PROFILES
+from selfrepair.run import profiles
 from selfrepair.run.profiles import Profile, load_profile
 from selfrepair.run.study import Study
 
@@ -244,6 +246,65 @@ def test_study_replaces_what_the_reader_changed(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(GOOD))
     study = Study.of(str(path))
-    assert study.profile.models == ["pocket-gpt2"] and study.out_dir.parts[-2:] == ("results", "mine")
+    assert study.profile.models == ["pocket-gpt2"] and study.run_folder.parts[-2:] == ("results", "mine")
     changed = Study.of(str(path), model="gpt2", n_prompts=6, ablation="mean", out_dir=str(tmp_path)).profile
     assert (changed.models, changed.n_prompts, changed.ablations) == (["gpt2"], 6, ["mean"])
+
+
+def folders(*places):
+    for place in places:
+        place.mkdir(parents=True)
+        (place / "config.json").write_text("{}")
+
+
+def test_paths_in_a_profile_begin_at_its_folder(tmp_path, monkeypatch):
+    """Wherever a command or a notebook works, so that all of a run measures the same models."""
+    folders(tmp_path / "my" / "model", tmp_path / "pocket-gpt2")
+    (tmp_path / "inner").mkdir()
+    models = [
+        "my/model",
+        {"name": "../one/", "n_prompts": 8},
+        "pocket-gpt2",
+        "gpt2",
+        str(MODELS / "pocket-llama"),
+    ]
+    folders(tmp_path.parent / "one")
+    write(tmp_path, yaml.safe_dump(GOOD | {"models": models}))
+    whole = [str(tmp_path / "my" / "model"), str(tmp_path.parent / "one")]
+    whole += ["pocket-gpt2", "gpt2", str(MODELS / "pocket-llama")]
+    for here, name in (
+        (tmp_path, "p.yaml"),
+        (tmp_path / "inner", "../p.yaml"),
+        (MODELS, tmp_path / "p.yaml"),
+    ):
+        monkeypatch.chdir(here)
+        profile = load_profile(name)
+        assert profile.models == whole and profile.of_model(whole[1]).n_prompts == 8
+    shutil.rmtree(tmp_path.parent / "one")
+
+
+def test_paths_in_a_profile_of_the_repository_begin_there(tmp_path, monkeypatch):
+    folders(tmp_path / "my" / "model")
+    (tmp_path / "profiles").mkdir()
+    write(tmp_path / "profiles", yaml.safe_dump(GOOD | {"models": ["my/model"]}))
+    monkeypatch.setattr(profiles, "PROFILES", tmp_path / "profiles")
+    monkeypatch.setattr(profiles, "REPOSITORY", tmp_path)
+    for name in ("p", tmp_path / "profiles" / "p.yaml"):
+        assert load_profile(name).models == [str(tmp_path / "my" / "model")]
+
+
+def test_a_folder_that_lies_elsewhere_is_not_taken_for_a_model_of_the_hub(tmp_path, monkeypatch):
+    folders(tmp_path / "here" / "my" / "model")
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(
+        UserError, match="my/model: is a folder here, but paths in this profile begin at"
+    ) as error:
+        load(tmp_path, GOOD | {"models": ["my/model"]})
+    assert "give its whole path" in str(error.value)
+
+
+def test_one_folder_by_two_names_is_twice(tmp_path):
+    folders(tmp_path / "mine")
+    for other in ("./mine", "mine/", str(tmp_path / "mine")):
+        with pytest.raises(UserError, match=r"models has .* twice"):
+            load(tmp_path, GOOD | {"models": ["mine", other]})

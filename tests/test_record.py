@@ -4,11 +4,15 @@ import dataclasses
 import json
 import shutil
 
+import nbformat
 import pytest
 from PIL import Image
 
+from selfrepair.cli.main import main
 from selfrepair.errors import UserError
 from selfrepair.paths import HELD_OUT_TEXT
+from selfrepair.run import marks, notebooks
+from selfrepair.run import study as study_module
 from selfrepair.run.record import summarise
 from selfrepair.run.study import Study
 from selfrepair.run.verify import verify
@@ -27,16 +31,38 @@ def study(folder, n_prompts):
 
 #: Keys of what notebooks show.
 NOTEBOOKS = {"01_one": "the key of 01"}
+#: What the notebook leaves: its figure, its table of heads.
+CODE = 'style.save(figure, out, "01_one")\nwrite_heads(table, "zero", out)'
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A finished run without notebooks, its store, and the store of an earlier run of other prompts."""
+def one_notebook(tmp_path_factory):
+    """A repository of one notebook, whose runs measure heads and tokens alone."""
+    folder = tmp_path_factory.mktemp("notebooks")
+    cells = [nbformat.v4.new_code_cell(CODE)]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / "01_one.ipynb")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(notebooks, "NOTEBOOKS", folder)
+        patch.setattr(study_module, "measurement_names", lambda: ["tokens", "heads"])
+        yield
+
+
+def left_by_the_notebook(folder, kind="zero", model=MODEL):
+    """As the notebook's job leaves them, marked."""
+    (folder / "figures").mkdir(exist_ok=True)
+    Image.new("RGB", (4, 4)).save(folder / "figures" / "01_one.png")
+    (folder / f"heads_{kind}.csv").write_text(f"model,layer,head,self_repair\n{model},0,0,0.5\n")
+    left = [folder / "figures" / "01_one.png", folder / f"heads_{kind}.csv"]
+    marks.say_done(marks.mark(folder, "notebooks", "01"), left, folder, key=NOTEBOOKS["01_one"])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, one_notebook):
+    """A finished run of one notebook, its store, and the store of an earlier run of other prompts."""
     folder = tmp_path_factory.mktemp("run")
     models = study(folder, 4).load(MODEL)
     earlier, store = (study(folder, n).task("heads", MODEL).merge(models) for n in (6, 4))
-    (folder / "figures").mkdir()
-    Image.new("RGB", (4, 4)).save(folder / "figures" / "01_one.png")
+    left_by_the_notebook(folder)
     return folder, earlier.name, store.name, summarise(study(folder, 4), NOTEBOOKS, "the key")
 
 
@@ -46,6 +72,10 @@ def run(finished, tmp_path):
     folder, earlier, store, said = finished
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     return tmp_path, tmp_path / "measured" / earlier, tmp_path / "measured" / store, said
+
+
+def findings(folder, agrees):
+    return [finding.what for finding in verify(folder, "cpu", seed=0) if finding.agrees is agrees]
 
 
 def test_manifest_of_a_run_names_its_stores_and_what_they_were_made_from(run):
@@ -67,7 +97,10 @@ def test_manifest_of_a_run_names_its_stores_and_what_they_were_made_from(run):
     )
     assert noted["held_out_text_sha256"] == hash_documents(read_documents(HELD_OUT_TEXT))
     assert noted["settings"]["n_prompts"] == 4 and noted["profile"] == "pocket" and noted["seed"] == 0
-    assert set(noted["files"]) == {"figures/01_one.png", "index.html"}
+    assert set(noted["files"]) == {"figures/01_one.png", "heads_zero.csv", "index.html"}
+    tokens = {one.name for one in store.parent.glob("*-tokens-*.zarr")}
+    (tokens,) = tokens - {noted["stores"][f"{MODEL} tokens"]["store"]}
+    assert noted["outside_the_plan"] == [f"measured/{name}" for name in sorted((earlier.name, tokens))]
     assert json.loads((folder / "done" / "page.done").read_text())["key"] == "the key"
 
 
@@ -100,14 +133,83 @@ def test_a_damaged_manifest_is_one_line(run, content):
 
 def test_a_lost_store_is_found(run):
     folder, _, store, _ = run
-    assert all(finding.agrees for finding in verify(folder, "cpu", seed=0))
+    assert findings(folder, agrees=False) == []
     store.rename(folder / "elsewhere.zarr")
-    lost = [finding for finding in verify(folder, "cpu", seed=0) if not finding.agrees]
-    assert [finding.what for finding in lost] == [HEADS] and "missing" in lost[0].detail
+    lost = [finding for finding in verify(folder, "cpu", seed=0) if finding.agrees is False]
+    assert "missing" in {finding.what: finding.detail for finding in lost}[HEADS]
+
+
+def test_what_another_profile_left_is_named_and_left_out(run, capsys):
+    """The profile changes in models and ablations, and runs in the same folder again."""
+    folder, earlier, store, _ = run
+    Image.new("RGB", (4, 4)).save(folder / "figures" / "01_of_before.png")
+    changed = study(folder, 4)
+    profile = changed.profile.changed(models=["pocket-gpt2"], ablations=["resample"])
+    changed = dataclasses.replace(changed, profile=profile)
+    changed.task("heads", "pocket-gpt2").merge(changed.load("pocket-gpt2"))
+    left_by_the_notebook(folder, "resample", "pocket-gpt2")
+    summarise(changed, NOTEBOOKS)
+    noted = json.loads((folder / "manifest.json").read_text())
+    outside = {
+        "heads_zero.csv",
+        "figures/01_of_before.png",
+        *(f"measured/{s.name}" for s in (earlier, store)),
+    }
+    assert set(noted["outside_the_plan"]) >= outside and not outside & noted["files"].keys()
+    assert all(name.startswith("pocket-gpt2 ") for name in noted["stores"])
+    page = (folder / "index.html").read_text()
+    assert "<summary>pocket-gpt2: 1 heads</summary>" in page and f"<summary>{MODEL}:" not in page
+    assert page.count("<figure>") == 1 and "zero ablation" not in page
+    assert all(name in page for name in outside), "they are named"
+    assert main(["verify", str(folder), "--device", "cpu"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert {f"not checked: {name}: not in the run's plan: left out" for name in outside} <= {*said}
+    assert not any(line.startswith("agrees") and MODEL in line for line in said)
+    (folder / "heads_mean.csv").write_text("model\n")
+    assert "heads_mean.csv" in findings(folder, agrees=False), "nobody knows whose this is"
+
+
+@pytest.mark.parametrize("made", ["nothing", "other settings", "a figure is gone", "a store is gone"])
+def test_a_folder_that_does_not_hold_this_run_is_not_summed_up(run, made):
+    folder, _, store, _ = run
+    before = (folder / "manifest.json").read_bytes()
+    wanted, said = NOTEBOOKS, "holds no finished run of pocket as it is now .01_one is missing, or of other"
+    if made == "nothing":
+        marks.mark(folder, "notebooks", "01").unlink()
+    elif made == "other settings":
+        wanted = {"01_one": "another key"}
+    elif made == "a figure is gone":
+        (folder / "figures" / "01_one.png").unlink()
+    else:
+        shutil.rmtree(store)
+        said = f"{store.name}: is missing; measure {MODEL} again first"
+    with pytest.raises(UserError, match=said):
+        summarise(study(folder, 4), wanted)
+    assert (folder / "manifest.json").read_bytes() == before
+
+
+def test_what_a_model_cannot_be_measured_on_is_not_missing(run):
+    folder, _, store, _ = run
+    shutil.rmtree(store)
+    place = marks.mark(folder, "measured", f"{MODEL}-all")
+    marks.say_done(place, [], folder, not_measured=["heads-zero: not of this model"])
+    summarise(study(folder, 4), NOTEBOOKS)
+    assert HEADS not in json.loads((folder / "manifest.json").read_text())["stores"]
+
+
+def test_the_command_refuses_a_profile_of_which_the_folder_is_no_run(run, tmp_path, capsys):
+    folder = run[0]
+    profile = tmp_path / "other.yaml"
+    profile.write_text("models: [pocket-gpt2]\nablations: [zero]\nn_prompts: 4\n")
+    assert main(["summary", "--profile", str(profile), "--out", str(folder)]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "holds no finished run of other as it is now" in said
+    assert json.loads((folder / "manifest.json").read_text())["profile"] == "pocket"
 
 
 def test_a_run_without_figures_is_not_summed_up(run):
     folder = run[0]
     (folder / "figures" / "01_one.png").unlink()
+    marks.say_done(marks.mark(folder, "notebooks", "01"), [], folder, key=NOTEBOOKS["01_one"])
     with pytest.raises(UserError, match="holds no figures; run 'selfrepair notebooks' into it first"):
         summarise(study(folder, 4), NOTEBOOKS)

@@ -184,7 +184,7 @@ def test_damage_is_noticed(tmp_path, damage, read_before, monkeypatch):
         monkeypatch.setattr(stores, "_seen_whole", {})
     DAMAGES[damage](path)
     assert not is_whole(path)
-    with pytest.raises(UserError, match=r"a\.zarr: damaged.*delete it and measure again"):
+    with pytest.raises(UserError, match=r"a\.zarr: damaged.*measure again$"):
         open_store(path)
 
 

@@ -2,14 +2,18 @@
 
 import json
 
+import jaxtyping
 import numpy as np
 import pytest
 import xarray as xr
 
+from selfrepair.cli.main import main
 from selfrepair.engine.fast import fast_path
 from selfrepair.errors import UserError
 from selfrepair.measure.measurement import Measurement, find_measurement, measurement_names
-from selfrepair.paths import MODELS
+from selfrepair.paths import BY_HAND, MODELS, RUNS
+from selfrepair.run import profiles
+from selfrepair.run import study as study_module
 from selfrepair.run.study import N_FACTS, Study
 from selfrepair.run.verify import verify
 from selfrepair.store.manifest import manifest_of
@@ -94,8 +98,8 @@ def test_a_measurement_has_a_manifest(tmp_path, models):
     assert noted["inputs"]["tokens"] == tokens.stem
     assert noted["inputs_sha256"]["tokens"] == open_store(tokens).attrs["sha256"]
     manifest_of(store).unlink()
-    (finding,) = [finding for finding in verify(tmp_path, "cpu", seed=0) if finding.agrees is not True]
-    assert finding.what == store.name and finding.agrees is False and "manifest" in finding.detail
+    wrong = {finding.what: finding for finding in verify(tmp_path, "cpu", seed=0) if not finding.agrees}
+    assert wrong[store.name].agrees is False and "manifest" in wrong[store.name].detail
 
 
 def test_every_model_that_a_measurement_applies_to_by_its_short_name(tmp_path):
@@ -129,7 +133,7 @@ def test_the_readers_changes_go_before_the_profile(tmp_path):
     plain = Study.of(str(file))
     assert plain.wanted(MODEL, "mean") | {"n_prompts": 6, "dtype": "bfloat16"} == plain.wanted(MODEL, "mean")
     assert plain.wanted("pocket-gpt2", "mean")["n_prompts"] == 8 and plain.head is None
-    assert plain.wanted(MODEL, "mean")["n_facts"] == N_FACTS and plain.out_dir.name == "own"
+    assert plain.wanted(MODEL, "mean")["n_facts"] == N_FACTS and plain.run_folder == RUNS / "own"
     changed = Study.of(
         str(file),
         MODEL,
@@ -180,6 +184,122 @@ def test_two_folders_of_the_same_name_are_refused(tmp_path):
     file.write_text(f"models: [{MODEL}, {MODELS / MODEL}]\nablations: [zero]\nn_prompts: 4\n")
     with pytest.raises(UserError, match=f"called {MODEL} too"):
         Study.of(str(file))
+    (tmp_path / "org--mine").mkdir()
+    file.write_text(f"models: [{tmp_path}/org--mine, org/mine]\nablations: [zero]\nn_prompts: 4\n")
+    with pytest.raises(UserError, match="called org--mine too"):  # so would their files be
+        Study.of(str(file))
+
+
+def test_two_folders_of_the_same_name_are_one_line_before_anything_is_made(tmp_path, capsys):
+    for folder in ("runA", "runB"):
+        (tmp_path / folder / "ckpt").mkdir(parents=True)
+        (tmp_path / folder / "ckpt" / "config.json").write_text("{}")
+    file = tmp_path / "twins.yaml"
+    file.write_text("models: [runA/ckpt, runB/ckpt]\nablations: [zero]\nn_prompts: 4\n")
+    for command in ("plan", "notebooks", "summary"):
+        assert main([command, "--profile", str(file), "--out", str(tmp_path / "out")]) == 1
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and "another model of the profile is called ckpt too; rename" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_by_hand_each_set_of_changes_has_a_folder_outside_of_the_runs(tmp_path):
+    """A run's folder belongs to the run."""
+    assert Study.of().out_dir == Study.of("pocket", seed=0, device="cpu").out_dir == BY_HAND / "pocket"
+    (tmp_path / "pocket.yaml").write_text(
+        "models: [pocket-gpt2]\nablations: [zero]\nn_prompts: 4\nprompt_len: 64\n"
+    )
+    for folder in ("runA", "runB"):
+        (tmp_path / folder / "ckpt").mkdir(parents=True)
+    changes = [{}, {"profile": "paper"}, {"profile": str(tmp_path / "pocket.yaml")}, {"model": MODEL}]
+    changes += [{"model": f"{tmp_path}/{folder}/ckpt"} for folder in ("runA", "runB")]
+    changes += [{"n_prompts": 4}, {"seed": 1}, {"ablation": "zero"}, {"fraction": 0.5}, {"head": [1, 2]}]
+    changes += [{"facts": "x.json"}, {"n_facts": 9}, {"n_facts": 9, "seed": 1}, {"model": "org/other"}]
+    folders = [Study.of(**change).out_dir for change in changes]
+    assert len({*folders}) == len(changes) and {folder.parent for folder in folders} == {BY_HAND}
+    assert folders == [Study.of(**change).out_dir for change in changes]
+    assert {folder.name[: len("pocket-org--other-")] for folder in folders} > {"pocket-org--other-"}
+
+
+def test_what_the_run_has_measured_is_read_by_hand_and_its_folder_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(profiles, "RUNS", tmp_path)
+    monkeypatch.setattr(study_module, "BY_HAND", tmp_path / "by-hand")
+    file = tmp_path / "mini.yaml"
+    file.write_text(f"models: [{MODEL}]\nablations: [zero]\nn_prompts: 4\nprompt_len: 12\nfraction: 0.1\n")
+    run = Study.of(str(file), device="cpu", out_dir=tmp_path / "mini").measured("tokens")[MODEL].load()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "mini").rglob("*")}
+    with monkeypatch.context() as patch:
+        patch.setattr(Study, "load", lambda *_: pytest.fail("loaded again"))
+        by_hand = Study.of(str(file), device="cpu").measured("tokens")[MODEL]
+        with pytest.raises(
+            pytest.fail.Exception
+        ):  # elsewhere by the reader's wish: nothing is read from the run
+            Study.of(str(file), device="cpu", out_dir=tmp_path / "other").measured("tokens")
+    xr.testing.assert_identical(by_hand.load(), run)
+    Study.of(str(file), device="cpu", seed=1).measured("tokens")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "mini").rglob("*")} == before
+    assert len([*tmp_path.glob("by-hand/*/measured/*-tokens-*.zarr")]) == 1
+
+
+def test_names_of_files_are_resolved_once(tmp_path, monkeypatch):
+    (tmp_path / "x.json").touch()
+    monkeypatch.chdir(tmp_path)
+    assert Study.of(facts="x.json").facts == str(tmp_path / "x.json")
+    assert Study.of(facts="NeelNanda/counterfact-tracing").facts == "NeelNanda/counterfact-tracing"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said"),
+    [
+        ({"n_prompts": "4"}, "n_prompts must be a positive even number, not '4'"),
+        ({"n_prompts": 4.0}, "n_prompts must be a positive even number, not 4.0"),
+        ({"n_prompts": 5}, "n_prompts must be a positive even number, not 5"),
+        ({"n_prompts": True}, "n_prompts must be a positive even number, not True"),
+        ({"seed": "0"}, "seed must be a whole number that is not negative, not '0'"),
+        ({"seed": -1}, "seed must be a whole number that is not negative, not -1"),
+        ({"fraction": "0.1"}, "fraction must be a number above 0 and at most 1, not '0.1'"),
+        ({"fraction": 2}, "fraction must be a number above 0 and at most 1, not 2"),
+        ({"ablation": 3}, "ablations must be a list of different ones of resample, mean, zero, not [3]"),
+        ({"ablation": ["zero"]}, "ablations must be a list of different ones of"),
+        ({"model": ["pocket-gpt2"]}, "model must be the name of a model, or its folder"),
+        ({"model": 3}, "model must be the name of a model, or its folder, not 3"),
+        ({"profile": 7}, "profile must be the name of a profile or the path of a .yaml file, not 7"),
+        ({"device": 0}, "device must be auto, cpu, cuda, cuda:1 …, not 0"),
+        ({"out_dir": 1}, "out_dir must be the path of a folder, not 1"),
+        ({"head": [-1, -1]}, "head must be [layer, head], two whole numbers that are not negative"),
+        ({"head": 3}, "head must be [layer, head], two whole numbers that are not negative, not 3"),
+        ({"head": "12"}, "head must be [layer, head]"),
+        ({"head": [1]}, "head must be [layer, head]"),
+        ({"head": [1, 2.0]}, "head must be [layer, head]"),
+        ({"facts": 1}, "facts must be a CounterFact .json or a data set, not 1"),
+        ({"n_facts": 1}, "n_facts must be a whole number of at least 2, not 1"),
+        ({"n_facts": "9"}, "n_facts must be a whole number of at least 2, not '9'"),
+    ],
+)
+def test_parameters_that_cannot_be_are_said(parameters, said, monkeypatch):
+    """What a notebook's reader, or papermill, may give; each in one line that says what is wanted."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for readers
+    with pytest.raises(UserError) as error:
+        Study.of(**{"profile": "pocket", **parameters})
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_store_under_the_name_of_another_is_measured_again(tmp_path, models):
+    """Stores swapped with their manifests: what a notebook reads is of the ablation that it asked for."""
+    tasks = {kind: study(tmp_path).task("heads", MODEL, kind) for kind in ("resample", "zero")}
+    for task in tasks.values():
+        task.merge(models)
+    wanted = {kind: open_store(task.path).load() for kind, task in tasks.items()}
+    first, second = (task.path for task in tasks.values())
+    for one, other in ((first, second), (manifest_of(first), manifest_of(second))):
+        one.rename(tmp_path / "aside")
+        other.rename(one)
+        (tmp_path / "aside").rename(other)
+    for kind, task in tasks.items():
+        assert not task.is_done()
+        found = study(tmp_path).measured("heads", kind)[MODEL]
+        assert found.attrs["ablation"] == kind
+        xr.testing.assert_equal(found.load(), wanted[kind])
 
 
 @pytest.mark.parametrize(

@@ -226,6 +226,29 @@ def test_a_damaged_store_is_made_again_and_left_shards_are_removed(tmp_path, mon
     assert not task.shard_folder.exists() and len(task.measurement.computed) == 4
 
 
+MANIFESTS = {
+    "missing": lambda path: path.unlink(),
+    "damaged": lambda path: path.write_text("{"),
+    "of another seed": lambda path: path.write_text(json.dumps(json.loads(path.read_text()) | {"seed": 7})),
+    "of another store": lambda path: path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"sha256": "0" * 64})
+    ),
+    "of nothing": lambda path: path.write_text("{}"),
+}
+
+
+@pytest.mark.parametrize("manifest", MANIFESTS)
+def test_a_store_whose_manifest_is_not_its_own_is_made_again(tmp_path, monkeypatch, manifest):
+    task = of_one(Made(lambda shard: rows([shard]), range(2)), tmp_path, monkeypatch)
+    whole = open_store(task.merge([NO_MODEL])).load()
+    MANIFESTS[manifest](manifest_of(task.path))
+    assert not task.is_done()
+    assert open_store(task.merge([NO_MODEL])).identical(whole) and task.measurement.computed == [0, 1, 0, 1]
+    assert (
+        task.is_done() and json.loads(manifest_of(task.path).read_text())["sha256"] == whole.attrs["sha256"]
+    )
+
+
 def test_other_inputs_make_what_is_made_of_them_again(tmp_path, monkeypatch):
     made_of, content = [], {"value": 1}
 

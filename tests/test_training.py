@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,8 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selfrepair.cli.main import main
 from selfrepair.errors import UserError
-from selfrepair.paths import HELD_OUT_TEXT
+from selfrepair.paths import HELD_OUT_TEXT, MODELS
 from selfrepair.training import loop
+from selfrepair.training.card import finish, render_card, render_table
 from selfrepair.training.config import Phase, TrainingConfig, load_config
 from selfrepair.training.data import prepare
 from selfrepair.training.loop import log_spaced_steps, lr_factor, train
@@ -273,6 +275,7 @@ def test_existing_model_is_never_overwritten_unasked(trained, tmp_path, capsys):
     one_line(capsys, main(command(config, out)), "exists already")
     assert (out / "model.safetensors").read_bytes() == before
     assert main(command(config, out, "--overwrite")) == 0
+    assert f"tiny: replaces {out} when it is done" in capsys.readouterr().err
     assert (out / "model.safetensors").read_bytes() != before
 
 
@@ -350,3 +353,111 @@ def test_full_disk_is_one_line_and_loses_nothing(tmp_path, small_disk, capsys):
     assert main(command(config, disk / "model")) == 0
     twin, model = (load_file(path / "model.safetensors") for path in (tmp_path / "twin", disk / "model"))
     assert all(torch.equal(twin[name], model[name]) for name in twin)
+
+
+def made_by_training(folder: Path) -> Path:
+    """A folder as a training leaves it, as far as it counts whether it may be replaced."""
+    (folder / "checkpoints" / "step-000000").mkdir(parents=True)
+    (folder / "metrics.json").write_text(json.dumps({"config": {"gazetteer_seed": 0}}))
+    for name in ("config.json", "model.safetensors", "training_curve.csv", "README.md"):
+        (folder / name).touch()
+    return folder
+
+
+def with_a_thesis(folder: Path) -> None:
+    (folder / "thesis.txt").write_text("years of work")
+
+
+def without_metrics(folder: Path) -> None:
+    (folder / "metrics.json").unlink()
+
+
+def of_another_kind(folder: Path) -> None:
+    (folder / "metrics.json").write_text('{"accuracy": 1}')
+
+
+def emptied(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def a_file(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.write_text("years of work")
+
+
+def a_link(folder: Path) -> None:
+    folder.rename(folder.with_name("real"))
+    folder.symlink_to("real")
+
+
+def work_of_others(folder: Path) -> None:
+    work = folder.with_name(f"{folder.name}.training")
+    work.mkdir()
+    with_a_thesis(work)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (with_a_thesis, "model: holds thesis.txt, which no training made"),
+        (without_metrics, "model: no training made this folder (metrics.json is not as one leaves it)"),
+        (of_another_kind, "model: no training made this folder (its metrics.json is not"),
+        (emptied, "model: no training made this folder (config.json, metrics.json, training_curve.csv"),
+        (a_file, "model: is no folder"),
+        (a_link, "model: is no folder"),
+        (work_of_others, "model.training: holds thesis.txt, which no training made"),
+    ],
+)
+def test_overwrite_replaces_only_what_a_training_made(tmp_path, capsys, change, said):
+    """And what it refuses, it leaves as it was."""
+    config = write_config(tmp_path / "tiny.yaml")
+    change(made_by_training(tmp_path / "model"))
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    one_line(capsys, main(command(config, tmp_path / "model", "--overwrite")), said)
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+def test_a_folder_changed_while_a_model_was_trained_is_not_replaced(tmp_path, data):
+    out, work = made_by_training(tmp_path / "model"), tmp_path / "model.training"
+    config = dataclasses.replace(TINY, phases=phases(2))
+    model = train(config, data, work, CPU)
+    with_a_thesis(out)
+    with pytest.raises(UserError, match=r"holds thesis\.txt, which no training made"):
+        finish(model, config, data, work, HELD_OUT_TEXT, out)
+    assert (out / "thesis.txt").exists() and (work / "curve.csv").exists()
+
+
+@pytest.mark.parametrize("out", [".", "..", "../here"])
+def test_the_working_directory_is_not_trained_into(tmp_path, monkeypatch, capsys, out):
+    config = write_config(tmp_path / "tiny.yaml")
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    one_line(capsys, main(command(config, out, "--overwrite")), "holds the folder that you are in")
+    assert here.is_dir()
+
+
+def test_without_a_home_folder_is_one_line(tmp_path, monkeypatch, capsys):
+    """A user id without a passwd entry, as containers have, and no HOME."""
+
+    def unknown():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", unknown)
+    config = write_config(tmp_path / "tiny.yaml")
+    one_line(capsys, main(command(config, tmp_path / "out")), "set HOME to a folder")
+
+
+def test_names_come_to_nothing_in_a_card():
+    config = dataclasses.replace(TINY, name="<img src=x onerror=alert(1)>")
+    metrics = json.loads((MODELS / "pocket-gpt2" / "metrics.json").read_text())
+    card = render_card(
+        config, metrics | {"samples": ["a < b<script>alert(2)</script><!--<|endoftext|>"]}, ["a"]
+    )
+    headings = [line for line in card.splitlines() if line.startswith("# ")]
+    assert headings == ["# &#60;img src=x onerror=alert(1)&#62;"] and "<script" not in card
+    assert "> a < b&lt;script>alert(2)&lt;/script>&lt;!--<|endoftext|>" in card
+    assert "<b>" not in render_table({"<b>x|y": metrics}) and "&#60;b&#62;x&#124;y" in render_table(
+        {"<b>x|y": metrics}
+    )

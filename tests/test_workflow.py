@@ -75,7 +75,10 @@ class Workflow:
             "org/b": [["tokens:0"], heads[:1], ["neurons-resample:0"]],
         }
         plan = {
-            "models": {name: {"stages": stages[name], "mem_mb": 100, "key": code} for name in stages},
+            "models": {
+                name: {"stages": stages[name], "mem_mb": 100, "key": code, "slug": name.replace("/", "--")}
+                for name in stages
+            },
             "notebooks": {"01_self_repair_across_models": notebooks or code, "02_imperfect_and_noisy": code},
             "notebook_mem_mb": 100,
             "page": code + notebooks,

@@ -32,7 +32,7 @@ def select_top(
 def clipped_share(
     part: Float[np.ndarray, "*token"], direct_effect: Float[np.ndarray, "*token"]
 ) -> Float[np.ndarray, "*token"]:
-    """``clip(part / direct_effect, 0, 1)`` per token, 0 where there is none (Rushing & Nanda 2024, §5)."""
+    """``clip(part / direct_effect, 0, 1)`` per token, 0 where there is none (Rushing & Nanda 2024, §4)."""
     ratio = np.divide(part, direct_effect, out=np.zeros_like(part), where=direct_effect != 0)
     return np.clip(ratio, 0, 1)
 

@@ -139,7 +139,7 @@ def duration(seconds: float) -> str:
 
 def last_line(log: Path | None) -> str:
     """What a command said last: its errors are one line."""
-    lines = log.read_text(errors="replace").split("\n") if log and log.is_file() else []
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log and log.is_file() else []
     return next(
         (line.removeprefix("selfrepair: error: ") for line in reversed(lines) if line.strip()),
         "it left no message",

@@ -27,6 +27,7 @@ from selfrepair.analysis.rules import (
     verdict,
 )
 from selfrepair.errors import UserError
+from selfrepair.markdown import plain
 from selfrepair.store.files import write_atomically
 
 #: Estimates of one model, each of a single number, by the statistic's id in ``statistics.yaml``.
@@ -229,7 +230,7 @@ def to_markdown(table: pd.DataFrame) -> str:
 
 
 def _lines(of_models: Sequence[ModelResult]) -> str:
-    return "<br>".join(f"{shown.model} {shown.value} {shown.holds}" for shown in of_models)
+    return "<br>".join(f"{plain(shown.model)} {shown.value} {shown.holds}" for shown in of_models)
 
 
 def write_claims(table: pd.DataFrame, out_dir: Path) -> None:
@@ -238,14 +239,23 @@ def write_claims(table: pd.DataFrame, out_dir: Path) -> None:
     Raises:
         UserError: as :func:`read_claims`, of another notebook's table.
     """
-    parts, folder = out_dir / "claims", out_dir / "figures"
+    parts = out_dir / "claims"
     (notebook,) = set(table["notebook"])
     parts.mkdir(parents=True, exist_ok=True)
     with FileLock(parts / "claims.lock"):  # notebooks may run side by side
         write_atomically(parts / f"{notebook}.csv", _to_csv(table))
-        whole = pd.concat([read_claims(part) for part in sorted(parts.glob("*.csv"))], ignore_index=True)
-        write_atomically(folder / "claims.csv", _to_csv(whole))
-        write_atomically(folder / "claims.md", (to_markdown(whole) + "\n").encode())
+        join_claims(sorted(parts.glob("*.csv")), out_dir)
+
+
+def join_claims(parts: Sequence[Path], out_dir: Path) -> None:
+    """Writes notebooks' long tables, one at least, as one: ``figures/claims.csv``, and ``.md`` for people.
+
+    Raises:
+        UserError: as :func:`read_claims`.
+    """
+    whole = pd.concat([read_claims(part) for part in parts], ignore_index=True)
+    write_atomically(out_dir / "figures" / "claims.csv", _to_csv(whole))
+    write_atomically(out_dir / "figures" / "claims.md", (to_markdown(whole) + "\n").encode())
 
 
 def _to_csv(table: pd.DataFrame) -> bytes:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from selfrepair.errors import UserError
-from selfrepair.models.checkpoints import find_model, training_metrics
-from selfrepair.run.profiles import load_profile
+from selfrepair.models.checkpoints import find_model, training_metrics, whole_name
+from selfrepair.run.profiles import load_profile, whole_profile
 from selfrepair.store.disk_full import disk_full_is_said
+from selfrepair.training.folders import check_replaceable, check_working_folder, training_folders
 
 if TYPE_CHECKING:
     from selfrepair.run.study import Study
@@ -22,6 +24,7 @@ def _study(options: argparse.Namespace) -> Study:
         raise UserError(f"seed must not be negative, not {options.seed}")
     profile = load_profile(options.profile)
     if "model" in options:
+        options.model = whole_name(options.model)
         if options.model not in profile.models:
             raise UserError(
                 f"{options.model}: not a model of {options.profile}; it has {', '.join(profile.models)}"
@@ -29,7 +32,8 @@ def _study(options: argparse.Namespace) -> Study:
         find_model(options.model)
     from selfrepair.run.study import Study
 
-    return Study.of(options.profile, seed=options.seed, device=options.device, out_dir=options.out)
+    folder = profile.run_folder if options.out is None else options.out
+    return Study.of(options.profile, seed=options.seed, device=options.device, out_dir=folder)
 
 
 def plan(options: argparse.Namespace) -> None:
@@ -56,37 +60,43 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def notebook(options: argparse.Namespace) -> None:
-    from selfrepair.run.notebooks import run_notebook_of
+    from selfrepair.run.notebooks import notebook_keys, run_notebook_of
 
     study = _study(options)
+    keys = {stem[:2]: key for stem, key in notebook_keys(study).items()}
     with disk_full_is_said(study.out_dir):
-        run_notebook_of(study, options.profile, options.number, options.key)
+        key = options.key or keys.get(options.number, "")
+        run_notebook_of(study, options.profile, options.number, key)
 
 
 def summary(options: argparse.Namespace) -> None:
     from selfrepair.run.record import summarise
-    from selfrepair.run.workflow import notebook_keys
+    from selfrepair.run.workflow import plan
 
     study = _study(options)
+    planned = plan(study)
     with disk_full_is_said(study.out_dir):
-        print(summarise(study, notebook_keys(study), options.key))
+        print(summarise(study, planned["notebooks"], options.key or planned["page"]))
 
 
 def update(options: argparse.Namespace) -> None:
     from selfrepair.run.committed import update_committed
     from selfrepair.run.record import summarise
     from selfrepair.run.study import Study
-    from selfrepair.run.workflow import notebook_keys
+    from selfrepair.run.workflow import plan
 
-    study = Study.of("pocket")
-    if not (study.out_dir / "index.html").is_file():
-        raise UserError(f"{study.out_dir}: holds no finished run; ./run_all.sh --update makes one first")
-    update_committed(study, lambda: summarise(study, notebook_keys(study)))
+    study = Study.of("pocket", out_dir=load_profile("pocket").run_folder)
+    planned = plan(study)
+    update_committed(study, lambda: summarise(study, planned["notebooks"], planned["page"]))
 
 
 def train(options: argparse.Namespace) -> None:
-    if options.out.exists() and not options.overwrite:
-        raise UserError(f"{options.out}: exists already; choose another --out or give --overwrite")
+    out, work = training_folders(options.out)
+    if out.exists() or out.is_symlink():
+        if not options.overwrite:
+            raise UserError(f"{options.out}: exists already; choose another --out or give --overwrite")
+        check_replaceable(out)
+    check_working_folder(work)
     from transformers.utils import logging
 
     from selfrepair.models.devices import resolve_device
@@ -99,13 +109,14 @@ def train(options: argparse.Namespace) -> None:
     logging.disable_progress_bar()
     config = load_config(options.config)
     device = resolve_device(options.device)
-    work = options.out.with_name(options.out.name + ".training")
     with disk_full_is_said(work, cache_dir()):
+        if out.exists():
+            print(f"{config.name}: replaces {out} when it is done", file=sys.stderr)
         print(f"{config.name}: reading {options.text} (tokenized once, then cached)", file=sys.stderr)
         data = prepare(config, options.text)
         model = train(config, data, work, device)
         print(f"{config.name}: measuring", file=sys.stderr)
-        metrics = finish(model, config, data, work, options.text, options.out)
+        metrics = finish(model, config, data, work, options.text, out)
     print(
         f"held-out prose {metrics['loss_held_out_prose']:.3f} nats/token (trigram "
         f"{metrics['trigram_loss_held_out_prose']:.3f}), "
@@ -135,6 +146,7 @@ def sweep(options: argparse.Namespace) -> None:
         raise UserError(f"seed must not be negative, not {options.seed}")
     if options.tokens is not None and options.prompt_len is not None:
         raise UserError("--prompt-len is not for --tokens, whose rows are taken as long as they are")
+    options.model = whole_name(options.model)
     find_model(options.model)  # what is wrong with the name is said before seconds of imports
     import torch
     from transformers.utils import logging
@@ -163,6 +175,12 @@ def sweep(options: argparse.Namespace) -> None:
     drawn = load_tokens(models[0].tokenizer, **source, n_prompts=options.n_prompts, prompt_len=prompt_len)
     prompts = torch.from_numpy(drawn.tokens)
     check_tokens(models[0], prompts, drawn.source)  # what is wrong is said before anything is written
+    if drawn.last_row_left_out:
+        print(
+            f"{drawn.source}: its last row is left out: prompts are each other's donors in pairs, and it has "
+            f"{len(prompts) + 1}",
+            file=sys.stderr,
+        )
     amount = {"n_prompts": len(prompts), "prompt_len": prompts.shape[1]}
     wanted = {**source, **amount, "dtype": options.dtype, "ablation": options.ablation}
     with disk_full_is_said(options.out):
@@ -170,14 +188,21 @@ def sweep(options: argparse.Namespace) -> None:
 
 
 def heads(options: argparse.Namespace) -> None:
+    import pandas as pd
+
     from selfrepair.analysis.head_table import heads_table
     from selfrepair.store.files import write_atomically
     from selfrepair.store.stores import open_store
 
-    store = open_store(options.store)
-    if "self_repair_heads" not in store:
-        raise UserError(f"{options.store}: no sweep of heads; give a store that 'selfrepair sweep' wrote")
-    table = heads_table(store, options.fraction).to_csv(index=False, float_format="%.6g")
+    tables = []
+    for path in options.stores:
+        store = open_store(path)
+        if "self_repair_heads" not in store:
+            raise UserError(f"{path}: no sweep of heads; give a store that 'selfrepair sweep' wrote")
+        tables.append(heads_table(store, options.fraction))
+        if len(options.stores) > 1:  # of one model perhaps, on other prompts
+            tables[-1].insert(0, "store", str(path))
+    table = pd.concat(tables).to_csv(index=False, float_format="%.6g")
     if options.csv is None:
         print(table, end="")
     else:
@@ -206,21 +231,27 @@ def verify(options: argparse.Namespace) -> None:
 def notebooks(options: argparse.Namespace) -> None:
     if options.jobs < 1:
         raise UserError(f"jobs must be at least 1, not {options.jobs}")
-    for model in load_profile(options.profile).models if options.model is None else [options.model]:
+    parameters = {"profile": whole_profile(options.profile)}
+    parameters |= {} if options.model is None else {"model": whole_name(options.model)}
+    parameters |= {} if options.out is None else {"out_dir": os.path.abspath(options.out)}
+    models = load_profile(options.profile).models
+    for model in models if options.model is None else [parameters["model"]]:
         find_model(model)
     from selfrepair.analysis.comparison import report
+    from selfrepair.run.marks import belongs_to_a_run
     from selfrepair.run.notebooks import run_notebooks
     from selfrepair.run.study import Study
-    from selfrepair.run.workflow import measure
+    from selfrepair.run.workflow import make
 
-    study = Study.of(options.profile, options.model, out_dir=options.out)
+    study = Study.of(**parameters)
     out, profile = study.out_dir, study.profile
-    parameters = {} if options.model is None else {"model": options.model}
+    if belongs_to_a_run(out):
+        raise UserError(f"{out}: belongs to a run of the workflow; give another --out")
     with disk_full_is_said(out):
         if not options.only:  # what notebooks read, made once, with all cores
             for model_name in profile.models:
-                measure(study, model_name)
-        run_notebooks(options.profile, out, parameters, options.jobs, options.only)
+                make(study, model_name, list(study.tasks(model_name)))
+        run_notebooks(out, parameters, options.jobs, options.only)
         if not options.only:
             print(report(out, profile.ablations, profile.fraction, profile.amount, profile.dataset))
     print(out)

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from selfrepair.cli import commands
 from selfrepair.cli.parser import command_parser, one_line
 from selfrepair.errors import UserError
+from selfrepair.paths import PACKAGE, REPOSITORY
+from selfrepair.store.disk_full import why_not_written
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what the locale has no sign for is written out
+        sys.stdout.reconfigure(errors="backslashreplace")
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = command_parser()
     if not _is_unicode("".join(arguments)):
         parser.error("an argument is no UTF-8 text; rename the file that it names")
     options = parser.parse_args(arguments)
+    if not options.is_stage:  # the workflow's stages use the library that the workflow says
+        _say_whose_library(Path(sys.argv[0]))
     try:
+        _check_home()
         getattr(commands, options.run)(options)
         sys.stdout.flush()
     except UserError as error:
@@ -32,14 +41,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except OSError as error:
         path = error.filename2 or error.filename
-        if path is None:  # not about a file that was given, or that was to be written
+        if path is None and why_not_written(error) is None:  # about no file that was given or written
             raise
-        print(
-            f"selfrepair: error: {one_line(os.fsdecode(path))}: cannot be read or written ({error.strerror})",
-            file=sys.stderr,
-        )
+        what = "standard output" if path is None else one_line(os.fsdecode(path))
+        print(f"selfrepair: error: {what}: cannot be read or written ({error.strerror})", file=sys.stderr)
+        if path is None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left unwritten
         return 1
     return 0
+
+
+def _check_home() -> None:
+    """Refuses to begin without a home folder, where the libraries keep settings: they fail in many lines."""
+    try:
+        Path.home()
+    except RuntimeError as error:
+        raise UserError("this user has no home folder: set HOME to a folder that you may write to") from error
+
+
+def _say_whose_library(script: Path) -> None:
+    """Says it if another clone's library is used than that of the command: PYTHONPATH goes first."""
+    own = script.absolute().parent / "../.." / PACKAGE.relative_to(REPOSITORY)  # it lies in .venv/bin
+    if script.name == "selfrepair" and own.is_dir() and own.resolve() != PACKAGE:
+        print(
+            f"selfrepair: using the library {PACKAGE}, not {own.resolve()}: PYTHONPATH names it",
+            file=sys.stderr,
+        )
 
 
 def _is_unicode(text: str) -> bool:

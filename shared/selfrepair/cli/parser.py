@@ -29,6 +29,7 @@ def one_line(message: object) -> str:
 
 def command_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="selfrepair", description="Measure self-repair in language models.")
+    parser.set_defaults(is_stage=False)
     parser.add_argument("--version", action="version", version=f"selfrepair {__version__}")
     parsers = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     train = parsers.add_parser(
@@ -83,8 +84,10 @@ def command_parser() -> argparse.ArgumentParser:
     sweep.add_argument("--out", type=Path, required=True, help="folder for the store")
     sweep.set_defaults(run="sweep")
 
-    heads = parsers.add_parser("heads", help="table of a store's heads")
-    heads.add_argument("store", type=Path, help="as 'selfrepair sweep' prints it")
+    heads = parsers.add_parser("heads", help="table of a store's heads, or of those of several")
+    heads.add_argument(
+        "stores", type=Path, nargs="+", metavar="store", help="as 'selfrepair sweep' prints it"
+    )
     heads.add_argument(
         "--fraction", type=float, default=0.02, help="top fraction of tokens by direct effect (default 0.02)"
     )
@@ -107,7 +110,11 @@ def command_parser() -> argparse.ArgumentParser:
         "--only", nargs="+", default=[], metavar="NN", help="numbers or beginnings of names (default: all)"
     )
     notebooks.add_argument("--model", help="measure this model instead of the profile's")
-    notebooks.add_argument("--out", type=Path, help="results folder (default: results/<profile>)")
+    notebooks.add_argument(
+        "--out",
+        type=Path,
+        help="results folder (default: one in results/by-hand/, as for a notebook by hand)",
+    )
     notebooks.add_argument("--jobs", type=int, default=1, help="notebooks run side by side (default 1)")
     notebooks.set_defaults(run="notebooks")
     _add_stages(parsers)
@@ -142,7 +149,7 @@ def _add_stages(parsers: argparse._SubParsersAction) -> None:
     }
     for name, (parents, says) in stages.items():
         command = parsers.add_parser(name, parents=parents, help=f"{says} (a stage of the workflow)")
-        command.set_defaults(run=name)
+        command.set_defaults(run=name, is_stage=True)
         if name == "measure":
             what = command.add_mutually_exclusive_group()
             what.add_argument("--stage", default="all", help="number of a stage of the plan (default all)")
@@ -151,6 +158,8 @@ def _add_stages(parsers: argparse._SubParsersAction) -> None:
             )
             command.add_argument("--job", default="0", help="name of the mark that --units leave (default 0)")
         if name in ("notebook", "summary"):
-            command.add_argument("--key", default="", help="the plan's, which the mark repeats")
+            command.add_argument(
+                "--key", default="", help="the plan's, which the mark repeats (default: today's)"
+            )
         if name == "notebook":
             command.add_argument("--number", required=True, metavar="NN", help="number of the notebook")

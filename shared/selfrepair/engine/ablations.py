@@ -64,14 +64,26 @@ class Ablation(Protocol):
 
 @dataclass(frozen=True)
 class FromDonors:
-    """The activation of another prompt at the same position."""
+    """The activation of another prompt at the same position.
+
+    Raises:
+        UserError: an odd number of prompts, of which one would have no partner, or be its own.
+    """
 
     has_donors: ClassVar[bool] = True
 
     def __call__(
         self, place: int, clean: Float[Any, "prompt position *what"], donors: Int[Any, " row"] | None = None
     ) -> Float[Any, "row position *what"]:
-        return clean.roll(clean.shape[0] // 2, dims=0) if donors is None else clean[donors]
+        if donors is not None:
+            return clean[donors]
+        n_prompts = clean.shape[0]
+        if n_prompts % 2:
+            raise UserError(
+                "resample ablation puts in what a partner half a batch away has: give an even number of "
+                f"prompts, not {n_prompts}"
+            )
+        return clean.roll(n_prompts // 2, dims=0)
 
 
 @dataclass(frozen=True)

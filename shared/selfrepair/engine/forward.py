@@ -16,7 +16,11 @@ from transformers import DynamicCache
 
 from selfrepair.engine.batches import rows_that_fit
 from selfrepair.engine.hooks import Arguments, before, input_of, standing_in, watching, widened_norms
+from selfrepair.errors import UserError
 from selfrepair.models.loading import Model
+
+#: What token ids can be.
+TOKEN_DTYPES = (torch.int64, torch.int32)
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,12 @@ def run_clean(
 
     ``mlps``: keep what MLPs write, too. ``last_only``: of everything, keep the last position alone.
     ``cache`` is given the keys and values of all positions.
+
+    Raises:
+        UserError: ``tokens`` are no token ids.
     """
+    if tokens.dtype not in TOKEN_DTYPES:
+        raise UserError(f"token ids must be whole numbers (torch.int64 or int32), not {tokens.dtype}")
     residuals: list[Tensor] = []
     z: list[Tensor] = []
     attention_outputs: list[Tensor] = []

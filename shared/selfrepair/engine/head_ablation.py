@@ -55,7 +55,7 @@ def ablate_heads(
 
     ``rows`` bounds the prompts × heads in one pass, and with it the memory; by default what the caches
     of a CPU or the free memory of a GPU hold. A pass that runs out of memory is done again in halves.
-    Rushing & Nanda 2024, §2 and §4.
+    Rushing & Nanda 2024, §2 and §3.
 
     Raises:
         torch.OutOfMemoryError: one head on these prompts is too much for the device.

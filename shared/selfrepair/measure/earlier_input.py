@@ -39,7 +39,7 @@ class EarlierInput(Measurement):
     instead of its own. ``ablated``, of the same shape: it reads its own, with the strongest head of the layer
     before ablated, ``ablated_head [later_layer]``. That head has the largest mean direct effect over its own
     top ``fraction`` of tokens; the sums run over these tokens, ``count [later_layer, prompt]`` of them.
-    Rushing & Nanda 2024, §6.
+    Rushing & Nanda 2024, §5.3.
     """
 
     name: ClassVar[str] = "earlier_input"

@@ -35,7 +35,7 @@ class Heads(Measurement):
     """What :class:`~selfrepair.engine.head_ablation.HeadAblations` holds (logits).
 
     ``[layer, head, prompt, position]``; beside them ``sigma_clean [prompt, position]`` and
-    ``token [prompt, token_position]``. Rushing & Nanda 2024, §2 and §4.
+    ``token [prompt, token_position]``. Rushing & Nanda 2024, §2 and §3.
     """
 
     name: ClassVar[str] = "heads"

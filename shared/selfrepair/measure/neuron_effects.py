@@ -1,7 +1,7 @@
 """Every neuron of the MLPs after a head, read on some tokens, before and after the head is ablated.
 
 Neuron ``n`` of an MLP writes ``act_n W_out[n]``: its direct effect is ``DE_n = act_n (W_out[n] · u) /
-σ_clean``, its self-repair the change of that when a head is ablated. Rushing & Nanda 2024, §5.
+σ_clean``, its self-repair the change of that when a head is ablated. Rushing & Nanda 2024, §4.
 """
 
 from __future__ import annotations

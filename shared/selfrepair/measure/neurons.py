@@ -135,7 +135,7 @@ def _strongest(heads: Mapping[Head, HeadTokens]) -> Head:
 
 
 def _layer_of_head(model: Model, head: Sequence[int]) -> int:
-    if len(head) != 2 or not 0 <= head[1] < model.n_heads:
+    if len(head) != 2 or head[0] < 0 or not 0 <= head[1] < model.n_heads:
         raise UserError(
             f"{model.name}: no head {list(head)}; give [layer, head], heads from 0 to {model.n_heads - 1}"
         )

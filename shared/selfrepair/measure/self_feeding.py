@@ -45,7 +45,7 @@ class SelfFeeding(Measurement):
     ``scale`` times the head's own output at ``position``, the output there of another head of the model
     (drawn once per head from ``seed``), or a Gaussian direction (drawn per token) of the own output's norm:
     the attribute ``vectors`` names them. It is added at that position alone, one position per run, and the
-    head's direct effect there is read with the clean scale of the final norm. Rushing & Nanda 2024, §6.
+    head's direct effect there is read with the clean scale of the final norm. Rushing & Nanda 2024, §5.3.
 
     Two comparisons at the largest scale. ``after_everywhere [fed, prompt, position]``: every position gets
     its own output added, all in one run, so that the context changes too. ``sigma_ratio [fed, vector,

@@ -23,7 +23,7 @@ from selfrepair.measure.measurement import Inputs, Settings, find_measurement, s
 from selfrepair.models.checkpoints import model_identity, short_name
 from selfrepair.store.code_identity import code_version
 from selfrepair.store.files import identity, remove_unfinished, slug
-from selfrepair.store.manifest import manifest_of, write_manifest
+from selfrepair.store.manifest import contradictions, manifest_of, write_manifest
 from selfrepair.store.stores import SHARD, attributes_of, kept, open_store, write_store
 
 if TYPE_CHECKING:
@@ -56,10 +56,17 @@ class Task:
         self.needed = {n: Task(n, model_name, wanted, folder) for n in self.measurement.needs(self.settings)}
         kind = f"-{self.settings['ablation']}" if "ablation" in self.settings else ""
         self.label = f"{name}{kind}"
-        self.path = (
-            folder / f"{slug(short_name(model_name))}-{self.label}-{identity(self.determined_by)}.zarr"
-        )
+        self.path = folder / f"{self.name_by(self.determined_by)}.zarr"
         self.shard_folder = self.path.with_suffix(".shards")
+
+    def name_by(self, attributes: Mapping[str, object]) -> str:
+        """What its store is called if that has these attributes.
+
+        Raises:
+            KeyError: one that determines the numbers is not among them.
+        """
+        own = {name: attributes[name] for name in self.determined_by}
+        return f"{slug(short_name(self.model_name))}-{self.label}-{identity(own)}"
 
     @cached_property
     def determined_by(self) -> dict[str, object]:
@@ -72,7 +79,8 @@ class Task:
             "inputs": {name: task.path.stem for name, task in self.needed.items()},
             "version": __version__,
             "code": code_version(
-                f"selfrepair.measure.{self.measurement.name}", "selfrepair.engine.fast.switch"
+                f"selfrepair.measure.{self.measurement.name}",
+                *("selfrepair.models.loading", "selfrepair.engine.fast.switch"),
             ),
         }
 
@@ -81,9 +89,13 @@ class Task:
         return self.measurement.shards(self.settings)
 
     def is_done(self) -> bool:
-        """Whether the store is there whole, made from the inputs that are there."""
+        """Whether the store is there whole with its manifest, made from the inputs that are there."""
         attributes = attributes_of(self.path)
         if attributes is None or not all(task.is_done() for task in self.needed.values()):
+            return False
+        if contradictions(manifest_of(self.path), attributes):
+            return False
+        if attributes != attributes | self.determined_by:  # another store under this name
             return False
         inputs = {name: attributes_of(task.path) for name, task in self.needed.items()}
         found = {name: of_input and of_input["sha256"] for name, of_input in inputs.items()}
@@ -151,8 +163,10 @@ class Task:
         seconds = sum(float(about["seconds"]) for about in about_shards)
         own = {name: value for name, value in about_shards[0].items() if name not in OF_A_SHARD}
         attributes = {**own, **self.determined_by, "inputs_sha256": about_shards[0]["inputs"]}
-        write_manifest(manifest_of(self.path), seconds, source=self.model_name, **attributes)
+        manifest_of(self.path).unlink(missing_ok=True)
         write_store(self._parts(attributes), self.path, self.measurement.along)
+        about = attributes | {"sha256": attributes_of(self.path)["sha256"]}
+        write_manifest(manifest_of(self.path), seconds, source=self.model_name, **about)
 
     def computed_again(self, model: Model, shard: int) -> xr.Dataset:
         """A shard, computed whatever is on the disk, with its places in the order of the store."""

@@ -71,6 +71,16 @@ def read_config(model_name: str) -> dict[str, object]:
     return config
 
 
+def whole_name(model_name: str, folder: str | Path = "") -> str:
+    """A name that means the same model in every process: of a local folder, its whole path.
+
+    Relative paths begin at ``folder``, by default the working directory. Embedded names and hub ids stay.
+    """
+    place = os.path.join(folder, model_name)
+    is_local = model_name not in embedded_models() and os.path.isdir(place)
+    return os.path.abspath(place) if is_local else model_name
+
+
 def short_name(model_name: str) -> str:
     """A model's name without the folders that it lies in; a hub id as it is."""
     return Path(os.path.abspath(model_name)).name if os.path.isdir(model_name) else model_name
@@ -172,6 +182,30 @@ def _check_on_hub(model_name: str) -> None:
         raise UserError(
             f"{model_name}: the Hugging Face hub answered with error {status}: "
             "try again later, or give a local model folder"
+        )
+
+
+def check_dataset_reachable(name: str, instead: str) -> None:
+    """Refuses a data set of a hub that does not answer: its own library tries for half a minute, in many
+    lines. With ``HF_HUB_OFFLINE`` that library looks at once for what was downloaded.
+
+    Raises:
+        UserError: no answer; ends with what to do ``instead``.
+    """
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+    from huggingface_hub.errors import HFValidationError
+
+    if HF_HUB_OFFLINE or os.path.exists(name):
+        return
+    try:
+        url = hf_hub_url(name, "README.md", repo_type="dataset")
+    except HFValidationError:  # no possible name, which the library says at once
+        return
+    if _hub_status(url) is None:
+        raise UserError(
+            f"{name}: wanted from the Hugging Face hub, which was not reachable "
+            f"(no answer from {url.split('/resolve/')[0]}): {instead}"
         )
 
 

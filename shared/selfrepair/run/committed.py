@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
-from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
 
 from selfrepair.errors import UserError
 from selfrepair.paths import FIGURES, README
-from selfrepair.run.notebooks import all_notebooks, without_widgets, write_notebook
+from selfrepair.run.notebooks import Notebook, all_notebooks, write_notebook
 from selfrepair.run.page import write_page
 from selfrepair.run.study import Study
 from selfrepair.store.files import write_atomically
@@ -23,24 +19,24 @@ CLAIMS = ("\n## Claims\n\n", "\nThe rules behind the verdicts")
 
 
 def update_committed(study: Study, summarise: Callable[[], object]) -> None:
-    """Executes every notebook in its place; copies the figures, claims and page that they make.
+    """Puts a run's outputs into the notebooks; copies its figures, claims and page.
 
-    ``summarise`` writes the run's page and manifest once the notebooks have run. Nothing is
-    changed unless every notebook ran through.
+    ``summarise`` writes the run's page and manifest again, which say what is committed now, and refuses a run
+    of anything else than today's notebooks and code. Nothing is changed then.
 
     Raises:
-        UserError: a notebook's cell failed, or the README has no section of claims.
+        UserError: as ``summarise``, or the README has no section of claims.
     """
-    executed = {notebook.path: _executed(notebook.path) for notebook in all_notebooks()}
     readme = README.read_text(encoding="utf-8")
     before, begin, rest = readme.partition(CLAIMS[0])
     _, end, after = rest.partition(CLAIMS[1])
     if not (begin and end):
         raise UserError(f"{README}: has no section 'Claims' that ends with '{CLAIMS[1].strip()} …'")
-    summarise()  # first: its manifest says whether files differ from the commit
-    for path, notebook in executed.items():
-        write_notebook(notebook, path)
+    summarise()
     out_dir, target = study.out_dir, FIGURES / study.profile.name
+    for notebook in all_notebooks():
+        executed = _with_outputs(notebook, out_dir / "notebooks" / notebook.path.name)
+        write_notebook(executed, notebook.path)
     target.mkdir(parents=True, exist_ok=True)
     page = write_page(out_dir, target / "index.html")
     made = sorted((out_dir / "figures").iterdir())
@@ -53,18 +49,18 @@ def update_committed(study: Study, summarise: Callable[[], object]) -> None:
     write_atomically(README, f"{before}{begin}{claims}{end}{after}".encode())
 
 
-def _executed(path: Path) -> nbformat.NotebookNode:
-    print(f"{path.stem}: running in its place", file=sys.stderr)
-    notebook = nbformat.read(path, as_version=4)
-    where = {"metadata": {"path": os.fspath(path.parent)}}
-    try:
-        NotebookClient(
-            notebook, timeout=None, kernel_name="python3", resources=where, coalesce_streams=True
-        ).execute()
-    except CellExecutionError as error:
-        raise UserError(
-            f"{path.stem}: {error.ename}: {str(error.evalue).splitlines()[0]}; nothing was changed"
-        ) from error
-    for cell in notebook.cells:
-        cell.metadata.pop("execution", None)  # times of day
-    return without_widgets(notebook)
+def _with_outputs(notebook: Notebook, executed: Path) -> nbformat.NotebookNode:
+    """A notebook with the outputs of its run, whose cell of the run's own parameters is left out."""
+    made = nbformat.read(executed, as_version=4)
+    cells = [cell for cell in made.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+    with_outputs = nbformat.read(notebook.path, as_version=4)
+    count = 0
+    for cell, of_the_run in zip(with_outputs.cells, cells, strict=True):
+        if cell.cell_type != "code":
+            continue
+        count += 1
+        cell.outputs, cell.execution_count = of_the_run.outputs, count
+        for output in cell.outputs:
+            if "execution_count" in output:
+                output.execution_count = count
+    return with_outputs

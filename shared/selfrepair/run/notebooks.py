@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
+import hashlib
 import os
+import re
 import sys
+import tempfile
+import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import nbformat
 from filelock import FileLock
 
 from selfrepair.errors import UserError
-from selfrepair.paths import NOTEBOOKS
+from selfrepair.models.checkpoints import model_identity
+from selfrepair.paths import HELD_OUT_TEXT, NOTEBOOKS, PACKAGE, PUBLISHED
 from selfrepair.run.marks import mark, say_done
-from selfrepair.store.files import write_atomically
+from selfrepair.run.profiles import whole_profile
+from selfrepair.store.code_identity import code_files, code_version
+from selfrepair.store.files import identity, write_atomically
+from selfrepair.text.corpora import hash_documents, read_documents
 
 if TYPE_CHECKING:
+    from jupyter_client import AsyncKernelManager
+
     from selfrepair.run.study import Study
+
+#: Bytes of the longest folder that paths of sockets can begin with: 107, less ``/tmpabcdefgh/kernel-5``.
+LONGEST_FOR_SOCKETS = 86
 
 
 #: The form in which a widget is shown: it is alive only beside the kernel that made it.
@@ -67,15 +80,23 @@ class Notebook:
         )
         return sorted({str(ast.literal_eval(call.args[0])) for call in asked})
 
-    def left(self, out_dir: Path) -> list[Path]:
-        """What it left in a results folder: itself, figures, claims, and tables that cells name."""
-        places = [out_dir / "notebooks" / self.path.name, out_dir / "claims" / f"{self.number}.csv"]
-        tables = [table for table in out_dir.glob("*.csv") if f'"{table.name}"' in self.code]
-        return (
-            [place for place in places if place.is_file()]
-            + sorted((out_dir / "figures").glob(f"{self.number}_*"))
-            + tables
-        )
+    def files(self, ablations: Sequence[str]) -> list[str]:
+        """What it may leave in a results folder: itself, its claims, figures and tables that cells name."""
+        figures = sorted(set(re.findall(rf'"({self.number}_\w+)"', self.code)))
+        tables = sorted(set(re.findall(r'"([\w-]+\.csv)"', self.code)))
+        if "write_heads(" in self.code:
+            tables += [f"heads_{ablation}.csv" for ablation in ablations]
+        return [
+            f"notebooks/{self.path.name}",
+            f"claims/{self.number}.csv",
+            *(f"figures/{name}.{suffix}" for name in figures for suffix in ("png", "pdf")),
+            *tables,
+        ]
+
+    def left(self, study: Study) -> list[Path]:
+        """Of its files, those that are there."""
+        places = (study.out_dir / name for name in self.files(study.profile.ablations))
+        return [place for place in places if place.is_file()]
 
 
 def all_notebooks() -> list[Notebook]:
@@ -83,10 +104,44 @@ def all_notebooks() -> list[Notebook]:
     return [Notebook(path) for path in sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))]
 
 
+def notebook_keys(study: Study) -> dict[str, str]:
+    """By notebook, what changes with it, the code that its cells run, and the tables and stores it reads."""
+    return {notebook.stem: _key_of_notebook(study, notebook) for notebook in all_notebooks()}
+
+
+def _key_of_notebook(study: Study, notebook: Notebook) -> str:
+    stores = [
+        study.task(name, model_name, ablation).path.stem
+        for name in notebook.measurements
+        for model_name, ablation in study.each(name)
+    ]
+    code = code_files(source=notebook.code)
+    reads_published = PACKAGE / "analysis" / "published.py" in code
+    reads_text = PACKAGE / "text" / "corpora.py" in code
+    return identity(
+        {
+            "source": notebook.source,
+            "code": code_version(source=notebook.code),
+            "settings": dataclasses.asdict(study.profile),
+            "stores": stores,
+            "models": [model_identity(name) for name in study.profile.models],  # for what it computes itself
+            "published": _hash_of_published() if reads_published else "",
+            "text": hash_documents(read_documents(HELD_OUT_TEXT)) if reads_text else "",
+        }
+    )
+
+
+def _hash_of_published() -> str:
+    tables = sorted(PUBLISHED.glob("[!.]*.csv"))  # editors keep hidden locks there
+    return hashlib.sha256(b"".join(file.read_bytes() for file in tables)).hexdigest()
+
+
 def run_notebooks(
-    profile: str, out_dir: Path, parameters: dict[str, object], jobs: int = 1, only: Sequence[str] = ()
+    out_dir: Path, parameters: dict[str, object], jobs: int = 1, only: Sequence[str] = ()
 ) -> list[Path]:
     """Executes notebooks (all, or those that begin with one of ``only``) into a results folder.
+
+    Kernels work in a folder of their own, so paths among ``parameters`` must be whole.
 
     Raises:
         UserError: no such notebook, a parameter that a notebook does not have, or cells that failed: the
@@ -104,7 +159,6 @@ def run_notebooks(
             f"{', '.join(source.stem for source in sources)}"
         )
     sources = [source for source in sources if not only or source.name.startswith(tuple(only))]
-    parameters = {"profile": profile, "out_dir": str(out_dir.resolve()), **parameters}
     for source in sources:
         misspelt = set(parameters) - set(papermill.inspect_notebook(str(source)))
         if misspelt:
@@ -115,12 +169,15 @@ def run_notebooks(
         os.environ.setdefault(
             "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // min(jobs, len(sources))))
         )
+    kernels: list[AsyncKernelManager] = []
     with ThreadPoolExecutor(max_workers=jobs) as pool:
-        failures = [
-            failure
-            for failure in pool.map(lambda source: _run(source, target / source.name, parameters), sources)
-            if failure
-        ]
+        running = [pool.submit(_run, source, target / source.name, parameters, kernels) for source in sources]
+        try:
+            failures = [failure for one in running if (failure := one.result())]
+        except BaseException:  # Ctrl-C, which kernels do not get; a cell may have minutes to go
+            pool.shutdown(wait=False, cancel_futures=True)
+            _kill(kernels, running)
+            raise
     if failures:
         raise UserError("; ".join(failures))
     return [target / source.name for source in sources]
@@ -129,26 +186,60 @@ def run_notebooks(
 def run_notebook_of(study: Study, profile: str, number: str, key: str) -> None:
     """Executes one notebook of a run and marks it as done, under the plan's ``key``.
 
+    What an earlier run of it left goes first, so that whatever is there afterwards is of this one.
+
     Raises:
         UserError: no notebook has that number; or as :func:`run_notebooks`.
     """
     numbered = {notebook.number: notebook for notebook in all_notebooks()}
     if number not in numbered:
         raise UserError(f"no notebook has the number {number!r}; there are {', '.join(numbered)}")
-    run_notebooks(profile, study.out_dir, {"seed": study.seed, "device": study.device}, only=[number])
-    say_done(
-        mark(study.out_dir, "notebooks", number), numbered[number].left(study.out_dir), study.out_dir, key=key
-    )
+    for file in numbered[number].left(study):
+        file.unlink()
+    parameters = {
+        "profile": whole_profile(profile),
+        "out_dir": os.path.abspath(study.out_dir),
+        "seed": study.seed,
+        "device": study.device,
+    }
+    run_notebooks(study.out_dir, parameters, only=[number])
+    say_done(mark(study.out_dir, "notebooks", number), numbered[number].left(study), study.out_dir, key=key)
 
 
-def _run(source: Path, target: Path, parameters: dict[str, object]) -> str | None:
+def _kill(kernels: Sequence[AsyncKernelManager], running: Sequence[Future]) -> None:
+    """Kills kernels, those that are about to start too, until no notebook runs any more."""
+    while not all(one.done() for one in running):
+        for kernel in list(kernels):
+            process = getattr(kernel.provisioner, "process", None)
+            if process is not None:
+                process.kill()
+        time.sleep(0.05)
+
+
+def _folder_for_sockets() -> str:
+    """Where temporary folders go, unless its path is too long for sockets in them."""
+    usual = tempfile.gettempdir()
+    return usual if len(os.fsencode(usual)) <= LONGEST_FOR_SOCKETS else "/tmp"
+
+
+def _run(
+    source: Path, target: Path, parameters: dict[str, object], kernels: list[AsyncKernelManager]
+) -> str | None:
+    """Executes a notebook, noting its kernel; says what failed."""
     import papermill
+    from jupyter_client import AsyncKernelManager
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
     from traitlets.config import Config
 
+    class Noted(AsyncKernelManager):
+        def __init__(self, **settings: object):
+            super().__init__(**settings)
+            kernels.append(self)
+
     print(f"{source.stem}: running", file=sys.stderr)
-    with FileLock(target.with_suffix(".lock")), TemporaryDirectory() as folder:
+    folder_for_sockets = tempfile.TemporaryDirectory(dir=_folder_for_sockets())
+    with FileLock(target.with_suffix(".lock")), folder_for_sockets as folder:
         # Sockets in a folder of its own: kernels that start at the same moment can be given the same TCP
         # port.
         sockets = Config({"KernelManager": {"transport": "ipc", "ip": f"{folder}/kernel"}})
@@ -161,6 +252,7 @@ def _run(source: Path, target: Path, parameters: dict[str, object]) -> str | Non
                 progress_bar=False,
                 cwd=os.fspath(source.parent),
                 config=sockets,
+                kernel_manager_class=Noted,
                 coalesce_streams=True,  # else it is chance in how many pieces a cell's text is kept
             )
         except PapermillExecutionError as error:

@@ -9,8 +9,10 @@ import json
 import os
 import re
 from collections import Counter
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jinja2
 import nbformat
@@ -18,13 +20,17 @@ import pandas as pd
 from markupsafe import Markup, escape
 from PIL import Image
 
-from selfrepair.analysis.claims import LEGEND, ClaimResult, read_claims, results
+from selfrepair.analysis.claims import LEGEND, ClaimResult, join_claims, read_claims, results
+from selfrepair.analysis.comparison import report
 from selfrepair.analysis.rules import VERDICTS
 from selfrepair.engine.ablations import ABLATIONS
 from selfrepair.errors import UserError
 from selfrepair.paths import NOTEBOOKS
 from selfrepair.run.notebook_page import caption
 from selfrepair.store.files import write_atomically
+
+if TYPE_CHECKING:
+    from selfrepair.run.profiles import Profile
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
@@ -93,12 +99,16 @@ def write_page(out_dir: Path, target: Path | None = None) -> Path:
 
     In another place (``target``) it links the notebooks of the repository, not those of the run as HTML.
 
+    So is what the folder's manifest says to be outside the run's plan.
+
     Raises:
         UserError: nothing to show, or a file that cannot be read.
     """
-    figures = [_figure(path) for path in sorted((out_dir / "figures").glob("*.png"))]
+    manifest = _manifest(out_dir / "manifest.json")
+    outside = {out_dir / str(name) for name in manifest.get("outside_the_plan", [])}
+    figures = [_figure(path) for path in sorted({*(out_dir / "figures").glob("*.png")} - outside)]
     claims = _claims(out_dir / "figures" / "claims.csv")
-    models = _heads(out_dir)
+    models = _heads({*out_dir.glob("heads_*.csv")} - outside)
     if not (figures or claims or models):
         raise UserError(
             f"{out_dir}: holds no figures, claims or tables of heads; run 'selfrepair notebooks' into "
@@ -113,7 +123,7 @@ def write_page(out_dir: Path, target: Path | None = None) -> Path:
         "sections": _sections(figures, out_dir, target),
         "comparison": _comparison(out_dir / "comparison.csv"),
         "models": models,
-        "manifest": _manifest(out_dir / "manifest.json"),
+        "manifest": manifest,
     }
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
@@ -124,6 +134,25 @@ def write_page(out_dir: Path, target: Path | None = None) -> Path:
         target, environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(page).encode()
     )
     return target
+
+
+def make_tables(profile: Profile, notebooks: Iterable[str], out: Path) -> str:
+    """Writes what follows from what the notebooks left: all claims in one, and the comparison with released
+    numbers, which it returns in words.
+
+    Raises:
+        UserError: a table cannot be read, or is of other models than the released numbers of their names.
+    """
+    of_notebooks = (out / "claims" / f"{stem[:2]}.csv" for stem in sorted(notebooks))
+    if parts := [part for part in of_notebooks if part.is_file()]:
+        join_claims(parts, out)
+    return report(
+        out,
+        ablations=profile.ablations,
+        fraction=profile.fraction,
+        amount=profile.amount,
+        dataset=profile.dataset,
+    )
 
 
 def _csp_hash(source: str) -> str:
@@ -190,9 +219,9 @@ def _claims(path: Path) -> list[ClaimResult]:
     return results(read_claims(path)) if path.is_file() else []
 
 
-def _heads(out_dir: Path) -> dict[str, list[Table]]:
+def _heads(files: Collection[Path]) -> dict[str, list[Table]]:
     """Model → its tables of heads, one per kind of ablation."""
-    paths = {path.stem.removeprefix("heads_"): path for path in sorted(out_dir.glob("heads_*.csv"))}
+    paths = {path.stem.removeprefix("heads_"): path for path in sorted(files)}
     models: dict[str, list[Table]] = {}
     for ablation in (*(kind for kind in ABLATIONS if kind in paths), *sorted(paths.keys() - set(ABLATIONS))):
         table = _read(paths[ablation], ("model", "layer", "head"), dtype={"model": str})

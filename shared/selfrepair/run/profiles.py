@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection
+import os
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from reprlib import repr as shown
@@ -11,16 +12,20 @@ from reprlib import repr as shown
 from selfrepair.choices import LAYER_POSITIONS, PRECISIONS
 from selfrepair.engine.ablations import ABLATIONS
 from selfrepair.errors import UserError
-from selfrepair.paths import PROFILES
+from selfrepair.models.checkpoints import whole_name
+from selfrepair.paths import PROFILES, REPOSITORY, RUNS
 from selfrepair.yaml_files import read_yaml
 
+#: By name, what a value must satisfy, and how to say so.
+Possible = Mapping[str, tuple[Callable[[object], bool], str]]
 #: What an entry of ``models`` may set for its model alone.
 OF_ONE_MODEL = ("n_prompts", "dtype")
 
 
 @dataclass(frozen=True)
 class Profile:
-    """``dataset`` is a hub dataset id or ``pile``; without it, the held-out prose is measured on.
+    """``models`` are embedded names, hub ids and whole paths. ``dataset`` is a hub dataset id or ``pile``;
+    without it, the held-out prose is measured on.
 
     ``dtype`` is that of the weights; ``tf32`` are float32 weights whose products a GPU computes in TF32.
     ``per_model`` holds the ``n_prompts`` and ``dtype`` of models that have their own: :meth:`of_model` minds
@@ -53,6 +58,11 @@ class Profile:
         return dataclasses.replace(self, per_model=kept, **changes)
 
     @property
+    def run_folder(self) -> Path:
+        """Where a run of it goes, unless told otherwise."""
+        return RUNS / self.name
+
+    @property
     def amount(self) -> str:
         """For captions: ``788 prompts``, or ``788 to 7876 prompts`` where models differ."""
         amounts = sorted({self.of_model(model).n_prompts for model in self.models})
@@ -62,13 +72,17 @@ class Profile:
 def load_profile(name: str | Path) -> Profile:
     """A profile of the repository by name, or any YAML file by path.
 
+    The file alone says which models are meant: relative paths in it begin at its folder, in a profile of the
+    repository at the repository.
+
     Raises:
         UserError: no such profile, unreadable, not YAML, unknown, missing or repeated key, wrong type or
-        impossible value.
+        impossible value, or a folder that lies in the working directory alone.
     """
-    path = Path(name) if str(name).endswith((".yaml", ".yml")) else PROFILES / f"{name}.yaml"
+    path = Path(whole_profile(name)) if _is_path(name) else PROFILES / f"{name}.yaml"
+    folder = REPOSITORY if path.parent.resolve() == PROFILES else path.parent
     try:
-        return dataclasses.replace(_profile(read_yaml(path)), name=path.stem)
+        return dataclasses.replace(_profile(read_yaml(path), folder), name=path.stem)
     except FileNotFoundError as error:
         known = ", ".join(sorted(p.stem for p in PROFILES.glob("*.yaml")))
         raise UserError(
@@ -80,7 +94,16 @@ def load_profile(name: str | Path) -> Profile:
         raise UserError(f"{path}: {error}") from error
 
 
-def _profile(values: object) -> Profile:
+def whole_profile(name: str | Path) -> str:
+    """What names the same profile in every process: the whole path of a file, a name as it is."""
+    return os.path.abspath(name) if _is_path(name) else str(name)
+
+
+def _is_path(name: str | Path) -> bool:
+    return str(name).endswith((".yaml", ".yml"))
+
+
+def _profile(values: object, folder: Path) -> Profile:
     fields = {f.name: f for f in dataclasses.fields(Profile) if f.name not in ("per_model", "name")}
     if not isinstance(values, dict):
         raise UserError(f"must give {', '.join(fields)} as 'key: value' lines")
@@ -88,12 +111,10 @@ def _profile(values: object) -> Profile:
     missing = [f.name for f in fields.values() if f.default is dataclasses.MISSING and f.name not in values]
     if missing:
         raise UserError(f"missing {', '.join(missing)}")
-    models, per_model = _models(values["models"])
+    models, per_model = _models(values["models"], folder)
     for own in ({}, *per_model.values()):
         settings = {f.name: f.default for f in fields.values()} | values | own
-        for key, (is_possible, wanted) in _POSSIBLE.items():
-            if not is_possible(settings[key]):
-                raise UserError(f"{key} must be {wanted}, not {shown(settings[key])}")
+        refuse_impossible({key: settings[key] for key in POSSIBLE}, POSSIBLE)
         n_tokens = settings["n_prompts"] * (settings["prompt_len"] - 1)
         if 1 / settings["fraction"] > n_tokens:
             raise UserError(
@@ -103,8 +124,8 @@ def _profile(values: object) -> Profile:
     return Profile(**{**values, "models": models, "per_model": per_model})
 
 
-def _models(entries: object) -> tuple[list[str], dict[str, dict[str, object]]]:
-    """Names, in order, and what each model that has settings of its own sets."""
+def _models(entries: object, folder: Path) -> tuple[list[str], dict[str, dict[str, object]]]:
+    """Whole names, in order, and what each model that has settings of its own sets."""
     if not isinstance(entries, list) or not entries:
         raise UserError(f"models must be a list of names, not {shown(entries)}")
     settings: dict[str, dict[str, object]] = {}
@@ -116,10 +137,27 @@ def _models(entries: object) -> tuple[list[str], dict[str, dict[str, object]]]:
             raise UserError(
                 f"models must be names, or a name with {' or '.join(OF_ONE_MODEL)}, not {shown(entry)}"
             )
-        if name in settings:
+        whole = whole_name(name, folder)
+        if whole == name != whole_name(name):
+            raise UserError(
+                f"{name}: is a folder here, but paths in this profile begin at {folder}; give its whole path"
+            )
+        if whole in settings:
             raise UserError(f"models has {shown(name)} twice")
-        settings[name] = own
+        settings[whole] = own
     return list(settings), {name: own for name, own in settings.items() if own}
+
+
+def refuse_impossible(values: Mapping[str, object], possible: Possible) -> None:
+    """Refuses values that cannot be.
+
+    Raises:
+        UserError: one of them; says what is wanted.
+    """
+    for key, value in values.items():
+        is_possible, wanted = possible[key]
+        if not is_possible(value):
+            raise UserError(f"{key} must be {wanted}, not {shown(value)}")
 
 
 def _refuse_unknown(values: dict[object, object], known: Collection[str]) -> None:
@@ -140,8 +178,8 @@ def _are_ablations(value: object) -> bool:
     )
 
 
-#: What each value must satisfy (``True`` is an int in Python, and no number here), and how to say so.
-_POSSIBLE: dict[str, tuple[Callable[[object], bool], str]] = {
+#: Of settings (``True`` is an int in Python, and no number here).
+POSSIBLE: Possible = {
     "ablations": (_are_ablations, f"a list of different ones of {', '.join(ABLATIONS)}"),
     "n_prompts": (
         lambda value: type(value) is int and value >= 2 and value % 2 == 0,

@@ -5,19 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from selfrepair.analysis.comparison import report
 from selfrepair.errors import UserError
 from selfrepair.paths import HELD_OUT_TEXT
-from selfrepair.run.marks import RESULTS, mark, say_done
+from selfrepair.run.marks import OF_A_STORE, OF_THE_RUN, RESULTS, mark, passed_over, said_of, say_done
 from selfrepair.run.notebook_page import write_notebook_pages
-from selfrepair.run.page import write_page
-from selfrepair.run.study import Study
-from selfrepair.store.files import hash_files
-from selfrepair.store.manifest import manifest_of, read_manifest, write_manifest
+from selfrepair.run.notebooks import all_notebooks
+from selfrepair.run.page import make_tables, write_page
+from selfrepair.run.study import Study, model_slug, with_needs
+from selfrepair.store.files import hash_file, hash_files
+from selfrepair.store.manifest import add_to_manifest, manifest_of, read_manifest, write_manifest
 from selfrepair.text.corpora import hash_documents, read_documents
-
-#: What a run's manifest repeats of each store's own.
-OF_A_STORE = ("model", "measurement", "ablation", "dtype", "weights_sha256", "code", "seconds", "finished")
 
 
 def summarise(study: Study, notebooks: Mapping[str, str], key: str = "") -> str:
@@ -25,26 +22,28 @@ def summarise(study: Study, notebooks: Mapping[str, str], key: str = "") -> str:
 
     The pages are ``index.html`` and, of each notebook, ``notebooks/NN_….html``.
 
-    ``notebooks`` are the keys of what the notebooks show, which the manifest names.
+    ``notebooks`` are the keys of what the notebooks show, which the manifest names. So it does what lies in
+    the folder but is not in the run's plan, from an earlier run of other settings for instance: page and
+    ``verify`` leave that out.
 
     Returns what to print: the comparison and the page's path.
 
     Raises:
-        UserError: the run left nothing to show, or is of other models than the released numbers of their
-        names.
+        UserError: the folder does not hold all of this very run, the run left nothing to show, or is of other
+        models than the released numbers of their names.
     """
     out = study.out_dir
+    _refuse_another_run(study, notebooks)
     if not any((out / "figures").glob("*.png")):
         raise UserError(f"{out}: holds no figures; run 'selfrepair notebooks' into it first")
     profile = study.profile
-    said = report(
-        out,
-        ablations=profile.ablations,
-        fraction=profile.fraction,
-        amount=profile.amount,
-        dataset=profile.dataset,
-    )
+    said = make_tables(profile, notebooks, out)
+    write_notebook_pages(out)
     stores = _stores_of(study)
+    files = set(_files_of(study))
+    own = {f"measured/{note['store']}" for note in stores.values()}
+    measured = {f"measured/{store.name}" for store in (out / "measured").glob("*.zarr")}
+    outside = [*sorted(hash_files(out, RESULTS).keys() - files), *sorted(measured - own)]
     made_from = {
         "profile": profile.name,
         "settings": dataclasses.asdict(profile),
@@ -52,29 +51,59 @@ def summarise(study: Study, notebooks: Mapping[str, str], key: str = "") -> str:
         "held_out_text_sha256": hash_documents(read_documents(HELD_OUT_TEXT)),
         "notebooks": dict(notebooks),
         "stores": stores,
+        "outside_the_plan": outside,
     }
     manifest = out / "manifest.json"
     seconds = sum(float(note["seconds"]) for note in stores.values())
     write_manifest(manifest, seconds, **made_from)  # the page shows it
-    notebook_pages = write_notebook_pages(out)
     page = write_page(out)
-    write_manifest(manifest, seconds, **made_from, files=hash_files(out, RESULTS))
-    say_done(mark(study.out_dir, "page"), [page, *notebook_pages, manifest], out, key=key)
+    left = {name: digest for name, digest in hash_files(out, RESULTS).items() if name in files}
+    add_to_manifest(manifest, files=left)
+    measured = [out / "measured" / str(note["store"]) for note in stores.values()]
+    all_left = [manifest, *(out / name for name in left), *measured, *map(manifest_of, measured)]
+    say_done(mark(out, "page"), all_left, out, key=key)
     return f"{said}\n{page}"
+
+
+def _refuse_another_run(study: Study, notebooks: Mapping[str, str]) -> None:
+    """Refuses a folder that holds another run, or not all of this one."""
+    out = study.out_dir
+    for stem, key in notebooks.items():
+        if (said_of(mark(out, "notebooks", stem[:2]), out) or {}).get("key") != key:
+            raise UserError(
+                f"{out}: holds no finished run of {study.profile.name} as it is now ({stem} is missing, "
+                f"or of other settings, code or data); run it first"
+            )
+    for model_name in study.profile.models:
+        passed = set(passed_over(out, model_slug(model_name)))
+        for task in study.tasks(model_name):
+            if not task.path.is_dir() and task.label not in passed:
+                raise UserError(f"{task.path}: is missing; measure {model_name} again first")
+
+
+def _files_of(study: Study) -> list[str]:
+    """Every file that the run's plan may leave, by its path in the folder."""
+    books = all_notebooks()
+    of_books = [file for book in books for file in book.files(study.profile.ablations)]
+    return [*OF_THE_RUN, *of_books, *(f"notebooks/{book.stem}.html" for book in books)]
 
 
 def _stores_of(study: Study) -> dict[str, dict[str, object]]:
     """Of each store that the run's plan names, by model and label: its name, and what its manifest says."""
     found: dict[str, dict[str, object]] = {}
     for model_name in study.profile.models:
-        for task in study.tasks(model_name):
+        for task in with_needs(list(study.tasks(model_name))):
             if task.path.is_dir():
                 note = read_manifest(manifest_of(task.path))
-                if not {"seconds", "finished", "model"} <= note.keys():
+                if not {"seconds", "finished", "model", "sha256"} <= note.keys():
                     raise UserError(
                         f"{manifest_of(task.path)}: not a store's manifest; delete it and the store, "
                         f"and run again"
                     )
                 repeated = {key: note[key] for key in OF_A_STORE if key in note}
-                found[f"{model_name} {task.label}"] = {"store": task.path.name, **repeated}
+                found[f"{model_name} {task.label}"] = {
+                    "store": task.path.name,
+                    **repeated,
+                    "manifest_sha256": hash_file(manifest_of(task.path)),
+                }
     return found

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,9 +14,17 @@ import xarray as xr
 from selfrepair.errors import UserError
 from selfrepair.measure.measurement import find_measurement, measurement_names
 from selfrepair.measure.task import Task
-from selfrepair.models.checkpoints import find_model, short_name
-from selfrepair.paths import REPOSITORY
-from selfrepair.run.profiles import Profile, load_profile
+from selfrepair.models.checkpoints import find_model, short_name, whole_name
+from selfrepair.paths import BY_HAND, PROFILES
+from selfrepair.run.profiles import (
+    POSSIBLE,
+    Possible,
+    Profile,
+    load_profile,
+    refuse_impossible,
+    whole_profile,
+)
+from selfrepair.store.files import identity, slug
 from selfrepair.store.stores import open_store
 
 #: Facts that layers are measured on, unless the reader says how many.
@@ -32,7 +41,8 @@ class Study:
     """A profile, a seed, a device and the folder that results go to.
 
     ``head``, ``facts`` and ``n_facts`` are what notebooks let a reader choose beside the profile's settings;
-    ``None``: by rule.
+    ``None``: by rule. ``run_folder`` is that of the run whose stores are read where they are there, and never
+    written to; ``None``: only those in ``out_dir``.
     """
 
     profile: Profile
@@ -42,6 +52,7 @@ class Study:
     head: tuple[int, int] | None = None
     facts: str | None = None
     n_facts: int | None = None
+    run_folder: Path | None = None
 
     @classmethod
     def of(
@@ -58,24 +69,45 @@ class Study:
         facts: str | None = None,
         n_facts: int | None = None,
     ) -> Study:
-        """The profile with what is not ``None`` in its place; by default into ``results/<profile>``.
+        """The profile with what is not ``None`` in its place.
+
+        A run's folder belongs to the run. Without ``out_dir``, results go to ``results/by-hand/<profile>``,
+        or to another folder there for each set of changes (:func:`_folder_by_hand`); what the profile's run
+        has measured is read from the run.
 
         Raises:
-            UserError: as :func:`load_profile`.
+            UserError: as :func:`load_profile`, a value that cannot be, or two models of the same name.
         """
+        given = {
+            "profile": profile,
+            "model": model,
+            "seed": seed,
+            "device": device,
+            "out_dir": out_dir,
+            "head": head,
+            "facts": facts,
+            "n_facts": n_facts,
+        }
+        refuse_impossible({name: value for name, value in given.items() if value is not None}, _OF_READERS)
         changes: dict[str, object] = {}
         if model is not None:
-            changes["models"] = [model]
+            changes["models"] = [whole_name(model)]
         if ablation is not None:
             changes["ablations"] = [ablation]
         if n_prompts is not None:
             changes["n_prompts"] = n_prompts
         if fraction is not None:
             changes["fraction"] = fraction
+        refuse_impossible({name: changes[name] for name in changes.keys() & POSSIBLE.keys()}, POSSIBLE)
         whole = load_profile(profile).changed(**changes)
         _refuse_equal_names(whole.models)
-        folder = REPOSITORY / "results" / whole.name if out_dir is None else Path(out_dir)
-        return cls(whole, seed, device, folder, None if head is None else tuple(head), facts, n_facts)
+        facts = os.path.abspath(facts) if facts is not None and os.path.exists(facts) else facts
+        one_head = None if head is None else tuple(head)
+        if out_dir is not None:
+            return cls(whole, seed, device, Path(out_dir), one_head, facts, n_facts)
+        beside = {"seed": seed or None, "head": head, "facts": facts, "n_facts": n_facts}
+        folder = _folder_by_hand(profile, whole.name, changes | beside)
+        return cls(whole, seed, device, folder, one_head, facts, n_facts, run_folder=whole.run_folder)
 
     @property
     def is_as_committed(self) -> bool:
@@ -112,8 +144,15 @@ class Study:
         }
 
     def task(self, name: str, model_name: str, ablation: str | None = None) -> Task:
-        """One measurement of one model, by default for the profile's first kind of ablation."""
+        """One measurement of one model, by default for the profile's first kind of ablation.
+
+        It is the run's where the run has made it.
+        """
         wanted = self.wanted(model_name, self.profile.ablations[0] if ablation is None else ablation)
+        if self.run_folder is not None:
+            of_the_run = Task(name, model_name, wanted, self.run_folder / "measured")
+            if of_the_run.is_done():
+                return of_the_run
         return Task(name, model_name, wanted, self.out_dir / "measured")
 
     def each(self, name: str) -> Iterator[tuple[str, str]]:
@@ -162,9 +201,56 @@ class Study:
         return AutoTokenizer.from_pretrained(find_model(model_name), trust_remote_code=False)
 
 
+def _is_text(value: object) -> bool:
+    return isinstance(value, str | os.PathLike) and str(value) != ""
+
+
+def _is_head(value: object) -> bool:
+    is_pair = isinstance(value, list | tuple) and len(value) == 2
+    return is_pair and all(type(number) is int and number >= 0 for number in value)
+
+
+#: What a reader may give beside a profile's settings.
+_OF_READERS: Possible = {
+    "profile": (_is_text, "the name of a profile or the path of a .yaml file"),
+    "model": (lambda value: isinstance(value, str) and value != "", "the name of a model, or its folder"),
+    "seed": (lambda value: type(value) is int and value >= 0, "a whole number that is not negative"),
+    "device": (lambda value: isinstance(value, str), "auto, cpu, cuda, cuda:1 …"),
+    "out_dir": (_is_text, "the path of a folder"),
+    "head": (_is_head, "[layer, head], two whole numbers that are not negative"),
+    "facts": (_is_text, "a CounterFact .json or a data set"),
+    "n_facts": (lambda value: type(value) is int and value >= 2, "a whole number of at least 2"),
+}
+
+
+def with_needs(tasks: Sequence[Task]) -> list[Task]:
+    """The tasks and all that they need, each once."""
+    found: dict[Path, Task] = {}
+    pending = list(tasks)
+    while pending:
+        task = pending.pop(0)
+        found.setdefault(task.path, task)
+        pending += task.needed.values()
+    return list(found.values())
+
+
+def model_slug(model_name: str) -> str:
+    """What a model is called in names of files: no two models of a profile have the same."""
+    return slug(short_name(model_name))
+
+
+def _folder_by_hand(profile: str, name: str, changes: Mapping[str, object]) -> Path:
+    """``results/by-hand/<name>``; with a hash of the changes where there are any, so that none meet."""
+    made = {key: value for key, value in changes.items() if value is not None}
+    if Path(whole_profile(profile)).parent not in (Path(), PROFILES):
+        made["profile"] = whole_profile(profile)
+    of_models = [model_slug(model) for model in made.get("models", [])]
+    return BY_HAND / "-".join([name, *of_models, *([identity(made)] if made else [])])
+
+
 def _refuse_equal_names(models: Sequence[str]) -> None:
-    """Refuses models that would be pooled because their folders have the same name."""
-    short = [short_name(model) for model in models]
+    """Refuses models of one name: they would be pooled, and have the same files."""
+    short = [model_slug(model) for model in models]
     for name, model in zip(short, models, strict=True):
         if short.count(name) > 1:
             raise UserError(

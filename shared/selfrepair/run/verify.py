@@ -1,82 +1,90 @@
-"""Checking a results folder: are its files what was written, and would the same numbers come out again?"""
+"""Checking a results folder: is everything what the run left, and would the same come out again?"""
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import nbformat
 import numpy as np
-import torch
-import xarray as xr
+import pandas as pd
+from markupsafe import escape
 
+from selfrepair.analysis.claims import read_claims, to_markdown
+from selfrepair.analysis.head_table import heads_of_models, write_heads
 from selfrepair.errors import UserError
-from selfrepair.measure.measurement import settings_of
 from selfrepair.measure.task import Task
-from selfrepair.models.devices import resolve_device, set_precision
-from selfrepair.models.loading import load_model
-from selfrepair.run.marks import RESULTS
-from selfrepair.store.files import hash_files
-from selfrepair.store.manifest import manifest_of, read_manifest
-from selfrepair.store.stores import FormatError, open_store
+from selfrepair.models.checkpoints import short_name
+from selfrepair.paths import HELD_OUT_TEXT
+from selfrepair.run.consistency import (
+    MANIFEST,
+    PARTS,
+    Finding,
+    check_files,
+    check_marks,
+    check_stores,
+    run_manifest,
+)
+from selfrepair.run.marks import OF_THE_RUN, passed_over
+from selfrepair.run.notebooks import notebook_keys
+from selfrepair.run.page import make_tables, write_page
+from selfrepair.run.profiles import Profile
+from selfrepair.run.recomputed import check_store, compute_again, sample_of
+from selfrepair.run.study import Study, model_slug, with_needs
+from selfrepair.store.code_identity import code_version
+from selfrepair.store.files import hash_file, write_atomically
+from selfrepair.store.manifest import packages
+from selfrepair.store.stores import attributes_of, open_store
+from selfrepair.text.corpora import hash_documents, read_documents
 
-#: Of the shards of each measurement, computed again; at least one.
-SHARE_OF_SHARDS = 0.01
-#: Largest difference, in units of the largest value of a variable in its shard, that other processors and
-#: libraries may make.
-TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "tf32": 1e-2, "bfloat16": 0.1, "float16": 0.1}
-#: Of whole numbers and truth values, such as which neurons come first, so many may differ where values are
-#: nearly equal.
-MAY_DIFFER = 0.01
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing checked; ``agrees`` is ``None`` where a check could not be made."""
-
-    what: str
-    agrees: bool | None
-    detail: str
-
-    def __str__(self) -> str:
-        return (
-            f"{ {True: 'agrees', False: 'DIFFERS', None: 'not checked'}[self.agrees] }: {self.what}: "
-            f"{self.detail}"
-        )
+#: Any of these makes a folder that of a run.
+LEFT_BY_A_RUN = ("measured", "done", "manifest.json", "index.html", "notebooks", "figures", "claims")
+#: Largest difference between tables of heads, relative, that other processors may make: they hold six digits.
+TOLERANCE = 1e-4
 
 
 def verify(folder: Path, device: str = "auto", seed: int | None = None) -> Iterator[Finding]:
-    """Checks files and stores of a run, and computes a sample of every measurement again.
+    """Checks what a run left, and computes a sample of every measurement again.
 
-    ``seed`` says which shards; without it they are others every time.
+    ``seed`` says which shards; without it they are others every time. A folder of stores alone, as
+    ``selfrepair sweep`` leaves it, has no manifest of its own.
+
+    What follows from other results is made again: names of stores from their attributes, attributes from the
+    run's settings, tables of heads from stores, the page from tables, figures and manifest. What does not (a
+    figure, a notebook's output, a table that a notebook alone makes, the time and commit of a run) has a
+    checksum in the manifest, as every store has, and the manifest one in ``done/page.done`` beside the page
+    that shows it. So one change, or one with its checksum, is noticed. Who changes such a thing, and all
+    checksums up to that mark, and the page, is not: nothing in the folder can tell. Nor is a shard that is
+    changed like that, unless it is in the sample. Keep the manifest's checksum, the last that is said of the
+    record, elsewhere to notice that too.
 
     Raises:
-        UserError: nothing in the folder, or a manifest that is none.
+        UserError: nothing in the folder.
     """
     stores = sorted((folder / "measured").glob("*.zarr")) or sorted(folder.glob("*.zarr"))
-    manifest = folder / "manifest.json"
-    if not (stores or manifest.is_file()):
+    is_of_a_run = any((folder / name).exists() for name in LEFT_BY_A_RUN)
+    if not (stores or is_of_a_run):
         raise UserError(
             f"{folder}: no measurements and no manifest.json, so nothing to verify; give the results "
             f"folder of a run"
         )
-    if manifest.is_file():
-        noted = read_manifest(manifest)
-        yield from _verify_files(folder, noted.get("files", {}))
-        there = [store.name for store in stores]
-        for name, made_from in noted.get("stores", {}).items():
-            if not (isinstance(made_from, dict) and made_from.get("store") in there):
-                yield Finding(name, False, "the store that the manifest names is missing")
+    if is_of_a_run:
+        for finding in check_record(folder):
+            if finding.agrees is None:  # of an earlier run
+                stores = [store for store in stores if finding.what != f"measured/{store.name}"]
+            yield finding
     tasks: list[Task] = []
     for store in stores:
-        finding, task = _verify_store(store)
+        finding, task = check_store(store)
         tasks += [] if task is None else [task]
         yield finding
     made: set[str] = set()
     findings: list[Finding] = []
-    for task, shard in _sample(tasks, random.Random(seed)):
-        findings.append(_compute_again(task, shard, device))
+    for task, shard in sample_of(tasks, random.Random(seed)):
+        findings.append(compute_again(task, shard, device))
         made |= set() if findings[-1].agrees is None else {task.measurement.name}
         yield findings[-1]
     n_made = sum(finding.agrees is not None for finding in findings)
@@ -88,100 +96,143 @@ def verify(folder: Path, device: str = "auto", seed: int | None = None) -> Itera
     )
 
 
-def _verify_files(folder: Path, noted: dict[str, str]) -> Iterator[Finding]:
-    found = hash_files(folder, RESULTS)
-    for name in sorted(noted.keys() | found.keys()):
-        if found.get(name) != noted.get(name):
-            why = (
-                "missing"
-                if name not in found
-                else "not in the manifest"
-                if name not in noted
-                else "changed since the run"
-            )
-            yield Finding(name, False, why)
-    same = sum(found.get(name) == digest for name, digest in noted.items())
-    yield Finding("files", same == len(noted) == len(found), f"{same} of {len(noted)} as the run left them")
+def check_record(folder: Path) -> Iterator[Finding]:
+    """Holds a run's manifest against its files, stores and marks, and makes again what follows from these."""
+    try:
+        noted = run_manifest(folder / MANIFEST)
+    except UserError as error:
+        yield Finding(MANIFEST, False, str(error))
+        return
+    outside = [str(name) for name in noted["outside_the_plan"]]
+    yield from (Finding(name, None, "not in the run's plan: left out") for name in outside)
+    yield from check_files(folder, noted["files"], outside)
+    yield from check_marks(folder, noted)
+    try:
+        study = Study(Profile(**noted["settings"]), noted["seed"], "cpu", folder)
+        planned = _planned(study)
+        keys = notebook_keys(study)
+    except UserError as error:
+        yield Finding(MANIFEST, None, f"its plan cannot be made again: {error}")
+        return
+    except (TypeError, ValueError, AttributeError, LookupError) as error:
+        yield Finding(MANIFEST, False, f"its settings are not those of a run ({error})")
+        return
+    if study.profile.name != noted["profile"]:
+        yield Finding(MANIFEST, False, f"is of {noted['profile']}, its settings of {study.profile.name}")
+    if noted["held_out_text_sha256"] != hash_documents(read_documents(HELD_OUT_TEXT)):
+        yield Finding(MANIFEST, False, "its held-out text is not the one that is here")
+    passed = {name: set(passed_over(folder, model_slug(name))) for name in study.profile.models}
+    yield from check_stores(
+        folder, noted["stores"], outside, planned, planned.keys() - _planned(study, passed).keys()
+    )
+    now = {"library": code_version("selfrepair.cli.main"), "packages": packages(), "notebooks": keys}
+    if other := [name for name, found in now.items() if noted[name] != found]:
+        why = f"made by other {', '.join(other)}; check out commit {noted['commit']} to compare"
+        yield Finding(MANIFEST, None, why)
+    yield _check_shown(folder / "index.html", {name: noted[name] for name in PARTS if name != "files"})
+    for finding in _check_what_follows(folder, noted, study, planned):
+        yield Finding(finding.what, None, finding.detail) if other and not finding.agrees else finding
+    digest = hash_file(folder / MANIFEST)
+    yield Finding(MANIFEST, True, f"its sha256, to be compared with one kept elsewhere, is {digest}")
 
 
-def _verify_store(store: Path) -> tuple[Finding, Task | None]:
-    """What is found of a store, and the task that makes it, if it can be computed again."""
-    try:
-        attributes = open_store(store).attrs
-        noted = read_manifest(manifest_of(store))
-    except FormatError as error:
-        return Finding(store.name, None, str(error)), None
-    except UserError as error:
-        return Finding(store.name, False, str(error)), None
-    differing = [
-        name
-        for name in attributes
-        if name not in ("format", "sha256") and noted.get(name) != attributes[name]
-    ]
-    if differing:
-        return Finding(store.name, False, f"its manifest says otherwise of {', '.join(differing)}"), None
-    try:
-        wanted = settings_of(str(attributes["measurement"]), attributes)
-        task = Task(str(attributes["measurement"]), str(noted["source"]), wanted, store.parent)
-    except (KeyError, TypeError) as error:
-        return Finding(store.name, False, f"its attributes are not those of a measurement ({error})"), None
-    except UserError as error:
-        return Finding(store.name, None, str(error)), None
-    if task.determined_by["code"] != attributes["code"]:
-        why = (
-            f"made by other code ({attributes['code']}); check out commit {noted.get('commit')} to compute "
-            f"it again"
+def _planned(study: Study, passed: Mapping[str, Collection[str]] | None = None) -> dict[str, Task]:
+    """What a run measures, and all that this needs, by model and label; without what is passed over."""
+    return {
+        f"{name} {task.label}": task
+        for name in study.profile.models
+        for task in with_needs(
+            [task for task in study.tasks(name) if task.label not in (passed or {}).get(name, ())]
         )
-        return Finding(store.name, None, f"every checksum agrees; {why}"), None
-    if task.path.name != store.name:
-        return Finding(store.name, False, f"by what determines it, its name should be {task.path.name}"), None
-    return Finding(store.name, True, "every checksum, its manifest and its name"), task
+    }
 
 
-def _sample(tasks: list[Task], chance: random.Random) -> list[tuple[Task, int]]:
-    """Some shards of each measurement, in order of model, so that each model is loaded once."""
-    of_each: dict[str, list[tuple[Task, int]]] = {}
-    for task in tasks:
-        of_each.setdefault(task.measurement.name, []).extend((task, shard) for shard in task.shards)
-    chosen = [
-        pair
-        for shards in of_each.values()
-        for pair in chance.sample(shards, max(1, round(SHARE_OF_SHARDS * len(shards))))
-    ]
-    return sorted(chosen, key=lambda pair: (pair[0].model_name, pair[0].path.name, pair[1]))
+def _check_what_follows(
+    folder: Path, noted: Mapping[str, object], study: Study, planned: Mapping[str, Task]
+) -> Iterator[Finding]:
+    """Makes tables of heads, claims in one, comparison and page again, of what they are made from."""
+    with TemporaryDirectory() as scratch:
+        again = Path(scratch) / folder.resolve().name  # the page is called as its folder
+        for name in noted["files"].keys() - set(OF_THE_RUN):
+            if (folder / name).is_file():
+                (again / name).parent.mkdir(parents=True, exist_ok=True)
+                (again / name).symlink_to((folder / name).resolve())
+        content = {name: part for name, part in noted.items() if name != "files"}
+        write_atomically(again / MANIFEST, json.dumps(content).encode())
+        try:
+            make_tables(study.profile, noted["notebooks"], again)
+            write_page(again)
+        except (UserError, ValueError, KeyError, TypeError) as error:
+            yield Finding("index.html", False, f"cannot be made of the run's files ({error})")
+        for name in OF_THE_RUN:
+            same = _content(folder / name) == _content(again / name)
+            follows = "follows from the run's other files"
+            yield Finding(name, same, follows if same else f"is not what {follows}")
+        yield from _check_heads(folder, study, planned, Path(scratch))
+        yield from _check_shown_claims(folder, noted["notebooks"])
 
 
-def _compute_again(task: Task, shard: int, device: str) -> Finding:
-    kept = open_store(task.path)
-    what = f"{task.path.name}, shard {shard}"
-    where = resolve_device(device)
-    dtype = str(kept.attrs["dtype"])
+def _check_shown(page: Path, noted: Mapping[str, object]) -> Finding:
+    """The page shows every value of the manifest, whatever code made it."""
+    text = page.read_text(encoding="utf-8", errors="replace") if page.is_file() else ""
+    hidden = [name for name, part in noted.items() if not all(value in text for value in _values(part))]
+    said = f"does not show the manifest's {', '.join(hidden)}" if hidden else "shows what the manifest says"
+    return Finding(page.name, not hidden, said)
+
+
+def _values(part: object) -> Iterator[str]:
+    """What a part of a manifest holds, as a page shows it."""
+    if isinstance(part, dict | list):
+        for inner in part.values() if isinstance(part, dict) else part:
+            yield from _values(inner)
+    elif part is not None:
+        yield str(escape(part))
+
+
+def _content(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None
+
+
+def _check_heads(folder: Path, study: Study, planned: Mapping[str, Task], scratch: Path) -> Iterator[Finding]:
+    for kind in study.profile.ablations:
+        kept = folder / f"heads_{kind}.csv"
+        stores = {short_name(name): planned[f"{name} heads-{kind}"].path for name in study.profile.models}
+        if not kept.is_file() or None in map(attributes_of, stores.values()):
+            continue  # said already
+        sweeps = {name: open_store(store) for name, store in stores.items()}
+        write_heads(heads_of_models(sweeps, study.profile.fraction), kind, scratch)
+        same = _are_alike(kept, scratch / kept.name)
+        yield Finding(
+            kept.name, same, "follows from the stores" if same else "is not what follows from the stores"
+        )
+
+
+def _are_alike(kept: Path, made: Path) -> bool:
     try:
-        model = load_model(task.model_name, where, set_precision(dtype, where))
-        if model.weights_sha256 != kept.attrs["weights_sha256"]:
-            return Finding(what, False, f"the weights of {task.model_name} are not those it was made from")
-        again = task.computed_again(model, shard)
-    except UserError as error:
-        return Finding(what, None, str(error))
-    finally:
-        torch.set_float32_matmul_precision("highest")
-    return _compare(what, again, task.of_shard(kept, shard), TOLERANCE[dtype])
+        one, other = (pd.read_csv(path, dtype={"model": str}) for path in (kept, made))
+        pd.testing.assert_frame_equal(one, other, rtol=TOLERANCE, atol=TOLERANCE * np.finfo(np.float32).eps)
+    except (AssertionError, ValueError, KeyError):
+        return False
+    return True
 
 
-def _compare(what: str, again: xr.Dataset, kept: xr.Dataset, tolerance: float) -> Finding:
-    """Of a shard made again with the kept one; what is not finite agrees with its like only."""
-    largest, counted = 0.0, 0.0
-    for name, variable in again.variables.items():
-        if name not in kept.variables or kept[name].shape != variable.shape:
-            return Finding(what, False, f"{name} is missing or of another shape")
-        new, old = variable.values, kept[name].values
-        if new.dtype.kind != "f":
-            counted = max(counted, float(np.mean(new != old)) if new.size else 0.0)
+def _check_shown_claims(folder: Path, notebooks: Mapping[str, object]) -> Iterator[Finding]:
+    """The executed notebook that made a table of claims shows it."""
+    for stem in notebooks:
+        table, notebook = folder / "claims" / f"{stem[:2]}.csv", folder / "notebooks" / f"{stem}.ipynb"
+        if not (table.is_file() and notebook.is_file()):
+            continue  # said already
+        try:
+            wanted = to_markdown(read_claims(table))
+            cells = nbformat.read(notebook, as_version=4).cells
+            shown = [
+                output.get("data", {}).get("text/markdown", "")
+                for cell in cells
+                for output in cell.get("outputs", [])
+            ]
+        except Exception as error:  # nbformat raises many types for what is no notebook
+            yield Finding(f"claims/{stem[:2]}.csv", False, f"it or its notebook cannot be read ({error})")
             continue
-        if not np.array_equal(np.isfinite(new), np.isfinite(old)):
-            return Finding(what, False, f"{name} is not finite where it should be")
-        new, old = (values[np.isfinite(values)].astype(np.float64) for values in (new, old))
-        if new.size:
-            largest = max(largest, float(np.abs(new - old).max() / max(1e-30, np.abs(old).max())))
-    detail = f"computed again, largest relative difference {largest:.1e}"
-    return Finding(what, largest <= tolerance and counted <= MAY_DIFFER, detail)
+        same = any(wanted in text for text in shown)
+        detail = "is shown in its notebook" if same else "is not what its notebook shows"
+        yield Finding(f"claims/{stem[:2]}.csv", same, detail)

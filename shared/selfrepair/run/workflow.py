@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from selfrepair.errors import NotMeasurable, UserError
 from selfrepair.measure.task import Task
 from selfrepair.models.checkpoints import read_config
-from selfrepair.paths import PACKAGE, PUBLISHED
 from selfrepair.run.marks import mark, say_done
-from selfrepair.run.notebooks import Notebook, all_notebooks
-from selfrepair.run.study import Study
-from selfrepair.store.code_identity import code_files, code_version
-from selfrepair.store.files import identity, slug
+from selfrepair.run.notebooks import notebook_keys
+from selfrepair.run.study import Study, model_slug, with_needs
+from selfrepair.store.code_identity import code_version
+from selfrepair.store.files import identity
 from selfrepair.store.manifest import manifest_of
 
 BYTES = {"float64": 8, "float32": 4, "tf32": 4, "bfloat16": 2, "float16": 2}
@@ -55,13 +51,14 @@ def _plan_of_model(study: Study, model_name: str) -> dict[str, object]:
     stages = [
         [
             f"{task.label}:{shard}"
-            for task in _with_needs(tasks)
+            for task in with_needs(tasks)
             if stage_of(task) == stage
             for shard in task.shards
         ]
         for stage in range(1 + max(map(stage_of, tasks)))
     ]
     return {
+        "slug": model_slug(model_name),
         "key": identity({task.label: task.path.stem for task in tasks}),
         "stages": stages,
         "mem_mb": round(max(task.measurement.memory_mb(weights_mb, task.settings) for task in tasks)),
@@ -73,44 +70,6 @@ def stage_of(task: Task) -> int:
     if task.measurement.needs_network:
         return NETWORK_STAGE
     return 1 + max((stage_of(needed) for needed in task.needed.values()), default=0)
-
-
-def _with_needs(tasks: Sequence[Task]) -> list[Task]:
-    """The tasks and all that they need, each once."""
-    found: dict[Path, Task] = {}
-    pending = list(tasks)
-    while pending:
-        task = pending.pop(0)
-        found.setdefault(task.path, task)
-        pending += task.needed.values()
-    return list(found.values())
-
-
-def notebook_keys(study: Study) -> dict[str, str]:
-    """By notebook, what changes with it, the code that its cells run, and the tables and stores it reads."""
-    return {notebook.stem: _key_of_notebook(study, notebook) for notebook in all_notebooks()}
-
-
-def _key_of_notebook(study: Study, notebook: Notebook) -> str:
-    stores = [
-        study.task(name, model_name, ablation).path.stem
-        for name in notebook.measurements
-        for model_name, ablation in study.each(name)
-    ]
-    reads_published = PACKAGE / "analysis" / "published.py" in code_files(source=notebook.code)
-    return identity(
-        {
-            "source": notebook.source,
-            "code": code_version(source=notebook.code),
-            "settings": dataclasses.asdict(study.profile),
-            "stores": stores,
-            "published": _hash_of_published() if reads_published else "",
-        }
-    )
-
-
-def _hash_of_published() -> str:
-    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(PUBLISHED.glob("*.csv")))).hexdigest()
 
 
 #: Names under which configurations give the numbers of layers and heads, d_model and the size of the
@@ -160,31 +119,30 @@ def measure(study: Study, model_name: str, stage: str = ALL_STAGES, progress: bo
         UserError: no such stage; or as the measurements say: the others are made all the same.
     """
     every = list(study.tasks(model_name))
-    stages = sorted({stage_of(task) for task in _with_needs(every)})
+    stages = sorted({stage_of(task) for task in with_needs(every)})
     if stage not in (ALL_STAGES, *map(str, stages)):
         raise UserError(
             f"{model_name}: has no stage {stage!r}; its stages are {', '.join(map(str, stages))} and "
             f"{ALL_STAGES}"
         )
     tasks = [task for task in every if stage in (ALL_STAGES, str(stage_of(task)))]
-    failed, passed_over = _merge_all(study, model_name, tasks, progress)
-    if failed:
-        raise UserError("; ".join(dict.fromkeys(failed)))
-    for line in passed_over:
-        print(line, flush=True)
-    made = [place for task in tasks if task.path.is_dir() for place in (task.path, manifest_of(task.path))]
+    passed_over = make(study, model_name, tasks, progress)
+    stores = [task.path for task in with_needs(tasks) if task.path.is_dir()]
+    made = [place for store in stores for place in (store, manifest_of(store))]
     say_done(
-        mark(study.out_dir, "measured", f"{slug(model_name)}-{stage}"),
+        mark(study.out_dir, "measured", f"{model_slug(model_name)}-{stage}"),
         made,
         study.out_dir,
         not_measured=passed_over,
     )
 
 
-def _merge_all(
-    study: Study, model_name: str, tasks: Sequence[Task], progress: bool
-) -> tuple[list[str], list[str]]:
-    """What failed, and what cannot be measured; the model is loaded only if something is missing."""
+def make(study: Study, model_name: str, tasks: Sequence[Task], progress: bool = True) -> list[str]:
+    """Makes what is missing of a model, which is loaded only then; returns and says what cannot be measured.
+
+    Raises:
+        UserError: as the measurements say: the others are made all the same.
+    """
     missing = [task for task in tasks if not task.is_done()]
     models = study.load(model_name) if missing else []
     failed: list[str] = []
@@ -196,7 +154,11 @@ def _merge_all(
             passed_over.append(f"{task.label}: {error}")
         except UserError as error:
             failed.append(str(error))
-    return failed, passed_over
+    if failed:
+        raise UserError("; ".join(dict.fromkeys(failed)))
+    for line in passed_over:
+        print(line, flush=True)
+    return passed_over
 
 
 def compute_units(study: Study, model_name: str, units: Sequence[str], job: str) -> None:
@@ -207,7 +169,7 @@ def compute_units(study: Study, model_name: str, units: Sequence[str], job: str)
     """
     if not re.fullmatch("[0-9A-Za-z_-]{1,100}", job):
         raise UserError(f"{job!r}: no name for a job; give up to 100 ASCII letters, digits, _ and -")
-    tasks = {task.label: task for task in _with_needs(list(study.tasks(model_name)))}
+    tasks = {task.label: task for task in with_needs(list(study.tasks(model_name)))}
     chosen: dict[str, list[int]] = {}
     for label, shard in _parsed(units):
         if label not in tasks:
@@ -224,7 +186,7 @@ def compute_units(study: Study, model_name: str, units: Sequence[str], job: str)
             tasks[label].compute(models, shards)
         except NotMeasurable as error:
             print(f"{label}: {error}", flush=True)
-    say_done(mark(study.out_dir, "shards", slug(model_name), job), [], study.out_dir, units=list(units))
+    say_done(mark(study.out_dir, "shards", model_slug(model_name), job), [], study.out_dir, units=list(units))
 
 
 def _parsed(units: Sequence[str]) -> Iterator[tuple[str, int]]:

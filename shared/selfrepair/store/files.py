@@ -24,9 +24,12 @@ def slug(model_name: str) -> str:
 def hash_files(folder: Path, patterns: tuple[str, ...]) -> dict[str, str]:
     """SHA-256 of every file in a folder that one of the patterns finds, by its path there."""
     files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
-    return {
-        file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files
-    }
+    return {file.relative_to(folder).as_posix(): hash_file(file) for file in files}
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def write_atomically(path: Path, content: bytes) -> None:

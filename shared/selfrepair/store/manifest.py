@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +19,9 @@ from selfrepair.errors import UserError
 from selfrepair.paths import REPOSITORY
 from selfrepair.store.code_identity import code_version
 from selfrepair.store.files import write_atomically
+
+#: Attributes of a store that its manifest does not repeat.
+OF_THE_FORMAT = ("format", "variables_sha256")
 
 
 def manifest_of(measured: Path) -> Path:
@@ -36,9 +40,18 @@ def write_manifest(path: Path, seconds: float, **made_from: object) -> None:
         "library": code_version("selfrepair.cli.main"),
         "commit": _commit(),
         "python": platform.python_version(),
-        "packages": _packages(),
+        "packages": packages(),
         "machine": _machine(),
     }
+    _write(path, content)
+
+
+def add_to_manifest(path: Path, **more: object) -> None:
+    """Writes a manifest once more, with more at its end."""
+    _write(path, read_manifest(path) | more)
+
+
+def _write(path: Path, content: dict[str, object]) -> None:
     write_atomically(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
@@ -49,7 +62,7 @@ def read_manifest(path: Path) -> dict[str, object]:
         UserError: it cannot be read or is no manifest.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         if not all(
             isinstance(part, dict) for part in (content, content.get("files", {}), content.get("sweeps", {}))
         ):
@@ -61,7 +74,17 @@ def read_manifest(path: Path) -> dict[str, object]:
     return content
 
 
-def _packages() -> dict[str, str]:
+def contradictions(path: Path, attributes: Mapping[str, object]) -> list[str]:
+    """Attributes of a store of which its manifest says otherwise, or nothing; one word if there is none."""
+    try:
+        noted = read_manifest(path)
+    except UserError:
+        return ["everything"]
+    own = {name: value for name, value in attributes.items() if name not in OF_THE_FORMAT}
+    return [name for name, value in own.items() if name not in noted or noted[name] != value]
+
+
+def packages() -> dict[str, str]:
     """Installed versions of what this package asks for."""
     names = {
         re.match(r"[\w.-]+", line)[0]
@@ -72,25 +95,31 @@ def _packages() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """The commit checked out, with ``+`` if files differ from it; ``None`` outside a Git checkout."""
+    """The commit checked out, with ``+`` if files differ from it; ``None`` outside a Git checkout.
+
+    A copy of the files inside another repository is no checkout.
+    """
+    commands = ("rev-parse --show-toplevel", "rev-parse HEAD", "status --porcelain --untracked-files=no")
     try:
-        git = ["git", "-C", str(REPOSITORY)]
-        head, changes = (
-            subprocess.run([*git, *command], capture_output=True, text=True, check=True).stdout.strip()
-            for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+        top, head, changes = (
+            subprocess.run(
+                ["git", "-C", str(REPOSITORY), *command.split()], capture_output=True, check=True
+            ).stdout.strip()
+            for command in commands
         )
+        if not os.path.samefile(os.fsdecode(top), REPOSITORY):
+            return None
     except (OSError, subprocess.CalledProcessError):
         return None
-    return head + ("+" if changes else "")
+    return head.decode() + ("+" if changes else "")
 
 
 def _machine() -> dict[str, object]:
     import torch
 
     cpuinfo = Path("/proc/cpuinfo")
-    found = (
-        re.search(r"^model name\s*: (.*)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.is_file() else None
-    )
+    said = cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.is_file() else ""
+    found = re.search(r"^model name\s*: (.*)$", said, re.MULTILINE)
     return {
         "system": platform.system(),
         "processor": found[1] if found else platform.processor() or platform.machine(),

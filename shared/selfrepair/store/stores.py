@@ -62,7 +62,7 @@ def write_store(
         os.rename(unfinished, path)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    _seen_whole[path] = _state(path)
+    _seen_whole[path] = state_of(path)
 
 
 def _blocks(parts: Iterable[xr.Dataset], along: str) -> Iterator[xr.Dataset]:
@@ -145,11 +145,13 @@ def attributes_of(path: Path) -> dict[str, object] | None:
     """The attributes of a store; ``None`` if it is not whole. Its data are read once in a process."""
     path = path.absolute()
     try:
-        if path not in _seen_whole or _seen_whole[path] != _state(path):
+        if path not in _seen_whole or _seen_whole[path] != state_of(path):
             return open_store(path).attrs
     except UserError:
         return None
-    return dict(zarr.open_group(path, mode="r", use_consolidated=False).attrs)
+    attributes = dict(zarr.open_group(path, mode="r", use_consolidated=False).attrs)
+    attributes.pop("coordinates", None)  # which variables are coordinates: xarray's own, gone when it reads
+    return attributes
 
 
 def open_store(path: str | Path) -> xr.Dataset:
@@ -164,6 +166,9 @@ def open_store(path: str | Path) -> xr.Dataset:
     path = Path(path).absolute()
     if not path.is_dir():
         raise UserError(f"{path}: no such store")
+    stores = [] if (path / "zarr.json").exists() else [*path.glob("*.zarr"), *path.glob("*/*.zarr")]
+    if stores:
+        raise UserError(f"{path}: a folder that holds stores; give one of them, such as {min(stores)}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of files that are no part of a store
@@ -179,20 +184,20 @@ def open_store(path: str | Path) -> xr.Dataset:
         raise
     except Exception as error:  # zarr, its codecs and xarray raise many types for a damaged or foreign folder
         raise UserError(
-            f"{path}: damaged or no store ({type(error).__name__}); delete it and measure again"
+            f"{path}: damaged, or no store of this suite ({type(error).__name__}); measure again"
         ) from error
     if damaged:
-        raise UserError(f"{path}: damaged ({', '.join(damaged)}); delete it and measure again")
+        raise UserError(f"{path}: damaged ({', '.join(damaged)}); measure again")
     return dataset
 
 
 #: Of stores that this process found whole, or wrote: the state that their files were in.
-_seen_whole: dict[Path, int] = {}
+_seen_whole: dict[Path, str] = {}
 
 
 def _damaged(path: Path) -> list[str]:
     """Variables of a store whose values are not those that were written; unread if no file changed since."""
-    state = _state(path)
+    state = state_of(path)
     if _seen_whole.get(path) == state:
         return []
     group = zarr.open_group(path, mode="r", use_consolidated=False)
@@ -209,14 +214,14 @@ def _damaged(path: Path) -> list[str]:
     return damaged
 
 
-def _state(path: Path) -> int:
-    """Another number whenever a file of a folder is written, moved or removed."""
-    files = (Path(folder, name) for folder, _, names in os.walk(path) for name in names)
-    return hash(
-        frozenset(
-            (str(file), (found := file.stat()).st_size, found.st_mtime_ns, found.st_ino) for file in files
-        )
-    )
+def state_of(path: Path) -> str:
+    """Another text whenever a file of a store is written, replaced, moved or removed, which are not read."""
+    files = sorted(Path(folder, name) for folder, _, names in os.walk(path) for name in names)
+    states = [
+        (file.relative_to(path).as_posix(), (found := file.stat()).st_size, found.st_mtime_ns, found.st_ino)
+        for file in files
+    ]
+    return hashlib.sha256(json.dumps(states).encode()).hexdigest()
 
 
 #: Chunks lie beside each other in one folder for a variable, not each in four folders of its own.

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Int
 
 from selfrepair.errors import UserError
+from selfrepair.models.checkpoints import check_dataset_reachable
 from selfrepair.paths import HELD_OUT_TEXT
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def read_documents(path: str | Path) -> list[str]:
     """
     path = Path(path)
     if path.is_dir():
-        files = sorted([*path.glob("*.txt"), *path.glob("*.txt.gz")])
+        files = text_files(path)
         if not files:
             raise UserError(f"{path}: no .txt or .txt.gz file in this folder")
     elif path.is_file():
@@ -54,6 +55,12 @@ def read_documents(path: str | Path) -> list[str]:
     if not documents:
         raise UserError(f"{path}: holds no text")
     return documents
+
+
+def text_files(folder: Path) -> list[Path]:
+    """The text files of a folder by name, without hidden ones: editors keep locks such as ``.#story.txt``."""
+    found = [*folder.glob("*.txt"), *folder.glob("*.txt.gz")]
+    return sorted(file for file in found if not file.name.startswith("."))
 
 
 def _documents(file: Path) -> Iterator[str]:
@@ -114,10 +121,14 @@ PILE_SAMPLE = "NeelNanda/pile-10k"
 
 @dataclass(frozen=True)
 class Prompts:
-    """Token ids ``[prompt, position]`` to measure on, and where they come from."""
+    """Token ids ``[prompt, position]`` to measure on, and where they come from.
+
+    ``last_row_left_out``: all rows of a token file were wanted, and the last of them has no partner.
+    """
 
     tokens: Int[np.ndarray, "prompt position"]
     source: str
+    last_row_left_out: bool = False
 
     @property
     def sha256(self) -> str:
@@ -173,7 +184,8 @@ def load_tokens(
         )
     drawn = np.random.Generator(np.random.PCG64(seed)).permutation(len(rows))
     order = np.arange(len(rows)) if tokens is not None else drawn
-    return Prompts(rows[order[: n_prompts or available]], source)
+    left_out = tokens is not None and n_prompts is None and len(rows) % 2 == 1
+    return Prompts(rows[order[: n_prompts or available]], source, left_out)
 
 
 def hash_documents(documents: Iterable[str]) -> str:
@@ -246,6 +258,8 @@ def _parts(documents: list[str]) -> Iterator[list[str]]:
 
 
 def _dataset_documents(name: str) -> Iterator[str]:
+    instead = "use a local text, or the default held-out prose, which needs no network"
+    check_dataset_reachable(name, instead)
     import datasets
 
     try:
@@ -257,5 +271,5 @@ def _dataset_documents(name: str) -> Iterator[str]:
     except Exception as error:  # the hub's libraries raise many types when a name or the network is missing
         raise UserError(
             f"dataset {name}: the Hugging Face hub gave nothing for it ({type(error).__name__}); "
-            "check the name and the network, or use a local text; the default held-out prose needs no network"
+            f"check the name and the network, or {instead}"
         ) from error

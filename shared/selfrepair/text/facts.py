@@ -19,7 +19,7 @@ import yaml
 from jaxtyping import Bool, Int
 
 from selfrepair.errors import NotMeasurable, UserError
-from selfrepair.models.checkpoints import model_folder, training_metrics
+from selfrepair.models.checkpoints import check_dataset_reachable, model_folder, training_metrics
 from selfrepair.text.gazetteer import Gazetteer
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def facts_identity(name: str, source: str | None = None) -> dict[str, object]:
 
 def own_facts() -> list[AskedFact]:
     """The hand-written list of ``facts.yaml``."""
-    relations = yaml.safe_load(OWN_FACTS.read_text())
+    relations = yaml.safe_load(OWN_FACTS.read_text(encoding="utf-8"))
     return [
         AskedFact(text, f" {answer}", name, "our own list")
         for name, facts in relations.items()
@@ -179,6 +179,8 @@ def _local_records(path: Path) -> list[object]:
 
 
 def _hub_records(name: str) -> Iterable[object]:
+    instead = "give a local CounterFact .json; without one, facts that ship with the repository are used"
+    check_dataset_reachable(name, instead)
     import datasets
 
     try:
@@ -186,8 +188,7 @@ def _hub_records(name: str) -> Iterable[object]:
     except Exception as error:  # the hub's libraries raise many types when a name or the network is missing
         raise UserError(
             f"facts {name}: the Hugging Face hub gave nothing for it ({type(error).__name__}); "
-            "check the name and the network, or give a local CounterFact .json; "
-            "without one, facts that ship with the repository are used"
+            f"check the name and the network, or {instead}"
         ) from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,11 +13,13 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from selfrepair.markdown import plain
 from selfrepair.paths import HELD_OUT_TEXT
-from selfrepair.text.corpora import read_documents
+from selfrepair.text.corpora import read_documents, text_files
 from selfrepair.training.config import TrainingConfig
 from selfrepair.training.data import TrainingData
 from selfrepair.training.evaluate import evaluate, sample, text_rows, token_loss
+from selfrepair.training.folders import check_replaceable
 from selfrepair.training.loop import save_model
 from selfrepair.training.ngrams import KneserNeyTrigram, unigram_loss
 
@@ -36,20 +39,25 @@ def finish(
 
     The folder is assembled inside ``work`` and moved into place whole. Metrics are of the weights as
     stored, in float32 arithmetic. Returns them.
+
+    Raises:
+        UserError: ``out`` is there, and is no model of a training.
     """
     folder = work / "finished"
     save_model(model, data, folder)
     stored = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
+        folder, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
     ).eval()
     metrics = measure(stored, config, data)
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     shutil.copy(work / "curve.csv", folder / "training_curve.csv")
     if (work / "checkpoints").exists():
         shutil.copytree(work / "checkpoints", folder / "checkpoints", dirs_exist_ok=True)
-    (folder / "README.md").write_text(render_card(config, metrics, _sources(text)))
+    (folder / "README.md").write_text(render_card(config, metrics, _sources(text)), encoding="utf-8")
     out.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(out, ignore_errors=True)
+    if out.exists():  # what was there when the training began may have changed since
+        check_replaceable(out)
+        shutil.rmtree(out)
     shutil.move(folder, out)
     shutil.rmtree(work)
     update_table(out.parent)
@@ -60,16 +68,17 @@ def update_table(models: Path) -> None:
     """Rewrites the table of the models in the folder ``models`` in its ``README.md``, between the marks, if
     it has them."""
     readme = models / "README.md"
-    text = readme.read_text() if readme.is_file() else ""
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
     if not all(mark in text for mark in TABLE_MARKS):
         return
     begin, end = TABLE_MARKS
     before, _, rest = text.partition(begin)
     _, _, after = rest.partition(end)
     metrics = {
-        path.parent.name: json.loads(path.read_text()) for path in sorted(models.glob("*/metrics.json"))
+        path.parent.name: json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(models.glob("*/metrics.json"))
     }
-    readme.write_text(f"{before}{begin}\n{render_table(metrics)}\n{end}{after}")
+    readme.write_text(f"{before}{begin}\n{render_table(metrics)}\n{end}{after}", encoding="utf-8")
 
 
 def render_table(metrics: dict[str, dict]) -> str:
@@ -95,7 +104,7 @@ def render_table(metrics: dict[str, dict]) -> str:
             f"{m['induction_loss_second_half']:.2f}",
             f"{m['induction_loss_first_half'] - m['induction_loss_second_half']:.2f}",
         ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append(f"| {plain(name)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -122,13 +131,14 @@ def _sources(text: Path) -> list[str]:
     """One line per source, from ``SOURCES.csv`` beside the text if there is one, else the file names."""
     table = text / "SOURCES.csv"
     if not table.is_file():
-        files = [text] if text.is_file() else sorted([*text.glob("*.txt"), *text.glob("*.txt.gz")])
-        return [file.name for file in files]
+        return [plain(file.name) for file in ([text] if text.is_file() else text_files(text))]
     with table.open(newline="", encoding="utf-8") as file:
         return [
             f"{row['author']}, *{row['title']}* "
             f"([{row['github_repository']}](https://github.com/{row['github_repository']}), {row['licence']})"
-            for row in csv.DictReader(file)
+            for row in (
+                {key: plain(str(value)) for key, value in row.items()} for row in csv.DictReader(file)
+            )
         ]
 
 
@@ -136,7 +146,8 @@ def render_card(config: TrainingConfig, metrics: dict, sources: list[str]) -> st
     """The model card (Markdown) of a trained model."""
     margin = metrics["trigram_loss_held_out_prose"] - metrics["loss_held_out_prose"]
     induction = metrics["induction_loss_first_half"] - metrics["induction_loss_second_half"]
-    quoted = "\n\n".join("> " + text.replace("\n", "\n> ") for text in metrics["samples"])
+    samples = (re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text) for text in metrics["samples"])  # no tags
+    quoted = "\n\n".join("> " + text.replace("\n", "\n> ") for text in samples)
     checkpoints = (
         f" Earlier checkpoints ({config.n_checkpoints - 1}, log-spaced from step 0) are in `checkpoints/`."
         if config.n_checkpoints
@@ -152,7 +163,7 @@ license: mit
 language: en
 library_name: transformers
 ---
-# {config.name}
+# {plain(config.name)}
 
 A small language model for the self-repair replication suite. {ARCHITECTURE_TEXT[config.architecture]}.
 {config.n_layers} layers × {config.n_heads} heads, d_model {config.d_model}, {config.d_mlp} neurons per MLP, \

@@ -136,6 +136,8 @@ def _fault(config: TrainingConfig) -> str | None:
     for field in positive:
         if not getattr(config, field) > 0:
             return f"{field} must be positive, not {getattr(config, field)}"
+    if not (config.name.isprintable() and config.name.strip()):
+        return f"name must be one line of text, not {shown(config.name)}"
     if config.architecture not in ARCHITECTURES:
         return f"unknown architecture '{config.architecture}'; known are {', '.join(ARCHITECTURES)}"
     if config.precision not in PRECISIONS:

@@ -97,7 +97,7 @@ def prepare(config: TrainingConfig, text: str | Path) -> TrainingData:
     if not folder.exists():
         _make(config, documents, text, folder)
     return TrainingData(
-        tokenizer=PreTrainedTokenizerFast.from_pretrained(folder),
+        tokenizer=PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False),
         corpus=np.load(folder / "corpus.npy", mmap_mode="r"),
         validation=np.load(folder / "validation.npy"),
         gazetteer=Gazetteer(config.gazetteer_seed),

@@ -187,7 +187,8 @@ def _save_state(
         "rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
-    torch.save(state, work / "state.unfinished")
+    with (work / "state.unfinished").open("wb") as file:  # by Python, which says why a write failed
+        torch.save(state, file)
     os.replace(work / "state.unfinished", work / "state.pt")
 
 
@@ -222,9 +223,9 @@ class _Curve:
         self.path = path
         kept: list[dict[str, str]] = []
         if path.exists():
-            with path.open(newline="") as file:
+            with path.open(newline="", encoding="utf-8") as file:
                 kept = [row for row in csv.DictReader(file) if row["step"] and int(row["step"]) <= start]
-        with path.open("w", newline="") as file:
+        with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, CURVE_COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(kept)
@@ -232,7 +233,7 @@ class _Curve:
     def add(
         self, step: int, tokens: int, loss: float, validation: float | None, factor: float, speed: float
     ) -> None:
-        with self.path.open("a", newline="") as file:
+        with self.path.open("a", newline="", encoding="utf-8") as file:
             csv.writer(file, lineterminator="\n").writerow(
                 (
                     step,

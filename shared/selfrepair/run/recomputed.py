@@ -1,0 +1,109 @@
+"""Stores held against what determines them, and a sample of their shards computed again."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+import xarray as xr
+
+from selfrepair.errors import UserError
+from selfrepair.measure.measurement import settings_of
+from selfrepair.measure.task import Task
+from selfrepair.models.devices import resolve_device, set_precision
+from selfrepair.models.loading import load_model
+from selfrepair.run.consistency import Finding
+from selfrepair.store.manifest import contradictions, manifest_of, read_manifest
+from selfrepair.store.stores import FormatError, open_store
+
+#: Of the shards of each measurement, computed again; at least one.
+SHARE_OF_SHARDS = 0.01
+#: Largest difference, in units of the largest value of a variable in its shard, that other processors and
+#: libraries may make.
+TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "tf32": 1e-2, "bfloat16": 0.1, "float16": 0.1}
+#: Of whole numbers and truth values, such as which neurons come first, so many may differ where values are
+#: nearly equal.
+MAY_DIFFER = 0.01
+
+
+def check_store(store: Path) -> tuple[Finding, Task | None]:
+    """What is found of a store, and the task that makes it, if it can be computed again."""
+    try:
+        attributes = open_store(store).attrs
+        noted = read_manifest(manifest_of(store))
+    except FormatError as error:
+        return Finding(store.name, None, str(error)), None
+    except UserError as error:
+        return Finding(store.name, False, str(error)), None
+    if differing := contradictions(manifest_of(store), attributes):
+        return Finding(store.name, False, f"its manifest says otherwise of {', '.join(differing)}"), None
+    try:
+        wanted = settings_of(str(attributes["measurement"]), attributes)
+        task = Task(str(attributes["measurement"]), str(noted["source"]), wanted, store.parent)
+        if task.determined_by["code"] != attributes["code"]:
+            why = (
+                f"made by other code ({attributes['code']}); check out commit {noted.get('commit')} to "
+                f"compute it again"
+            )
+            return Finding(store.name, None, f"its checksums and manifest agree; {why}"), None
+        name = f"{task.name_by(attributes)}.zarr"
+    except (KeyError, TypeError) as error:
+        return Finding(store.name, False, f"its attributes are not those of a measurement ({error})"), None
+    except UserError as error:
+        return Finding(store.name, None, str(error)), None
+    if name != store.name:
+        return Finding(store.name, False, f"by what determines it, its name should be {name}"), None
+    if task.path.name != store.name:
+        return Finding(store.name, False, f"of what is here now, it would be {task.path.name}"), None
+    return Finding(store.name, True, "every checksum, its manifest and its name"), task
+
+
+def sample_of(tasks: list[Task], chance: random.Random) -> list[tuple[Task, int]]:
+    """Some shards of each measurement, in order of model, so that each model is loaded once."""
+    of_each: dict[str, list[tuple[Task, int]]] = {}
+    for task in tasks:
+        of_each.setdefault(task.measurement.name, []).extend((task, shard) for shard in task.shards)
+    chosen = [
+        pair
+        for shards in of_each.values()
+        for pair in chance.sample(shards, max(1, round(SHARE_OF_SHARDS * len(shards))))
+    ]
+    return sorted(chosen, key=lambda pair: (pair[0].model_name, pair[0].path.name, pair[1]))
+
+
+def compute_again(task: Task, shard: int, device: str) -> Finding:
+    kept = open_store(task.path)
+    what = f"{task.path.name}, shard {shard}"
+    where = resolve_device(device)
+    dtype = str(kept.attrs["dtype"])
+    try:
+        model = load_model(task.model_name, where, set_precision(dtype, where))
+        if model.weights_sha256 != kept.attrs["weights_sha256"]:
+            return Finding(what, False, f"the weights of {task.model_name} are not those it was made from")
+        again = task.computed_again(model, shard)
+    except UserError as error:
+        return Finding(what, None, str(error))
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    return _compare(what, again, task.of_shard(kept, shard), TOLERANCE[dtype])
+
+
+def _compare(what: str, again: xr.Dataset, kept: xr.Dataset, tolerance: float) -> Finding:
+    """Of a shard made again with the kept one; what is not finite agrees with its like only."""
+    largest, counted = 0.0, 0.0
+    for name, variable in again.variables.items():
+        if name not in kept.variables or kept[name].shape != variable.shape:
+            return Finding(what, False, f"{name} is missing or of another shape")
+        new, old = variable.values, kept[name].values
+        if new.dtype.kind != "f":
+            counted = max(counted, float(np.mean(new != old)) if new.size else 0.0)
+            continue
+        if not np.array_equal(np.isfinite(new), np.isfinite(old)):
+            return Finding(what, False, f"{name} is not finite where it should be")
+        new, old = (values[np.isfinite(values)].astype(np.float64) for values in (new, old))
+        if new.size:
+            largest = max(largest, float(np.abs(new - old).max() / max(1e-30, np.abs(old).max())))
+    detail = f"computed again, largest relative difference {largest:.1e}"
+    return Finding(what, largest <= tolerance and counted <= MAY_DIFFER, detail)
