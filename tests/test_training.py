@@ -298,7 +298,10 @@ def one_line(capsys, status: int, said: str) -> None:
         ({"phases": phases(9, warmup=0.7, decay=0.7)}, "at most 1"),
         ({"phases": phases(9, lr_factor=-1.0)}, "lr_factor"),
         ({"n_heads": 5}, "multiple of n_heads"),
-        ({"dropout": 1.5}, "[0, 1)"),
+        ({"dropout": 1.5}, "dropout must lie in [0, 1)"),
+        ({"head_dropout": 1.0}, "head_dropout must lie in [0, 1)"),
+        ({"attention_dropout_layer": -0.1}, "attention_dropout_layer must lie in [0, 1)"),
+        ({"optimizer": "sgd"}, "unknown optimizer 'sgd'"),
         ({"precision": "int8"}, "unknown precision"),
     ],
 )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
@@ -11,8 +13,11 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
 )
 
+from selfrepair.errors import UserError
+from selfrepair.models.checkpoints import find_model
 from selfrepair.training.config import TrainingConfig
 
 
@@ -75,3 +80,23 @@ def build_model(config: TrainingConfig, bos_token_id: int) -> PreTrainedModel:
                 )
             )
     raise ValueError(f"architecture {config.architecture!r} has no builder")
+
+
+def start_from(model: PreTrainedModel, name: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Gives ``model`` the weights of the embedded model or folder ``name``, to be fine-tuned.
+
+    Raises:
+        UserError: no such model, or one of another architecture, shape or tokenizer.
+    """
+    folder = find_model(name)
+    found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+    shapes, own = ({key: tensor.shape for key, tensor in one.state_dict().items()} for one in (found, model))
+    if type(found) is not type(model) or shapes != own:
+        raise UserError(f"{name}: not of the architecture and shape that the configuration to start from has")
+    vocabulary = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab()
+    if vocabulary != tokenizer.get_vocab():
+        raise UserError(
+            f"{name}: has another tokenizer than this text and configuration make; give the text that it was "
+            f"trained on, and its vocab_size and gazetteer settings"
+        )
+    model.load_state_dict(found.state_dict())

@@ -142,6 +142,18 @@ def _sources(text: Path) -> list[str]:
         ]
 
 
+def _dropout(config: TrainingConfig) -> str:
+    """``, dropout 0.1``; other kinds of dropout, and what was fine-tuned, where there is any."""
+    said = f", dropout {config.dropout}"
+    if config.head_dropout:
+        said += f", whole heads {config.head_dropout}"
+    if config.attention_dropout_layer:
+        said += f", whole attention layers {config.attention_dropout_layer}"
+    if config.start:
+        said += f", fine-tuned from {config.start}"
+    return said
+
+
 def render_card(config: TrainingConfig, metrics: dict, sources: list[str]) -> str:
     """The model card (Markdown) of a trained model."""
     margin = metrics["trigram_loss_held_out_prose"] - metrics["loss_held_out_prose"]
@@ -168,8 +180,7 @@ library_name: transformers
 A small language model for the self-repair replication suite. {ARCHITECTURE_TEXT[config.architecture]}.
 {config.n_layers} layers × {config.n_heads} heads, d_model {config.d_model}, {config.d_mlp} neurons per MLP, \
 vocabulary
-{config.vocab_size} (byte-level BPE), context {config.sequence_length}, tied embeddings, dropout \
-{config.dropout}:
+{config.vocab_size} (byte-level BPE), context {config.sequence_length}, tied embeddings{_dropout(config)}:
 {metrics["parameters"]:,} parameters, stored in float16.{checkpoints}
 
 ## Training

@@ -14,6 +14,7 @@ from selfrepair.yaml_files import read_yaml
 
 ARCHITECTURES = ("gpt2", "gpt_neox", "llama")
 PRECISIONS = ("float32", "bfloat16")
+OPTIMIZERS = ("muon", "adamw")
 T = TypeVar("T")
 
 
@@ -41,6 +42,12 @@ class TrainingConfig:
     ``n_checkpoints`` counts step 0, log-spaced steps of the first phase, and the final model; 0 keeps
     the final one only. Every phase after the first starts with fresh optimizer states from the
     weights as they would be stored.
+
+    ``start`` is what is fine-tuned, an embedded model's name or a folder, of the same shape and tokenizer;
+    without one, weights are random. ``muon`` trains the blocks' matrices with Muon at ``lr_matrices`` and the
+    rest with AdamW at ``lr_other``; ``adamw`` all with AdamW at ``lr_other``, undecayed. ``head_dropout`` is
+    the probability that a head's ``z`` is dropped for a whole sequence, ``attention_dropout_layer`` that an
+    attention layer's output is.
     """
 
     name: str
@@ -51,6 +58,10 @@ class TrainingConfig:
     d_mlp: int
     phases: tuple[Phase, ...]
     dropout: float = 0.0
+    head_dropout: float = 0.0
+    attention_dropout_layer: float = 0.0
+    start: str = ""
+    optimizer: str = "muon"
     vocab_size: int = 4096
     sequence_length: int = 128
     batch_size: int = 32
@@ -149,8 +160,11 @@ def _fault(config: TrainingConfig) -> str | None:
             "vocab_size must be at least 257 (the bytes and BOS) and sequence_length at least 5 (BOS and "
             "twice two tokens)"
         )
-    if not 0 <= config.dropout < 1:
-        return "dropout must lie in [0, 1)"
+    if config.optimizer not in OPTIMIZERS:
+        return f"unknown optimizer '{config.optimizer}'; known are {', '.join(OPTIMIZERS)}"
+    for field in ("dropout", "head_dropout", "attention_dropout_layer"):
+        if not 0 <= getattr(config, field) < 1:
+            return f"{field} must lie in [0, 1)"
     for phase, steps in zip(config.phases, config.phase_steps, strict=True):
         if steps < 1:
             return (

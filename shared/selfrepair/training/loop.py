@@ -20,10 +20,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from selfrepair.errors import UserError
-from selfrepair.training.architecture import build_model
+from selfrepair.training.architecture import build_model, start_from
 from selfrepair.training.config import TrainingConfig
 from selfrepair.training.data import TrainingData
 from selfrepair.training.evaluate import token_loss
+from selfrepair.training.head_dropout import heads_dropped
 
 CURVE_COLUMNS = ("step", "tokens", "loss", "validation_loss", "learning_rate_factor", "tokens_per_second")
 CURVE_EVERY = 10
@@ -42,7 +43,8 @@ def train(
     is returned in float32. Killed at any step and started again, the run ends with the same weights.
 
     Raises:
-        UserError: the state in ``work`` is damaged or of another configuration.
+        UserError: the state in ``work`` is damaged or of another configuration, or the configuration starts
+            from a model that is missing or of another shape or tokenizer.
     """
     if save_every % CURVE_EVERY:
         raise ValueError(
@@ -50,7 +52,10 @@ def train(
             f"saved state"
         )
     work.mkdir(parents=True, exist_ok=True)
-    model = build_model(config, data.tokenizer.bos_token_id).to(device)
+    model = build_model(config, data.tokenizer.bos_token_id)
+    if config.start:
+        start_from(model, config.start, data.tokenizer)
+    model.to(device)
     optimizers = build_optimizers(model, config)
     rows = data.training_rows(config)
     start = _resume(work, config, model, optimizers)
@@ -63,7 +68,7 @@ def train(
         total=config.n_steps, initial=start, desc=config.name, unit="step", mininterval=2, smoothing=0.05
     )
     model.train()
-    with bar as progress:
+    with bar as progress, heads_dropped(model, config):
         for step in range(start, config.n_steps):
             if step in phase_starts and step != start:
                 _begin_phase(model, config, step)
@@ -93,7 +98,11 @@ def train(
 
 
 def build_optimizers(model: PreTrainedModel, config: TrainingConfig) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks; AdamW, undecayed, for embeddings, norms and biases."""
+    """Muon for the matrices inside the blocks; AdamW, undecayed, for embeddings, norms and biases, or all."""
+    if config.optimizer == "adamw":
+        return [
+            torch.optim.AdamW(model.parameters(), lr=config.lr_other, betas=(0.9, 0.95), weight_decay=0.0)
+        ]
     in_blocks = {
         id(p)
         for module in model.modules()
@@ -147,7 +156,8 @@ def _step(
     config: TrainingConfig,
     step: int,
 ) -> Float[Tensor, ""]:
-    for optimizer, rate in zip(optimizers, (config.lr_matrices, config.lr_other), strict=True):
+    rates = (config.lr_other,) if config.optimizer == "adamw" else (config.lr_matrices, config.lr_other)
+    for optimizer, rate in zip(optimizers, rates, strict=True):
         optimizer.param_groups[0]["lr"] = rate * lr_factor(config, step)
         optimizer.zero_grad(set_to_none=True)
     with torch.autocast(batch.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
