@@ -3,9 +3,10 @@ of them."""
 
 import nbformat
 import pytest
+from PIL import Image
 
 from selfrepair.errors import UserError
-from selfrepair.run import committed, notebooks
+from selfrepair.run import committed, notebooks, page
 from selfrepair.run.study import Study
 
 README = "# Title\n\n## Claims\n\nold\n\nThe rules behind the verdicts\nend\n"
@@ -16,10 +17,11 @@ def repository(tmp_path, monkeypatch):
     (tmp_path / "notebooks").mkdir()
     out = tmp_path / "results" / "pocket"
     (out / "figures").mkdir(parents=True)
-    (out / "figures" / "01_a.png").write_bytes(b"new")
+    Image.new("RGB", (4, 4)).save(out / "figures" / "01_a.png")
     (out / "figures" / "claims.md").write_text("| claim |\n")
     (tmp_path / "README.md").write_text(README)
-    monkeypatch.setattr(notebooks, "NOTEBOOKS", tmp_path / "notebooks")
+    for module in (notebooks, page):
+        monkeypatch.setattr(module, "NOTEBOOKS", tmp_path / "notebooks")
     for name, value in (("FIGURES", "figures"), ("README", "README.md")):
         monkeypatch.setattr(committed, name, tmp_path / value)
     return tmp_path
@@ -53,7 +55,8 @@ def test_everything_is_refreshed(repository):
     assert {file.name for file in figures.iterdir()} == {"01_a.png", "claims.md", "index.html"}
     cell = nbformat.read(repository / "notebooks" / "01_works.ipynb", 4).cells[0]
     assert cell.outputs[0].text == "5 notebooks\n" and cell.execution_count == 1 and not cell.metadata
-    assert (figures / "01_a.png").read_bytes() == b"new" and (figures / "index.html").read_text() == "pocket"
+    assert Image.open(figures / "01_a.png").size == (4, 4)
+    assert 'href="../../notebooks/01_works.ipynb"' in (figures / "index.html").read_text()
     assert (repository / "README.md").read_text() == README.replace("old\n", "| claim |\n")
 
 

@@ -33,7 +33,13 @@ def jupyter_lab(folder, notebooks):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     token = secrets.token_hex(16)
-    options = ["--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0"]
+    options = [
+        "--no-browser",
+        "--allow-root",
+        "--ip=127.0.0.1",
+        f"--port={port}",
+        "--ServerApp.port_retries=0",
+    ]
     options += [f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={notebooks}"]
     folder.mkdir()
     with (folder / "log").open("wb") as log:
@@ -65,7 +71,9 @@ def answers(port):
 def test_the_control_of_notebook_00_changes_the_picture(tmp_path):
     notebook = nbformat.read(NOTEBOOKS / NOTEBOOK, as_version=4)
     (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
-    parameters.source = parameters.source.replace("out_dir = None", f"out_dir = {str(tmp_path / 'results')!r}")
+    parameters.source = parameters.source.replace(
+        "out_dir = None", f"out_dir = {str(tmp_path / 'results')!r}"
+    )
     for cell in notebook.cells:  # nothing that is shown is from before
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None

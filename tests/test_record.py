@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 
+import nbformat
 import pytest
 from PIL import Image
 
@@ -37,6 +38,8 @@ def finished(tmp_path_factory):
     earlier, store = (study(folder, n).task("heads", MODEL).merge(models) for n in (6, 4))
     (folder / "figures").mkdir()
     Image.new("RGB", (4, 4)).save(folder / "figures" / "01_one.png")
+    (folder / "notebooks").mkdir()
+    nbformat.write(nbformat.v4.new_notebook(), folder / "notebooks" / "01_one.ipynb")
     return folder, earlier.name, store.name, summarise(study(folder, 4), NOTEBOOKS, "the key")
 
 
@@ -67,8 +70,11 @@ def test_manifest_of_a_run_names_its_stores_and_what_they_were_made_from(run):
     )
     assert noted["held_out_text_sha256"] == hash_documents(read_documents(HELD_OUT_TEXT))
     assert noted["settings"]["n_prompts"] == 4 and noted["profile"] == "pocket" and noted["seed"] == 0
-    assert set(noted["files"]) == {"figures/01_one.png", "index.html"}
-    assert json.loads((folder / "done" / "page.done").read_text())["key"] == "the key"
+    of_the_notebook = {f"notebooks/01_one.{ending}" for ending in ("ipynb", "html")}
+    assert set(noted["files"]) == {"figures/01_one.png", "index.html", *of_the_notebook}
+    done = json.loads((folder / "done" / "page.done").read_text())
+    assert done["key"] == "the key"
+    assert set(done["left"]) == {"index.html", "notebooks/01_one.html", "manifest.json"}
 
 
 def test_of_two_equal_measurements_that_of_the_models_weights_counts(run):

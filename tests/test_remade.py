@@ -74,6 +74,7 @@ EDITS = {
     "shared/selfrepair/plots/layernorm.py": (appended(), set(), (), "3"),
     "shared/selfrepair/plots/style.py": (appended(), set(), (), "123456"),
     "shared/selfrepair/run/page.html": (appended("<!-- edited -->"), set(), (), None),
+    "shared/selfrepair/run/notebook_page.html": (appended("<!-- edited -->"), set(), (), None),
     "shared/selfrepair/run/verify.py": (appended(), set(), (), ""),
     "shared/selfrepair/training/loop.py": (appended(), set(), (), ""),
     "notebooks/04_neuron_anti_erasure.ipynb": (
@@ -244,6 +245,8 @@ def test_a_run_makes_again_what_is_lost_or_edited_and_nothing_else(house):
     assert house.run()[1] == {"04", f"{PYTHIA} cosines", "page"}
     (out / "notebooks" / "03_layernorm_share.ipynb").unlink()
     assert house.run()[1] == {"03", "page"}
+    (out / "notebooks" / "03_layernorm_share.html").unlink()
+    assert house.run()[1] == {"page"}
     (out / "index.html").write_text("word")
     assert house.run()[1] == {"page"}
     assert results(out) == before

@@ -70,7 +70,9 @@ def _read(path: Path) -> nbformat.NotebookNode:
 
 
 def _title(notebook: nbformat.NotebookNode, stem: str) -> str:
-    lines = (line for cell in notebook.cells if cell.cell_type == "markdown" for line in cell.source.splitlines())
+    lines = (
+        line for cell in notebook.cells if cell.cell_type == "markdown" for line in cell.source.splitlines()
+    )
     return next((line.removeprefix("# ") for line in lines if line.startswith("# ")), stem)
 
 
@@ -81,7 +83,9 @@ def _as_read(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         if cell.cell_type == "code":
             hidden, tags = cell.metadata.get("jupyter", {}), cell.metadata.get("tags", [])
             if hidden.get("source_hidden") or "remove-input" in tags:
-                cell.metadata["transient"] = {"remove_source": True}  # as nbconvert's own preprocessor marks it
+                cell.metadata["transient"] = {
+                    "remove_source": True
+                }  # as nbconvert's own preprocessor marks it
             if hidden.get("outputs_hidden"):
                 cell.outputs = []
             if "injected-parameters" in tags:  # the folder is where the reader is
@@ -89,7 +93,8 @@ def _as_read(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
             cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
             _describe(cell)
         cells.append(cell)
-    return nbformat.from_dict({**notebook, "cells": cells})
+    metadata = {name: value for name, value in notebook.metadata.items() if name != "widgets"}
+    return nbformat.from_dict({**notebook, "metadata": metadata, "cells": cells})
 
 
 def _describe(cell: nbformat.NotebookNode) -> None:
@@ -117,7 +122,9 @@ class _Renderer(IPythonRenderer):
         return f'<div class="scroll"><table>\n{text}</table></div>\n'
 
     def link(self, text: str, url: str, title: str | None = None) -> str:
-        if not (ELSEWHERE.match(url) or NEIGHBOUR.match(url)):  # a file of the repository, perhaps far from here
+        if not (
+            ELSEWHERE.match(url) or NEIGHBOUR.match(url)
+        ):  # a file of the repository, perhaps far from here
             return f"{text} (<code>{escape(posixpath.normpath(f'notebooks/{url}'))}</code>)"
         return super().link(text, NEIGHBOUR.sub(r"\1.html", url), title)
 
