@@ -3,9 +3,10 @@ none of them."""
 
 import nbformat
 import pytest
+from PIL import Image
 
 from selfrepair.errors import UserError
-from selfrepair.run import committed, notebooks
+from selfrepair.run import committed, notebooks, page
 from selfrepair.run.study import Study
 
 README = "# Title\n\n## Claims\n\nold\n\nThe rules behind the verdicts\nend\n"
@@ -16,10 +17,11 @@ def repository(tmp_path, monkeypatch):
     (tmp_path / "notebooks").mkdir()
     out = tmp_path / "results" / "pocket"
     (out / "figures").mkdir(parents=True)
-    (out / "figures" / "01_a.png").write_bytes(b"new")
+    Image.new("RGB", (4, 4)).save(out / "figures" / "01_a.png")
     (out / "figures" / "claims.md").write_text("| claim |\n")
     (tmp_path / "README.md").write_text(README)
-    monkeypatch.setattr(notebooks, "NOTEBOOKS", tmp_path / "notebooks")
+    for module in (notebooks, page):
+        monkeypatch.setattr(module, "NOTEBOOKS", tmp_path / "notebooks")
     for name, value in (("FIGURES", "figures"), ("README", "README.md")):
         monkeypatch.setattr(committed, name, tmp_path / value)
     return tmp_path
@@ -70,7 +72,8 @@ def test_everything_is_refreshed_from_the_run(repository):
     result, text = cells[2].outputs
     assert (result.data["text/plain"], result.execution_count, text.text) == ("5", 2, "5 heads\n")
     assert not cells[2].metadata
-    assert (figures / "01_a.png").read_bytes() == b"new" and (figures / "index.html").read_text() == "pocket"
+    assert Image.open(figures / "01_a.png").size == (4, 4)
+    assert 'href="../../notebooks/01_works.ipynb"' in (figures / "index.html").read_text()
     assert (repository / "README.md").read_text() == README.replace("old\n", "| claim |\n")
     assert {path: path.read_bytes() for path in before} == before
 

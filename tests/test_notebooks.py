@@ -48,6 +48,12 @@ def test_committed_notebook_was_run_from_top_to_bottom(notebook):
 
 
 @of_each
+def test_committed_notebook_is_below_a_megabyte(notebook):
+    """With its pictures: everybody who clones the repository gets every version of it."""
+    assert notebook.path.stat().st_size < 1_000_000
+
+
+@of_each
 def test_parameters_have_the_same_names_everywhere(notebook):
     assert set(papermill.inspect_notebook(str(notebook.path))) >= PARAMETERS
     tagged = [cell for cell in code_cells(notebook) if "parameters" in cell.metadata.get("tags", [])]
@@ -213,9 +219,7 @@ def test_failing_cell_is_named_and_the_others_run(tmp_path, monkeypatch, capsys)
 def test_a_widget_is_not_kept_and_the_picture_that_it_changes_is(tmp_path, monkeypatch):
     """Without its kernel, a widget would be an error message in a reader's browser."""
     source = "import ipywidgets\nfrom IPython.display import HTML, display\n"
-    source += (
-        "display(ipywidgets.Dropdown(options=[1, 2]))\ndisplay(HTML('<b>a picture</b>'), display_id=True)"
-    )
+    source += "display(ipywidgets.Dropdown(options=[1, 2]))\nshown = display(HTML('<b>a picture</b>'), display_id=True)"
     written(tmp_path, {"01_has_a_widget": source})
     monkeypatch.setattr("selfrepair.run.notebooks.NOTEBOOKS", tmp_path)
     assert main(["notebooks", "--only", "01", "--out", str(tmp_path / "out")]) == 0

@@ -201,7 +201,13 @@ def test_a_notebooks_title_question_and_headings_are_there(page):
     )
     assert title.removeprefix("# ") in page.text
     assert question.removeprefix("**Question.**").strip().replace("*", "") in page.text
-    assert "Self-repair against depth (R&N Fig. 1) Self repair by depth" in page.text
+    heading = [
+        line.removeprefix("## ")
+        for cell in first.cells[: [FIGURES[0] in cell.source for cell in first.cells].index(True)]
+        for line in cell.source.splitlines()
+        if line.startswith("## ")
+    ][-1]
+    assert f"{heading} Self repair by depth" in page.text
 
 
 def test_a_notebooks_text_is_shown_as_text_with_emphasis(results, tmp_path, monkeypatch):
@@ -294,8 +300,23 @@ def test_nothing_is_fetched(page, results):
 
 def test_same_results_same_bytes(results, tmp_path):
     first = write_page(results).read_bytes()
-    assert write_page(results, tmp_path / "elsewhere" / "page.html") == tmp_path / "elsewhere" / "page.html"
-    assert (tmp_path / "elsewhere" / "page.html").read_bytes() == first
+    assert write_page(results).read_bytes() == first
+    places = [tmp_path / name / "page.html" for name in ("one", "other")]
+    assert [write_page(results, place) for place in places] == places
+    assert places[0].read_bytes() == places[1].read_bytes()
+
+
+def test_a_run_links_its_notebooks_as_html_and_the_committed_page_those_of_the_repository(results):
+    (results / "notebooks").mkdir()
+    (results / "notebooks" / "01_self_repair_across_models.html").touch()
+    page = Elements(write_page(results).read_text())
+    links = [link["href"] for link in page.all("a") if not link["href"].startswith("#")]
+    assert links == ["notebooks/01_self_repair_across_models.html"]
+    elsewhere = write_page(results, results.parent / "elsewhere" / "index.html")
+    page = Elements(elsewhere.read_text())
+    links = [link["href"] for link in page.all("a") if not link["href"].startswith("#")]
+    assert [(elsewhere.parent / link).resolve() for link in links] == sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
+    assert page.faults == []
 
 
 # --- what is missing or broken

@@ -63,6 +63,8 @@ def finished(tmp_path_factory, one_notebook):
     models = study(folder, 4).load(MODEL)
     earlier, store = (study(folder, n).task("heads", MODEL).merge(models) for n in (6, 4))
     left_by_the_notebook(folder)
+    (folder / "notebooks").mkdir()
+    nbformat.write(nbformat.v4.new_notebook(), folder / "notebooks" / "01_one.ipynb")
     return folder, earlier.name, store.name, summarise(study(folder, 4), NOTEBOOKS, "the key")
 
 
@@ -97,7 +99,8 @@ def test_manifest_of_a_run_names_its_stores_and_what_they_were_made_from(run):
     )
     assert noted["held_out_text_sha256"] == hash_documents(read_documents(HELD_OUT_TEXT))
     assert noted["settings"]["n_prompts"] == 4 and noted["profile"] == "pocket" and noted["seed"] == 0
-    assert set(noted["files"]) == {"figures/01_one.png", "heads_zero.csv", "index.html"}
+    of_the_notebook = {f"notebooks/01_one.{ending}" for ending in ("ipynb", "html")}
+    assert set(noted["files"]) == {"figures/01_one.png", "heads_zero.csv", "index.html", *of_the_notebook}
     tokens = {one.name for one in store.parent.glob("*-tokens-*.zarr")}
     (tokens,) = tokens - {noted["stores"][f"{MODEL} tokens"]["store"]}
     assert noted["outside_the_plan"] == [f"measured/{name}" for name in sorted((earlier.name, tokens))]

@@ -108,6 +108,7 @@ EDITS = {
         }.items()
     },
     "shared/selfrepair/run/page.html": (appended("<!-- edited -->"), set(), (), None),
+    "shared/selfrepair/run/notebook_page.html": (appended("<!-- edited -->"), set(), (), None),
     "shared/selfrepair/run/verify.py": (appended(), set(), (), ""),
     "shared/selfrepair/training/loop.py": (appended(), set(), (), ""),
     "notebooks/04_neuron_anti_erasure.ipynb": (
@@ -299,6 +300,8 @@ def test_a_run_makes_again_what_is_lost_or_edited_and_nothing_else(house):
     max((file for file in store["probabilities"].rglob("c*") if file.is_file()), key=os.path.getsize).unlink()
     manifest_of(store["alignment"]).unlink()
     assert house.run()[1] == {"03", "page", *(f"{PYTHIA} {name}" for name in LOST if name != "cosines")}
+    (out / "notebooks" / "03_layernorm_share.html").unlink()
+    assert house.run()[1] == {"page"}
     (out / "breakdown_by_layer.csv").unlink()
     (out / "index.html").write_text("word")
     assert house.run()[1] == {"03", "page"}

@@ -93,7 +93,8 @@ def _as_read(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
             cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
             _describe(cell)
         cells.append(cell)
-    return nbformat.from_dict({**notebook, "cells": cells})
+    metadata = {name: value for name, value in notebook.metadata.items() if name != "widgets"}
+    return nbformat.from_dict({**notebook, "metadata": metadata, "cells": cells})
 
 
 def _describe(cell: nbformat.NotebookNode) -> None:
