@@ -69,21 +69,21 @@ from selfrepair.text.corpora import load_tokens
 #: File → how it is edited, and of what it then changes the identity: measurements, of these models, and notebooks by number.
 #: The page's changes with that of any notebook.
 EDITS = {
-    "shared/selfrepair/engine/head_ablation.py": (appended(), ABLATING, MODELS, "12345"),
+    "shared/selfrepair/engine/head_ablation.py": (appended(), ABLATING, MODELS, "012345"),
     "shared/selfrepair/engine/direct_effect.py": (
         appended(),
         ON_PROMPTS - {"tokens"} | {"layers"},
         MODELS,
-        "123456",
+        "0123456",
     ),
     "shared/selfrepair/measure/self_feeding.py": (appended(), {"self_feeding"}, MODELS, "5"),
-    "shared/selfrepair/measure/tokens.py": (appended(), ON_PROMPTS, MODELS, "123456"),
+    "shared/selfrepair/measure/tokens.py": (appended(), ON_PROMPTS, MODELS, "0123456"),
     "shared/selfrepair/text/facts.yaml": (appended(), {"facts", "layers", "layers_on_prose"}, MODELS, "6"),
     "shared/selfrepair/statistics.py": (
         appended(),
         {"neurons", "earlier_input", "self_feeding"},
         MODELS,
-        "123456",
+        "0123456",
     ),
     "shared/selfrepair/text/corpora.py": (appended(), ON_PROMPTS, MODELS, "0123456"),
     "shared/selfrepair/models/support.py": (appended(), EVERYTHING, MODELS, "0123456"),
@@ -103,8 +103,10 @@ EDITS = {
             "layers": "6",
             "layer_compensation": "6",
             "worked_prompt": "6",
-            "panels": "123456",
-            "style": "123456",
+            "by_hand": "0",
+            "tokens_in_context": "0245",
+            "panels": "0123456",
+            "style": "0123456",
         }.items()
     },
     "shared/selfrepair/run/page.html": (appended("<!-- edited -->"), set(), (), None),
