@@ -61,6 +61,12 @@ def test_parameters_have_the_same_names_everywhere(notebook):
 
 
 @of_each
+def test_code_that_is_shown_is_read_without_scrolling(notebook):
+    shown = [cell for cell in code_cells(notebook) if "remove-input" not in cell.metadata.get("tags", [])]
+    assert [line for cell in shown for line in cell.source.splitlines() if len(line) > 88] == []
+
+
+@of_each
 def test_what_a_notebook_asks_for_is_measured(notebook):
     """By names that are written out: the plan reads them."""
     assert notebook.code.count(".measured(") >= len(notebook.measurements) > 0
