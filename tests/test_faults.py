@@ -18,6 +18,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from selfrepair.paths import MODELS
+from selfrepair.store.manifest import add_to_manifest, manifest_of
 from selfrepair.store.stores import open_store, write_store
 
 pytestmark = pytest.mark.slow(
@@ -313,6 +314,7 @@ def test_what_is_made_of_other_numbers_is_made_again(run, sharded, undisturbed, 
     other = other.assign_attrs({k: v for k, v in open_store(heads).attrs.items() if k != "sha256"})
     other["direct_effect"] = other["direct_effect"].copy(data=other["direct_effect"].values[:, ::-1])
     write_store([other], heads)
+    add_to_manifest(manifest_of(heads), sha256=open_store(heads).attrs["sha256"])
     done = run(out, "measure")
     assert (done["status"], done["computed"]) == (0, OF_NEURONS), done
     neurons = content(stores_in(out)["neurons-mean"])

@@ -11,7 +11,7 @@ from selfrepair.cli.main import main
 from selfrepair.engine.fast import fast_path
 from selfrepair.errors import UserError
 from selfrepair.measure.measurement import Measurement, find_measurement, measurement_names
-from selfrepair.paths import BY_HAND, MODELS, RUNS
+from selfrepair.paths import BY_HAND, MODELS, PROFILES, RUNS
 from selfrepair.run import profiles
 from selfrepair.run import study as study_module
 from selfrepair.run.study import N_FACTS, Study
@@ -317,3 +317,13 @@ def test_a_store_under_the_name_of_another_is_measured_again(tmp_path, models):
 )
 def test_only_the_pocket_profile_unchanged_is_what_committed_notebooks_describe(changes, is_as_committed):
     assert Study.of(**changes).is_as_committed == is_as_committed
+
+
+def test_an_edited_pocket_profile_is_not_what_committed_notebooks_describe(tmp_path, monkeypatch):
+    """If this fails at the pocket profile itself: read the notebooks' texts again, then note its identity."""
+    assert Study.of("pocket").is_as_committed
+    edited = (PROFILES / "pocket.yaml").read_text().replace("n_prompts: 128", "n_prompts: 64")
+    (tmp_path / "pocket.yaml").write_text(edited)
+    monkeypatch.setattr(profiles, "PROFILES", tmp_path)
+    assert Study.of("pocket").profile.n_prompts == 64
+    assert not Study.of("pocket").is_as_committed

@@ -154,6 +154,14 @@ def _dropout(config: TrainingConfig) -> str:
     return said
 
 
+def _settings(config: TrainingConfig) -> dict[str, object]:
+    """A configuration as YAML has it, without the kinds of dropout and the start that it does not have."""
+    rare = {"head_dropout", "attention_dropout_layer", "start", "optimizer"}
+    default = {field.name: field.default for field in dataclasses.fields(config) if field.name in rare}
+    settings = json.loads(json.dumps(dataclasses.asdict(config)))
+    return {name: value for name, value in settings.items() if name not in rare or value != default[name]}
+
+
 def render_card(config: TrainingConfig, metrics: dict, sources: list[str]) -> str:
     """The model card (Markdown) of a trained model."""
     margin = metrics["trigram_loss_held_out_prose"] - metrics["loss_held_out_prose"]
@@ -165,7 +173,7 @@ def render_card(config: TrainingConfig, metrics: dict, sources: list[str]) -> st
         if config.n_checkpoints
         else ""
     )
-    settings = yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False).strip()
+    settings = yaml.safe_dump(_settings(config), sort_keys=False).strip()
     phases = ", then ".join(
         f"{phase.tokens:,} tokens with {phase.gazetteer_share:.0%} of the latter" for phase in config.phases
     )
