@@ -13,6 +13,7 @@ import yaml
 from houses import results
 
 from selfrepair.measure.measurement import find_measurement, measurement_names
+from selfrepair.run.notebooks import all_notebooks
 from selfrepair.run.verify import verify
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,10 +81,16 @@ def test_cluster_gives_the_bytes_of_a_local_run_though_a_job_is_lost(slurm, tmp_
     stages = [of_model["stages"] for of_model in plan["models"].values()]
     n_shards = sum(-(-len(units) // plan["units_per_job"]) for of_model in stages for units in of_model[1:])
     n_measured = sum(len(of_model) - 1 for of_model in stages)
-    counts = {"prompts": 1, "shards": n_shards, "measured": n_measured, "notebooks": 6, "summary": 1}
+    counts = {
+        "prompts": 1,
+        "shards": n_shards,
+        "measured": n_measured,
+        "notebooks": len(all_notebooks()),
+        "summary": 1,
+    }
     assert (n_shards, n_measured) == (6, 2)
     assert all(f"{stage}: {n} of {n}" in said for stage, n in counts.items()), said
-    assert submitted(tmp_path / "cluster") == n_shards + 1 + n_measured + 6
+    assert submitted(tmp_path / "cluster") == n_shards + 1 + n_measured + len(all_notebooks())
     finish(start(tmp_path / "local", "--workflow-profile", ROOT / "workflow" / "default", "--cores", "2"))
     cluster, local = results(out), results(tmp_path / "local" / "out")
     assert cluster.keys() == local.keys() and sum(name.startswith("heads_") for name in cluster) == 2
@@ -97,7 +104,8 @@ def test_cluster_gives_the_bytes_of_a_local_run_though_a_job_is_lost(slurm, tmp_
 def measurements() -> list[str]:
     """What is measured of the model of the small profile, which has no training checkpoints."""
     names = [name for name in measurement_names() if not find_measurement(name).on_demand]
-    return [name for name in names if name != "layers_over_training"] + ["heads"]  # of two kinds of ablation
+    names = [name for name in names if name != "layers_over_training"]
+    return [*names, "heads", "constants"]  # heads of two kinds of ablation, and what the mean one puts in
 
 
 def test_the_tests_use_the_options_of_the_real_profile():
