@@ -197,7 +197,7 @@ def test_every_formula_and_every_link_of_the_committed_notebooks_comes_through(c
     formulas = page.find_all("math")
     assert formulas and not [formula.text for formula in formulas if re.search(r"[\\$&]", formula.text)]
     text = " ".join(part.text for part in page.main.find_all(["p", "li", "td", "th"]))
-    assert "$" not in text and not re.search(r"\\[a-z]+", text)
+    assert "$" not in text and not re.search(r"\\[a-z]{2,}", text)  # a line end may be shown as \\n
     for link in page.find_all("a"):
         name, _, anchor = link["href"].partition("#")
         if re.match(r"\w+:", name) or name == "../index.html":
