@@ -72,6 +72,14 @@ def small_disk(tmp_path):
         subprocess.run(["umount", folder], check=True)
 
 
+@pytest.fixture(scope="module")
+def own_cache(tmp_path_factory):
+    """While a file's tests run, what can be made again is kept in a folder of theirs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SELFREPAIR_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def loaded_families(tmp_path_factory):
     import reference

@@ -267,7 +267,7 @@ def test_report_of_a_run(run, ours):
     assert f"| r {correlation:.3f}, {difference:+.3f} ({mean:.3f}), {inside:.0%} inside |" in said
     assert (
         "40 prompts of the held-out prose" in said
-        and "the top 2 % of tokens" in said
+        and "the top 2% of tokens" in said
         and str(folder / "comparison.csv") in said
     )
     assert "No released numbers" not in said and max(map(len, said.splitlines())) < 180
@@ -298,7 +298,7 @@ def test_report_names_models_without_released_numbers(run):
     ("changes", "said"),
     [
         ({"ablations": ["mean", "zero"]}, "they are of resample ablation, this run is of mean and zero"),
-        ({"fraction": 0.05}, "over the top 2 % of tokens or all of them, this run is over the top 5 %"),
+        ({"fraction": 0.05}, "over the top 2% of tokens or all of them, this run is over the top 5%"),
         ({}, "they are of openai-community/gpt2, .*, this run is of pocket-gpt2"),
     ],
 )

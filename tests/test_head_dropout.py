@@ -25,15 +25,8 @@ CPU = torch.device("cpu")
 of_each_architecture = pytest.mark.parametrize("architecture", ["gpt2", "gpt_neox", "llama"])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SELFREPAIR_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(scope="module")
-def data():
+def data(own_cache):
     return prepare(TINY, HELD_OUT_TEXT)
 
 

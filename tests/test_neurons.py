@@ -3,7 +3,6 @@ and figures."""
 
 import dataclasses
 import functools
-import html
 import itertools
 import re
 
@@ -16,10 +15,11 @@ from families import ALL_FAMILIES, PARALLEL, load_family, random_tokens
 from matplotlib.patches import Rectangle
 
 from selfrepair.analysis.claims import claims_table
-from selfrepair.analysis.neuron_examples import AFTER, BEFORE, colour_limit, neurons_in_context, passages
+from selfrepair.analysis.neuron_examples import neurons_in_context, passages
 from selfrepair.analysis.neuron_repair import repairs_of, totals_of
 from selfrepair.analysis.neuron_sets import chance_overlap, mean_overlap, pair_overlaps
 from selfrepair.analysis.neurons import ModelNeurons, by_selection, claimed, over_models, statistics_table
+from selfrepair.analysis.passages import AFTER, BEFORE
 from selfrepair.analysis.rules import load_claims, load_statistics
 from selfrepair.analysis.words import signed
 from selfrepair.engine.ablations import ABLATIONS, find_ablation
@@ -585,12 +585,6 @@ def test_passages_have_the_repair_of_every_token_around_the_strongest(measured):
         assert passage.heading.endswith(
             f"last MLP {signed(repair.mlp_repair[row[0]])}, neurons {', '.join(changes)}"
         )
-    page = top_figures.passages_html(shown)
-    assert page.count("outline") == 3 and all(html.escape(one.heading) in page for one in shown)
-    figure = top_figures.passages_figure(shown, "repair")
-    assert [one.heading for one in shown] == [
-        text.get_text() for text in figure.axes[0].texts if text.get_fontweight() == "bold"
-    ]
 
 
 def test_neurons_in_context_by_hand():
@@ -607,9 +601,6 @@ def test_neurons_in_context_by_hand():
     for one, (neuron, of) in zip(shown, ((1, clean), (1, change), (2, clean), (2, change)), strict=True):
         assert one.tokens == text[71 - BEFORE : 72 + AFTER] and one.tokens[one.marked] == "71"
         np.testing.assert_array_equal(one.values, of[70 - BEFORE : 71 + AFTER, neuron])
-    values = np.abs(np.concatenate([one.values for one in shown]))
-    assert (values <= colour_limit(shown)).mean() == pytest.approx(0.98, abs=0.01)
-    assert colour_limit(neurons_in_context(text, 70, 0 * clean, 0 * change)) == 1
 
 
 @pytest.mark.parametrize(
@@ -703,7 +694,7 @@ def test_figures_after_the_authors_code_show_the_numbers(measured):
         clean = repair.largest_clean[:, side, 0]
         points = np.stack([clean, clean + repair.largest[:, side, 0]], 1)
         np.testing.assert_allclose(axis.collections[0].get_offsets(), points)
-        assert f"{100 * (clean < 0).mean():.0f} %" in axis.texts[0].get_text()
+        assert f"{100 * (clean < 0).mean():.0f}%" in axis.texts[0].get_text()
 
     axis = top_figures.frequencies(models).axes[0]
     repair = next(iter(models[0].scopes().values()))

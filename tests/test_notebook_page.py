@@ -12,8 +12,8 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_output
 from PIL import Image
 
 from selfrepair.errors import UserError
-from selfrepair.run.notebook_page import WIDGET, write_notebook_pages
-from selfrepair.run.notebooks import all_notebooks
+from selfrepair.run.notebook_page import write_notebook_pages
+from selfrepair.run.notebooks import WIDGET, all_notebooks, without_widgets
 
 FORMULA = r"\text{floor} = \tfrac12\,\mathrm{mean}\,\min\!\left(\left|\frac{\text{part}}{\mathrm{DE}}\right|, 1\right)"
 ALIGNED = r"\begin{aligned} a &= b + c \\ d &= e \end{aligned}"
@@ -52,7 +52,7 @@ def shown(data):
 
 
 def notebook(out_dir="/a/folder"):
-    """With everything that notebooks hold."""
+    """With everything that notebooks hold once they have run."""
     hidden = {"jupyter": {"source_hidden": True}}
     cells = [
         new_markdown_cell(TEXT),
@@ -66,9 +66,8 @@ def notebook(out_dir="/a/folder"):
         new_code_cell('save(figure, "01_by_layer")\nsave(figure, "01_other_one")', outputs=[shown({"image/png": png(1300), "text/plain": "<Figure>"}), shown({"image/png": png(60)})]),
         new_code_cell("table", outputs=[new_output("execute_result", {"text/plain": "a      b\n" + "1.0  " * 60}, execution_count=1)]),
     ]  # fmt: skip
-    return nbformat.v4.new_notebook(
-        cells=cells, metadata={"widgets": {}, "papermill": {"start_time": out_dir}}
-    )
+    metadata = {"widgets": {}, "papermill": {"start_time": out_dir}}
+    return without_widgets(nbformat.v4.new_notebook(cells=cells, metadata=metadata))
 
 
 @pytest.fixture(scope="module")

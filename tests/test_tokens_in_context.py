@@ -10,8 +10,9 @@ import pytest
 from matplotlib.colors import to_rgb
 from test_style import contrast_with_white
 
+from selfrepair.analysis.passages import AFTER, BEFORE, Passage, around, colour_limit, of_next_tokens
 from selfrepair.plots.style import save, use_style
-from selfrepair.plots.tokens_in_context import COLOURS, COLUMNS, tokens_figure, tokens_html
+from selfrepair.plots.tokens_in_context import COLOURS, COLUMNS, passages_figure, passages_html
 
 
 class Spans(HTMLParser):
@@ -38,12 +39,18 @@ class Spans(HTMLParser):
             self.open[2] += data
 
 
+def passage(tokens, values, heading="", marked=None):
+    return Passage(heading, tokens, np.array(values), marked)
+
+
 def background(style):
     return re.search("background:(#[0-9a-f]{6})", style)[1]
 
 
 def test_every_token_says_its_value_and_has_its_colour():
-    page = tokens_html(["A", " cat", "\n", " sat"], [np.nan, 0.5, -0.25, 0.0], limit=0.5, marked=2)
+    page = passages_html(
+        [passage(["A", " cat", "\n", " sat"], [np.nan, 0.5, -0.25, 0.0], marked=2)], limit=0.5
+    )
     none, high, low, zero = Spans(page).found
     assert [span[2] for span in (none, high, low, zero)] == ["A", " cat", "↵", " sat"]
     assert [span[1] for span in (none, high, low, zero)] == [
@@ -62,13 +69,13 @@ def test_every_token_says_its_value_and_has_its_colour():
 
 def test_text_is_never_read_as_html():
     nasty = ["<script>alert(1)</script>", "&amp;", '"><b>', "<|endoftext|>"]
-    page = tokens_html(nasty, [0.1] * 4, limit=1)
+    page = passages_html([passage(nasty, [0.1] * 4, heading="<i>&amp;")], limit=1)
     assert [text for _, _, text in Spans(page).found] == nasty
-    assert "<script" not in page and "<b>" not in page
+    assert "<script" not in page and page.count("<b>") == 1 and "<i>" not in page
 
 
 def test_beyond_the_limit_the_colour_stays():
-    at, beyond = Spans(tokens_html(["a", "b"], [1.0, 9.0], limit=1)).found
+    at, beyond = Spans(passages_html([passage(["a", "b"], [1.0, 9.0])], limit=1)).found
     assert background(at[0]) == background(beyond[0])
     assert beyond[1] == "+9.000 logits"
 
@@ -82,9 +89,8 @@ def test_black_text_is_readable_on_every_colour():
 @pytest.mark.parametrize(("tokens", "limit"), [(["a", "b"], 1.0), (["a"], 0.0), (["a"], float("nan"))])
 def test_what_has_no_colour_is_refused(draw, tokens, limit):
     with pytest.raises(ValueError):
-        tokens_html(tokens, [0.1], limit) if draw == "html" else tokens_figure(
-            {"x": (tokens, [0.1])}, limit, "logits"
-        )
+        one = [passage(tokens, [0.1])]
+        passages_html(one, limit) if draw == "html" else passages_figure(one, limit, "logits")
 
 
 def drawn(figure):
@@ -98,9 +104,11 @@ def drawn(figure):
 
 
 def test_figure_has_the_tokens_on_their_colours_and_the_unit():
-    figure = tokens_figure(
-        {"first": (["A", " $x", "\n"], [np.nan, 0.5, -0.5]), "second": ([" b$"], [0.0])}, 0.5, "self-repair"
-    )
+    shown = [
+        passage(["A", " $x", "\n"], [np.nan, 0.5, -0.5], "first", marked=2),
+        passage([" b$"], [0.0], "second"),
+    ]
+    figure = passages_figure(shown, 0.5, "self-repair")
     texts, boxes = drawn(figure)
     assert [text for _, _, text in texts] == ["first", "A", " $x", "↵", "second", " b$"]
     places = {text: (x, int(y)) for x, y, text in texts}
@@ -109,6 +117,7 @@ def test_figure_has_the_tokens_on_their_colours_and_the_unit():
         width, colour = boxes[places[text]]
         assert width == len(text)
         np.testing.assert_allclose(colour, COLOURS(value / 1.0 + 0.5), atol=0.01)
+    assert [box.get_linewidth() > 1 for box in figure.axes[0].patches] == [False, True, False]
     assert places["↵"][0] == places["A"][0] + len("A $x") and places["↵"][1] == places["A"][1]
     assert places["second"][1] > places["A"][1]
     assert [text.get_text() for text in figure.axes[1].texts] == ["self-repair"]
@@ -119,7 +128,7 @@ def test_figure_has_the_tokens_on_their_colours_and_the_unit():
 
 def test_figure_wraps_and_nothing_leaves_it():
     words = [f" word{number}" for number in range(100)] + ["x" * (2 * COLUMNS + 5)]
-    figure = tokens_figure({"long": (words, [0.1] * len(words))}, 1.0, "logits")
+    figure = passages_figure([passage(words, [0.1] * len(words), "long")], 1.0, "logits")
     texts, boxes = drawn(figure)
     assert "".join(text for _, _, text in texts) == "long" + "".join(words)
     assert all(x + width <= COLUMNS for (x, _), (width, _) in boxes.items())
@@ -137,5 +146,24 @@ def test_figure_is_saved_without_a_warning_in_the_style_of_notebooks(tmp_path):
     with plt.rc_context(), warnings.catch_warnings():
         use_style()
         warnings.simplefilter("error")
-        save(tokens_figure({"one": (["a", " b"], [0.1, -0.2])}, 1.0, "logits"), tmp_path, "one")
+        save(passages_figure([passage(["a", " b"], [0.1, -0.2], "one")], 1.0, "logits"), tmp_path, "one")
     assert {file.suffix for file in (tmp_path / "figures").iterdir()} == {".png", ".pdf"}
+
+
+@pytest.mark.parametrize("position", [3, 60, 126])
+def test_what_stands_around_a_token_has_the_values_of_the_positions_that_predict_it(position):
+    tokens, values = [f" {i}" for i in range(128)], np.arange(127) + 0.5
+    found = around("here", tokens, values, position)
+    first, last = max(0, position + 1 - BEFORE), min(128, position + 2 + AFTER)
+    assert found.tokens == tokens[first:last] and found.tokens[found.marked] == f" {position + 1}"
+    for token, value in zip(found.tokens, found.values, strict=True):
+        assert np.isnan(value) if token == " 0" else value == int(token) - 0.5
+    np.testing.assert_array_equal(of_next_tokens(np.array([1.0, 2.0])), [np.nan, 1, 2])
+
+
+def test_colours_end_where_few_values_lie_beyond():
+    values = np.r_[np.nan, np.random.default_rng(0).normal(size=400)]
+    limit = colour_limit([passage([], values[:100]), passage([], values[100:])])
+    assert limit == pytest.approx(np.quantile(np.abs(values[1:]), 0.95))
+    assert colour_limit([passage([], [0.0] * 99 + [3.0])]) == 3
+    assert colour_limit([]) == colour_limit([passage([], [0.0, np.nan])]) == 1

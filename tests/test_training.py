@@ -40,15 +40,11 @@ TINY = TrainingConfig(
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SELFREPAIR_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")
-def data():
+def data(own_cache):
     return prepare(TINY, HELD_OUT_TEXT)
 
 
@@ -191,7 +187,7 @@ def test_thirty_seconds_of_training_lower_the_loss(tmp_path, data):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(own_cache, tmp_path_factory):
     """A model trained by the command, killed with SIGKILL once on the way, and its uninterrupted twin."""
     folder = tmp_path_factory.mktemp("trained")
     config = write_config(folder / "tiny.yaml", phases=phases(400), n_checkpoints=4)

@@ -309,6 +309,18 @@ TAMPERING = {
         lambda run: (run / "notebooks/01_one.ipynb").unlink(),
         r"notebooks/01_one.ipynb: missing",
     ),
+    "notebook as HTML edited": (
+        lambda run: edit(run / "notebooks/01_one.html"),
+        r"notebooks/01_one.html: changed",
+    ),
+    "notebook as HTML missing": (
+        lambda run: (run / "notebooks/01_one.html").unlink(),
+        r"notebooks/01_one.html: missing",
+    ),
+    "notebook as HTML edited with all checksums": (
+        covered(lambda run: edit(run / "notebooks/01_one.html", "measured", "mesured"), "checksums", "mark"),
+        r"notebooks/01_one.html: is not what follows",
+    ),
     "executed notebook edited with all checksums": (
         covered(lambda run: edit(run / "notebooks/01_one.ipynb", "measured", "mesured"), "checksums", "mark"),
         r"claims/01.csv: is not what its notebook shows",

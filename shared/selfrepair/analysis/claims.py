@@ -46,7 +46,7 @@ NOT_JUDGED = ""
 
 #: How a table of claims is read, in Markdown.
 LEGEND = (
-    "A model says *yes* if its 95 % interval (bootstrap over prompts) lies in the range of the rule and, "
+    "A model says *yes* if its 95% interval (bootstrap over prompts) lies in the range of the rule and, "
     "less its control, on the claimed side of 0; *no* if either lies wholly on the other side; else *open*. "
     "Published numbers have no intervals and are judged as they are, by the range alone where their control "
     "was not released. Verdicts: "

@@ -49,7 +49,7 @@ def compare_with_published(ours: pd.DataFrame, published: pd.DataFrame) -> pd.Da
     ``correlation`` is Pearson's over the model's heads, NaN where a table has the same value for all;
     differences are ours − published. No interval over heads is given: they are all that the model has, not
     a sample of them. ``published_in_our_interval`` is the share of heads whose published value lies in our
-    95 % interval over prompts, NaN for quantities without one; were both tables of equally many prompts and
+    95% interval over prompts, NaN for quantities without one; were both tables of equally many prompts and
     differed in nothing but their draw, 0.83 could be expected of a normal mean (P(|Z| < 1.96 / √2)).
     Models that are not in ``published`` are left out.
 
@@ -150,8 +150,8 @@ def report(out_dir: Path, ablations: Sequence[str], fraction: float, amount: str
         return f"{none}they are of resample ablation, this run is of {' and '.join(ablations)}."
     if fraction not in TOKENS_OF_FRACTION:
         return (
-            f"{none}they are over the top 2 % of tokens or all of them, "
-            f"this run is over the top {100 * fraction:g} %."
+            f"{none}they are over the top 2% of tokens or all of them, "
+            f"this run is over the top {100 * fraction:g}%."
         )
     if not (out_dir / "heads_resample.csv").is_file():
         return f"{none}notebook 01, which makes the table of heads, has not run."
@@ -162,7 +162,7 @@ def report(out_dir: Path, ablations: Sequence[str], fraction: float, amount: str
         return f"{none}they are of {', '.join(HUB_IDS.values())}, this run is of {models}."
     write_atomically(target, comparison.to_csv(index=False, float_format="%.6g").encode())
     others = sorted(set(ours["model"]) - set(comparison["model"]))
-    tokens = "all tokens" if fraction == 1 else f"the top {100 * fraction:g} % of tokens by direct effect"
+    tokens = "all tokens" if fraction == 1 else f"the top {100 * fraction:g}% of tokens by direct effect"
     source = "the held-out prose" if dataset is None else dataset
     return "\n".join(
         [
@@ -170,8 +170,8 @@ def report(out_dir: Path, ablations: Sequence[str], fraction: float, amount: str
             "(at least 100,000 tokens of the Pile):",
             f"resample ablation, {tokens}; correlation r over heads, mean difference ours − released "
             "(released mean),",
-            "and how many released values lie inside our 95 % intervals over prompts: "
-            "about 80 % of them would, if as many",
+            "and how many released values lie inside our 95% intervals over prompts: "
+            "about 80% of them would, if as many",
             "prompts were measured and nothing but their draw differed.",
             "",
             to_markdown(comparison),

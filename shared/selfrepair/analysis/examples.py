@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,13 +9,13 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Int
 
+from selfrepair.analysis.passages import Passage, around
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 #: Kinds of example tokens: self-repair over direct effect lies between these.
 KINDS = {"strongly repaired": (0.5, 1.0), "over-corrected": (1.0, np.inf), "made worse": (-np.inf, 0.0)}
-#: How many tokens are shown before an example, and after it.
-BEFORE, AFTER = 40, 8
 #: What a table of examples shows of each (logits, but the probability), and how it calls that.
 COLUMNS = {
     "direct_effect": "DE",
@@ -34,7 +32,7 @@ def pick_examples(tokens: pd.DataFrame) -> pd.DataFrame:
 
     ``tokens`` are rows as of :func:`selfrepair.analysis.token_variation.selected_tokens`.
     The rule: of the kind's tokens, the one whose ``share`` is nearest in size to their median, then the
-    one nearest to their 90 % quantile in another prompt.
+    one nearest to their 90% quantile in another prompt.
     """
     rows = []
     for kind, (low, high) in KINDS.items():
@@ -48,39 +46,18 @@ def pick_examples(tokens: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["kind", *tokens.columns]).astype(whole)
 
 
-@dataclass(frozen=True)
-class Context:
-    """An example among its neighbours: tokens as text, and a head's self-repair (logits) on each.
-
-    ``marked`` is the index of the example, in ⟦brackets⟧ among the ``tokens``. The first token of a prompt
-    is predicted by none: its value is NaN.
-    """
-
-    heading: str
-    tokens: list[str]
-    values: list[float]
-    marked: int
-
-
-def in_context(chosen: pd.DataFrame, sweep: xr.Dataset, tokenizer: PreTrainedTokenizerBase) -> list[Context]:
-    """Each of :func:`pick_examples` with the tokens around it.
+def in_context(chosen: pd.DataFrame, sweep: xr.Dataset, tokenizer: PreTrainedTokenizerBase) -> list[Passage]:
+    """Each of :func:`pick_examples` among its neighbours: the head's self-repair on every token there.
 
     ``sweep`` is as :func:`selfrepair.analysis.token_variation.with_probability` gives it.
     """
-    return [
-        _context(number, row, sweep, tokenizer) for number, row in enumerate(chosen.itertuples(), start=1)
-    ]
-
-
-def _context(number: int, row: tuple, sweep: xr.Dataset, tokenizer: PreTrainedTokenizerBase) -> Context:
-    ids = sweep["token"].values[row.prompt]
-    at = row.position + 1  # the token that this position predicts
-    first, last = max(0, at - BEFORE), min(len(ids), at + AFTER + 1)
-    repair = sweep["self_repair"].values[row.layer, row.head, row.prompt].astype(np.float64)
-    tokens = token_texts(ids[first:last], tokenizer)
-    tokens[at - first] = f"⟦{tokens[at - first]}⟧"
-    heading = f"{number} · {row.kind}: L{row.layer}H{row.head}, prompt {row.prompt}"
-    return Context(heading, tokens, np.r_[np.nan, repair][first:last].tolist(), at - first)
+    found = []
+    for number, row in enumerate(chosen.itertuples(), start=1):
+        texts = token_texts(sweep["token"].values[row.prompt], tokenizer)
+        repair = sweep["self_repair"].values[row.layer, row.head, row.prompt]
+        heading = f"{number} · {row.kind}: L{row.layer}H{row.head}, prompt {row.prompt}"
+        found.append(around(heading, texts, repair, row.position))
+    return found
 
 
 def token_texts(ids: Int[np.ndarray, " token"], tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -95,12 +72,6 @@ def token_texts(ids: Int[np.ndarray, " token"], tokenizer: PreTrainedTokenizerBa
         texts.append(whole[len(done) :])
         done = whole if len(whole) > len(done) else done
     return texts
-
-
-def colour_limit(contexts: Sequence[Context]) -> float:
-    """Self-repair (logits) at which colours are at their strongest: 95 % of all tokens shown lie below it."""
-    values = np.abs(np.concatenate([context.values for context in contexts])) if contexts else np.zeros(1)
-    return max(float(np.nanquantile(values, 0.95)), 0.01)
 
 
 def examples_table(chosen: pd.DataFrame) -> pd.DataFrame:

@@ -12,7 +12,7 @@ import xarray as xr
 from selfrepair.analysis.claims import Statistics
 from selfrepair.analysis.estimates import Estimate, draws
 from selfrepair.analysis.head_table import LayerTokens
-from selfrepair.analysis.published import published_heads
+from selfrepair.analysis.published import published_by_model
 from selfrepair.statistics import later_half
 
 
@@ -66,7 +66,7 @@ class HeadMeans:
         return repair / effect.map(lambda drawn: np.where(drawn > 0, drawn, np.nan))
 
     def layer_intervals(self) -> pd.DataFrame:
-        """95 % interval of each layer's mean self-repair over its heads: ``layer, low, high``."""
+        """95% interval of each layer's mean self-repair over its heads: ``layer, low, high``."""
         by_layer = self.self_repair.mean(1)
         return by_layer.table({"layer": range(len(by_layer))})[["layer", "low", "high"]]
 
@@ -82,8 +82,7 @@ def means_of_models(sweeps: Mapping[str, xr.Dataset], fraction: float) -> dict[s
 
 def released_means(tokens: str = "top2pct") -> dict[str, HeadMeans]:
     """Of the models that the authors released, over ``top2pct`` or ``all_tokens``; without samples."""
-    by_model = published_heads(tokens).groupby("model", sort=False)
-    return {str(model): HeadMeans.of_table(rows) for model, rows in by_model}
+    return {model: HeadMeans.of_table(rows) for model, rows in published_by_model(tokens).items()}
 
 
 def statistics_of_models(models: Mapping[str, HeadMeans]) -> dict[str, Statistics]:
@@ -107,7 +106,7 @@ def head_statistics(heads: HeadMeans) -> Statistics:
 def restored_table(models: Mapping[str, HeadMeans]) -> pd.DataFrame:
     """Later half of the layers: ``model, direct effect, self-repair`` (logits, means over heads), ``share``.
 
-    ``share`` is :meth:`HeadMeans.restored_share`, with the ends ``low, high`` of its 95 % interval.
+    ``share`` is :meth:`HeadMeans.restored_share`, with the ends ``low, high`` of its 95% interval.
     """
     rows = []
     for model, heads in models.items():

@@ -14,7 +14,7 @@ from selfrepair.analysis.breakdown import Breakdown, PartMeans, TokensOfHeads, t
 from selfrepair.analysis.claims import Statistics
 from selfrepair.analysis.estimates import Estimate, draws, selected_means
 from selfrepair.analysis.head_table import heads_table, strongest_head
-from selfrepair.analysis.published import published_heads
+from selfrepair.analysis.published import published_by_model
 from selfrepair.statistics import select_top
 
 
@@ -82,7 +82,7 @@ def _models_to_show(sweeps: Mapping[str, Mapping[str, xr.Dataset]]) -> list[str]
 
 
 def scale_table(ratios: Sequence[Sequence[ScaleRatios]]) -> pd.DataFrame:
-    """Share of ``top tokens`` with a ratio above 1, 95 % interval over prompts; that of ``all tokens``."""
+    """Share of ``top tokens`` with a ratio above 1, 95% interval over prompts; that of ``all tokens``."""
     tables = [
         one.share_above_one()
         .table({}, model=one.model, head=f"L{one.layer}H{one.head}", ablation=one.ablation)
@@ -99,8 +99,8 @@ def breakdowns(sweeps: Mapping[str, Mapping[str, xr.Dataset]], fraction: float) 
 
 
 def released_breakdowns() -> dict[str, Breakdown]:
-    """Of every model that the authors released: means of heads over their top 2 % of tokens, no samples."""
-    return {model: Breakdown.of_table(rows) for model, rows in _released("top2pct").items()}
+    """Of every model that the authors released: means of heads over their top 2% of tokens, no samples."""
+    return {model: Breakdown.of_table(rows) for model, rows in published_by_model().items()}
 
 
 def layer_table(models: Mapping[str, Breakdown]) -> pd.DataFrame:
@@ -147,7 +147,8 @@ def means_of_all_tokens(sweeps: Mapping[str, Mapping[str, xr.Dataset]]) -> dict[
     """The same over all tokens, which the authors released of two models."""
     measured = {model: PartMeans.of_sweep(sweep, 1) for model, sweep in _first_kind(sweeps).items()}
     return measured | {
-        as_published(model): PartMeans.of_table(rows) for model, rows in _released("all_tokens").items()
+        as_published(model): PartMeans.of_table(rows)
+        for model, rows in published_by_model("all_tokens").items()
     }
 
 
@@ -170,16 +171,12 @@ def _first_kind(sweeps: Mapping[str, Mapping[str, xr.Dataset]]) -> dict[str, xr.
     return {model: next(iter(kinds.values())) for model, kinds in sweeps.items()}
 
 
-def _released(tokens: str) -> dict[str, pd.DataFrame]:
-    return dict(iter(published_heads(tokens).groupby("model", sort=False)))
-
-
 def claimed(
     sweeps: Mapping[str, Mapping[str, xr.Dataset]], fraction: float
 ) -> tuple[dict[str, Statistics], dict[str, Statistics]]:
     """What the claims of notebook 03 are about, by model: measured, and published."""
     measured = {model: layernorm_statistics(kinds, fraction) for model, kinds in sweeps.items()}
-    return measured, {model: published_statistics(rows) for model, rows in _released("top2pct").items()}
+    return measured, {model: published_statistics(rows) for model, rows in published_by_model().items()}
 
 
 def layernorm_statistics(

@@ -13,7 +13,7 @@ from selfrepair.analysis.estimates import Estimate, mean_over_prompts
 from selfrepair.analysis.layer_means import PARTS, LayerMeans
 
 CONDITIONS = FACTS, PROSE = ("facts", "prose")
-#: What McGrath et al. 2023 print of Chinchilla 7B on factual prompts: about 70 % restored in middle layers
+#: What McGrath et al. 2023 print of Chinchilla 7B on factual prompts: about 70% restored in middle layers
 #: (§6); R² 0.92 of compensation on direct effect at layer 23 of 32 (Fig. 7).
 PUBLISHED = {
     "chinchilla-7b": {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import xarray as xr
@@ -11,25 +10,8 @@ from jaxtyping import Float, Int
 
 from selfrepair.analysis.neuron_repair import DIRECT_EFFECT, REPAIRING, NeuronRepair
 from selfrepair.analysis.neurons import ModelNeurons
+from selfrepair.analysis.passages import Passage, around
 from selfrepair.analysis.words import signed
-
-#: Tokens that are shown before a token and after it.
-BEFORE, AFTER = 40, 12
-
-
-@dataclass(frozen=True)
-class Passage:
-    """A stretch of a prompt, with a value (logits) of each token, around the one that is ``marked``."""
-
-    heading: str
-    tokens: Sequence[str]
-    values: Float[np.ndarray, " token"]
-    marked: int
-
-
-def of_next_tokens(values: Float[np.ndarray, " position"]) -> Float[np.ndarray, " token_position"]:
-    """Values of positions as those of the tokens that are predicted there; the first token has none (NaN)."""
-    return np.concatenate([[np.nan], np.asarray(values, dtype=np.float64)])
 
 
 def passages(neurons: ModelNeurons, sweep: xr.Dataset, n: int = 3) -> list[Passage]:
@@ -47,7 +29,7 @@ def passages(neurons: ModelNeurons, sweep: xr.Dataset, n: int = 3) -> list[Passa
         heading = (
             f"{neurons.model} L{layer}H{head}, {neurons.next_token(repair, row)!r}: {_said(repair, row)}"
         )
-        found.append(_around(heading, neurons.text[prompt], mlps_repair[prompt], position))
+        found.append(around(heading, neurons.text[prompt], mlps_repair[prompt], position))
     return found
 
 
@@ -64,25 +46,10 @@ def neurons_in_context(
     said = repr(text[position + 1])
     does = {"erases": int(clean[position].argmin()), "repairs": int(change[position].argmax())}
     return [
-        _around(f"neuron {neuron}, which {verb} most at {said}: {name}", text, values[:, neuron], position)
+        around(f"neuron {neuron}, which {verb} most at {said}: {name}", text, values[:, neuron], position)
         for verb, neuron in does.items()
         for name, values in {"clean direct effect": clean, "change": change}.items()
     ]
-
-
-def colour_limit(shown: Sequence[Passage]) -> float:
-    """Where the colours of passages may end: 98 % of the values lie within; 1 if these are all 0."""
-    values = np.concatenate([passage.values for passage in shown])
-    return float(np.nanquantile(np.abs(values), 0.98)) or 1.0
-
-
-def _around(
-    heading: str, text: Sequence[str], values: Float[np.ndarray, " position"], position: int
-) -> Passage:
-    """What stands around the token that is predicted at ``position``."""
-    first = max(0, position + 1 - BEFORE)
-    here = slice(first, position + 2 + AFTER)
-    return Passage(heading, text[here], of_next_tokens(values)[here], position + 1 - first)
 
 
 def strongest_of_prompts(repair: NeuronRepair) -> Int[np.ndarray, " prompt"]:

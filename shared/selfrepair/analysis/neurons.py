@@ -133,7 +133,7 @@ class ModelNeurons:
         By how the tokens are selected, the mirror image beside (``change``). ``few of MLPs`` and ``few of
         total`` are medians over tokens of what the few largest changes make of the MLPs' repair (or breakage)
         and of the last MLP's positive (negative) change; ``erases`` is the share of tokens on which the
-        neuron that changes most erases (supports), with a 95 % interval.
+        neuron that changes most erases (supports), with a 95% interval.
         """
         rows = []
         for name, selections in SELECTED.items():
@@ -173,7 +173,7 @@ class ModelNeurons:
         """Jaccard overlap of each later MLP's most repairing neurons between tokens of different prompts.
 
         Between two tokens of the chosen head, two of the same head of its layer (whichever), and one of a
-        head and one of the next head of the layer, with 95 % intervals over prompts; the same of the neurons
+        head and one of the next head of the layer, with 95% intervals over prompts; the same of the neurons
         with the largest absolute clean direct effects (``strongest``); ``chance`` is that of two random sets.
         """
         weights, n = self.draws(), len(self.text)

@@ -25,6 +25,11 @@ def published_heads(tokens: str = "top2pct") -> pd.DataFrame:
     return table.assign(self_repair=sum(table[f"self_repair_{part}"] for part in PARTS))
 
 
+def published_by_model(tokens: str = "top2pct") -> dict[str, pd.DataFrame]:
+    """:func:`published_heads`, model by model."""
+    return {str(model): rows for model, rows in published_heads(tokens).groupby("model", sort=False)}
+
+
 def published_self_feeding() -> pd.DataFrame:
     """The authors' released self-feeding numbers (R&N 2024, §5.3): four heads of five models, in logits."""
     return pd.read_csv(PUBLISHED / "published_self_feeding_heads.csv")

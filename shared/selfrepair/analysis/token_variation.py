@@ -2,7 +2,7 @@
 
 The tokens of a head are its top ``fraction`` by direct effect, as everywhere; of these, tokens on which the
 head does not help (direct effect ≤ 0) are left out, because there self-repair has no share of a direct
-effect and its sign means the opposite. Among the top 2 % there are none; with ``fraction = 1`` they are many.
+effect and its sign means the opposite. Among the top 2% there are none; with ``fraction = 1`` they are many.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ class TokenNoise:
         return {name: found.nanmean((0, 1)) for name, found in self.quantities.items()}
 
     def table(self) -> pd.DataFrame:
-        """``model, quantity, estimate, low, high``: means over heads, 95 % intervals over prompts."""
+        """``model, quantity, estimate, low, high``: means over heads, 95% intervals over prompts."""
         means = self.over_heads().items()
         tables = [mean.table({}, model=self.model, quantity=quantity) for quantity, mean in means]
         return pd.concat(tables, ignore_index=True)

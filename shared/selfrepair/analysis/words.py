@@ -20,6 +20,11 @@ def number(value: float, digits: int = 2) -> str:
     return text.lstrip("-") if float(text) == 0 else text.replace("-", "−")
 
 
+def or_dash(value: float, digits: int = 2) -> str:
+    """:func:`number`, or – where there is none."""
+    return number(value, digits) if np.isfinite(value) else "–"
+
+
 def signed(value: float, digits: int = 2) -> str:
     """:func:`number` with its sign, ``+`` too.
 

@@ -54,10 +54,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "first_neuron",
             "frequencies",
             "parts_of_self_repair",
-            "passages_figure",
-            "passages_html",
         ],
-        "tokens_in_context": ["tokens_figure", "tokens_html"],
+        "tokens_in_context": ["passages_figure", "passages_html"],
         "token_variation": [
             "all_tokens",
             "by_prompt",

@@ -58,7 +58,7 @@ def self_repair_by_depth(panels: Mapping[str, pd.DataFrame], measured: Mapping[s
 
 
 def _common_scale(tables: Iterable[pd.DataFrame]) -> tuple[float, float]:
-    """Ends of an axis with all layer means and all but the outermost heads (2 % at either end of a table)."""
+    """Ends of an axis with all layer means and all but the outermost heads (2% at either end of a table)."""
     values = [
         np.r_[layer_means(table)["self_repair"], table["self_repair"].quantile([0.02, 0.98])]
         for table in tables

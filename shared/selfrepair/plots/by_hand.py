@@ -80,8 +80,10 @@ def idea(
             axis.plot([x, x], [x, y], color="C0", lw=1.6)
             axis.plot(x, y, "o", ms=5, color="C0")
             shown = f"“{word.strip() or '↵'}”"
-            place = {"xytext": (5, 4 if y > x else -10), "textcoords": "offset points"}
-            axis.annotate(shown, (x, y), fontsize=8, parse_math=False, **place)
+            # Away from the lines: above them on the left, below them on the right.
+            place = {"xytext": (-6, 5), "ha": "right"} if y > x else {"xytext": (6, -11), "ha": "left"}
+            look = {"fontsize": 8, "parse_math": False, "textcoords": "offset points"}
+            axis.annotate(shown, (x, y), **place, **look)
         axis.set_title("one token" if n == 1 else f"{n} tokens", fontsize=9)
     label_left(axes, 2, "change of the logit (logits)")
     legend_below(figure, axes, 2)

@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from selfrepair.analysis.cosines import cosine_by_distance, head_cosines
 from selfrepair.analysis.earlier_input import correlation, mean_changes
 from selfrepair.analysis.estimates import Estimate, mean_over_prompts
-from selfrepair.plots.panels import grid, label_left, legend_below, say, signed
+from selfrepair.analysis.words import or_dash
+from selfrepair.plots.panels import grid, label_left, legend_below, say
 from selfrepair.plots.style import looks
 
 
@@ -34,7 +35,7 @@ def earlier_against_ablated(found: dict[str, xr.Dataset]) -> Figure:
             axis.errorbar(x.value, y.value, _errors(y), _errors(x), **bars)
             axis.plot(x.value, y.value, "o", ms=5, mec="white", mew=0.4, color=colours(later))
         r = correlation(means)
-        value, low, high = (signed(float(number)) for number in (r.value, *r.interval()))
+        value, low, high = (or_dash(float(number)) for number in (r.value, *r.interval()))
         axis.set_title(f"{model_name}\nr = {value} [{low}, {high}]", fontsize=9)
         axis.set_xlabel("change, one layer earlier (logits)")
     label_left(axes, 3, "change, layer before without\nits strongest head (logits)")
@@ -47,7 +48,7 @@ def earlier_against_ablated(found: dict[str, xr.Dataset]) -> Figure:
     say(
         figure,
         f"points: heads of every layer but the first, mean change of direct effect over {tokens} tokens; "
-        "bars and r: 95 % intervals over prompts (axes as in the released code of R&N §5.3, which takes one "
+        "bars and r: 95% intervals over prompts (axes as in the released code of R&N §5.3, which takes one "
         "layer of each model)",
     )
     return figure
@@ -89,12 +90,12 @@ def cosine_matrices(found: dict[str, xr.Dataset]) -> Figure:
 
 
 def cosines_by_distance(found: dict[str, xr.Dataset]) -> Figure:
-    """Mean cosine between outputs of heads against how many layers they are apart, with 95 % intervals."""
+    """Mean cosine between outputs of heads against how many layers they are apart, with 95% intervals."""
     figure, axis = plt.subplots(figsize=(4.6, 3.4))
     _lines(axis, {model_name: cosine_by_distance(cosines) for model_name, cosines in found.items()})
     axis.axhline(0, color="0.4", lw=0.8, ls="--", zorder=0)
     axis.set(xlabel="layers apart", ylabel="mean cosine of head outputs")
-    axis.set_title(f"{_prompts(found)} prompts; shaded: 95 % interval over prompts", fontsize=9)
+    axis.set_title(f"{_prompts(found)} prompts; shaded: 95% interval over prompts", fontsize=9)
     axis.legend(frameon=False, fontsize=8)
     return figure
 
@@ -125,14 +126,14 @@ def alignment_by_layer(found: dict[str, xr.Dataset]) -> Figure:
     legend_below(figure, axes[0], len(found))
     say(
         figure,
-        f"means over the tokens of {_prompts(found)} prompts; shaded: 95 % intervals over prompts (ours: "
+        f"means over the tokens of {_prompts(found)} prompts; shaded: 95% intervals over prompts (ours: "
         "none of the three has a counterpart in the released code of R&N)",
     )
     return figure
 
 
 def _lines(axis: Axes, estimates: dict[str, Estimate]) -> None:
-    """One line per model: estimates with their 95 % intervals."""
+    """One line per model: estimates with their 95% intervals."""
     for model_name, (colour, marker) in looks(estimates).items():
         estimate = estimates[model_name]
         axis.plot(estimate.value, color=colour, marker=marker, ms=4, label=model_name)

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from selfrepair.analysis.estimates import Estimate
 from selfrepair.analysis.layer_means import COUPLED, PARTS
 from selfrepair.analysis.layers import PUBLISHED, LayerRun
+from selfrepair.analysis.words import or_dash
 from selfrepair.plots.layers import (
     condition_grid,
     label_grid,
@@ -24,7 +25,7 @@ from selfrepair.plots.layers import (
     with_interval,
     with_looks,
 )
-from selfrepair.plots.panels import legend_below, signed
+from selfrepair.plots.panels import legend_below, say
 from selfrepair.plots.style import looks
 
 #: What McGrath et al. print of the layer that fits best, and of how much middle layers give back.
@@ -47,8 +48,24 @@ def compensation_scatter(runs: Sequence[LayerRun]) -> Figure:
         )
         is_read = np.arange(len(x)) % 2 == 1
         fit = run.reading.compensation_fit
-        axis.scatter(x[~is_read], y[~is_read], s=6, color="0.6", alpha=0.6, linewidths=0, label="chosen on")
-        axis.scatter(x[is_read], y[is_read], s=8, color="C0", alpha=0.7, linewidths=0, label="read off")
+        axis.scatter(
+            x[~is_read],
+            y[~is_read],
+            s=6,
+            color="0.6",
+            alpha=0.6,
+            linewidths=0,
+            label="prompts that the layer is chosen on",
+        )
+        axis.scatter(
+            x[is_read],
+            y[is_read],
+            s=8,
+            color="C0",
+            alpha=0.7,
+            linewidths=0,
+            label="prompts of line, slope and R²",
+        )
         ends = np.array([x.min(), x.max()])
         line = y[is_read].mean() + fit.slope[best].value * (ends - x[is_read].mean())
         axis.plot(ends, line, color="C1", lw=1.4, zorder=3, label="regression")
@@ -56,7 +73,7 @@ def compensation_scatter(runs: Sequence[LayerRun]) -> Figure:
         axis.axhline(0, color="0.7", lw=0.7, zorder=0)
         axis.axvline(0, color="0.7", lw=0.7, zorder=0)
         slope, r_squared = (round(each[best].value, 2) + 0.0 for each in (fit.slope, fit.r_squared))
-        numbers = f"slope {signed(slope)}, R² {signed(r_squared)}"
+        numbers = f"slope {or_dash(slope)}, signed R² {or_dash(r_squared)}"
         axis.set_title(f"{title(run)}\nattention {best // 2}: {numbers}", fontsize=8)
     label_grid(axes, "direct effect (logits)", "compensation (logits)")
     legend_below(figure, axes[0, 0], columns=4)
@@ -90,7 +107,7 @@ def compensation_by_layer(runs: Sequence[LayerRun]) -> Figure:
         for axis in column:
             axis.axhline(0, color="0.6", lw=0.7, zorder=0)
     say_prompts(figure, runs)
-    legend_below(figure, axes[0, 0], columns=6)
+    legend_below(figure, axes[0, 0], columns=3)
     return figure
 
 
@@ -129,7 +146,7 @@ def compensation_split(runs: Sequence[LayerRun]) -> Figure:
 
 def coupling(runs: Sequence[LayerRun], n_thresholds: int = 41) -> Figure:
     """Share of the layers downstream of an attention layer that change by more than a share of its direct
-    effect, against that share, mean over ablated layers with its 95 % interval: a column per model, facts
+    effect, against that share, mean over ablated layers with its 95% interval: a column per model, facts
     above prose (McGrath say that few do, and draw no such figure). Grey: if each changed as much as when it
     is itself ablated."""
     thresholds = np.geomspace(0.01, 10, n_thresholds)
@@ -150,6 +167,7 @@ def coupling(runs: Sequence[LayerRun], n_thresholds: int = 41) -> Figure:
         axis.set(ylim=(-0.03, 1.05))
         axis.set_title(title(run), fontsize=8.5)
     label_grid(axes, "threshold\n(share of direct effect)", "layers that\nchange by more")
+    say(figure, "shaded: 95% intervals over prompts; dotted: the claim, half of the layers and a tenth")
     legend_below(figure, axes[0, 0], columns=4)
     return figure
 

@@ -112,7 +112,7 @@ def _parts_by_layer(axis: Axes, rows: pd.DataFrame, limits: tuple[float, float] 
 
 
 def ways_of_counting(measured: pd.DataFrame, published: pd.DataFrame) -> Figure:
-    """The final norm's share of the direct effect, each way of counting, per model; with the paper's 30 %.
+    """The final norm's share of the direct effect, each way of counting, per model; with the paper's 30%.
 
     Tables have ``model, way, estimate`` and ``low, high`` where there are intervals; rows of
     :data:`~selfrepair.analysis.breakdown.FLOOR` are ticks beside the clipped shares.
@@ -134,7 +134,7 @@ def ways_of_counting(measured: pd.DataFrame, published: pd.DataFrame) -> Figure:
         for row in group[group["way"] == FLOOR].itertuples():
             label = "floor of clipped: signs at random" if y == 0 else None
             axis.plot(row.estimate, y - 0.195, "|", color="0", ms=9, mew=1.6, label=label)
-    axis.axvline(0.3, color="0.3", lw=0.9, ls="--", label="30 %")
+    axis.axvline(0.3, color="0.3", lw=0.9, ls="--", label="30%")
     axis.axvline(0, color="0.6", lw=0.7)
     axis.set_yticks(range(len(rows)), [label for label, _ in rows])
     axis.invert_yaxis()
@@ -146,7 +146,7 @@ def ways_of_counting(measured: pd.DataFrame, published: pd.DataFrame) -> Figure:
 def shares_and_floors(measured: dict[str, Breakdown], published: dict[str, Breakdown]) -> Figure:
     """Clipped shares beside their floors; and each head's clipped share against its share of means.
 
-    Left: means over heads, by part and model, 95 % intervals. Then the final norm's share of single heads,
+    Left: means over heads, by part and model, 95% intervals. Then the final norm's share of single heads,
     which need not repair on average to have one.
     """
     size = (12, 0.45 * len(measured) + 2.8)

@@ -82,7 +82,7 @@ def ablation_against_unembedding(runs: Sequence[LayerRun]) -> Figure:
         axis.xaxis.set_major_locator(MaxNLocator(4))
         axis.yaxis.set_major_locator(MaxNLocator(4))
         below = run.means.unembedding_larger.value[attention].mean()
-        axis.set_title(f"{title(run)}\nbelow the line: {100 * below:.0f} %", fontsize=8.5)
+        axis.set_title(f"{title(run)}\nbelow the line: {100 * below:.0f}%", fontsize=8.5)
     label_grid(axes, f"{UNEMBEDDING} (logits)", f"{ABLATION} (logits)")
     return figure
 
@@ -159,6 +159,7 @@ def late_mlps(runs: Sequence[LayerRun]) -> Figure:
         axis.set_title(f"{title(run)}{named}", fontsize=8.5)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     label_grid(axes, "layer of the MLP", "unembedding-based\neffect (logits)")
+    say(figure, "bars: 95% intervals over prompts; shaded: late MLPs, the last third")
     legend_below(figure, axes[0, 0], columns=3)
     return figure
 
@@ -173,7 +174,7 @@ def say_prompts(figure: Figure, runs: Sequence[LayerRun]) -> None:
     for condition in dict.fromkeys(run.condition for run in runs):
         numbers = sorted({run.means.n_prompts for run in runs if run.condition == condition})
         said.append(f"{condition}: {' to '.join(map(str, dict.fromkeys((numbers[0], numbers[-1]))))} prompts")
-    say(figure, f"{', '.join(said)}; bars: 95 % intervals over prompts")
+    say(figure, f"{', '.join(said)}; bars: 95% intervals over prompts")
 
 
 def _models(runs: Sequence[LayerRun]) -> list[str]:
@@ -250,7 +251,7 @@ def with_interval(
     ls: str = "-",
     fillstyle: str = "full",
 ) -> None:
-    """A line through estimates, with bars to the ends of their 95 % intervals."""
+    """A line through estimates, with bars to the ends of their 95% intervals."""
     bars = np.abs(np.stack(estimate.interval()) - estimate.value)
     look = {"color": color, "marker": marker, "ls": ls, "fillstyle": fillstyle, "label": label}
     axis.errorbar(np.asarray(x), estimate.value, bars, ms=4, lw=1.1, elinewidth=1, **look)

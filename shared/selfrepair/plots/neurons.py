@@ -26,7 +26,7 @@ MARKERS = ("o", "s", "^")
 def single_neurons(models: Sequence[ModelNeurons]) -> Figure:
     """Share of tokens on which the last MLP's Nth most repairing neuron alone repairs so much.
 
-    Columns: models; rows: the chosen head, all heads of its layer. Bands: 95 % intervals. Dashed: the Nth
+    Columns: models; rows: the chosen head, all heads of its layer. Bands: 95% intervals. Dashed: the Nth
     most breaking neuron breaks so much (R&N §4, the authors' ``top_neuron_explains_instances``).
     """
     figure, axes = plt.subplots(
@@ -40,7 +40,7 @@ def single_neurons(models: Sequence[ModelNeurons]) -> Figure:
             low, high = shares.interval()
             for i, threshold in enumerate(repair.thresholds):
                 axis.fill_between(nth, low[i], high[i], color=f"C{i}", alpha=0.2, lw=0)
-                axis.plot(nth, shares.value[i], color=f"C{i}", lw=1.4, label=f"≥ {100 * threshold:g} %")
+                axis.plot(nth, shares.value[i], color=f"C{i}", lw=1.4, label=f"≥ {100 * threshold:g}%")
                 axis.plot(nth, broken[i], color=f"C{i}", lw=1, ls="--")
             axis.set_title(
                 f"{model.model}, {scope}\nMLP {repair.mlp}, n = {len(repair.prompt)} tokens", fontsize=9
@@ -185,7 +185,7 @@ def overlaps(table: pd.DataFrame) -> Figure:
     axis.set_xlim(0, None)
     axis.invert_yaxis()
     axis.set_xlabel(
-        "Jaccard overlap of the 20 neurons of two tokens\nfrom different prompts (95 % interval over prompts)"
+        "Jaccard overlap of the 20 neurons of two tokens\nfrom different prompts (95% interval over prompts)"
     )
     handles, labels = axis.get_legend_handles_labels()
     handles += [Line2D([], [], color="0.3", mfc=face, marker="o", ls="") for face in ("0.3", "white")]

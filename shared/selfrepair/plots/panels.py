@@ -43,13 +43,7 @@ def legend_below(figure: Figure, axes: Axes | Iterable[Axes], columns: int) -> N
 
 def say(figure: Figure, text: str) -> None:
     """What is shown, above all panels, in as many lines as it needs, of much the same length."""
-    text = text.replace(" %", "\u00a0%")  # not to be torn apart
     widest = int(14 * figure.get_figwidth())
     n_lines = len(textwrap.wrap(text, widest))
     width = next(width for width in range(1, widest + 1) if len(textwrap.wrap(text, width)) <= n_lines)
     figure.suptitle(textwrap.fill(text, width), fontsize=9, color="0.3")
-
-
-def signed(value: float) -> str:
-    """Two decimals and a real minus sign."""
-    return f"{value:.2f}".replace("-", "−")

@@ -19,7 +19,8 @@ from selfrepair.analysis.self_feeding import (
     RELEASED,
     slopes,
 )
-from selfrepair.plots.panels import grid, label_left, legend_below, say, signed
+from selfrepair.analysis.words import or_dash
+from selfrepair.plots.panels import grid, label_left, legend_below, say
 from selfrepair.plots.style import MARKERS
 
 NAMES = {
@@ -75,7 +76,7 @@ def slope_by_scale(measured: pd.DataFrame, published: pd.DataFrame) -> Figure:
     figure.legend(handles=handles, loc="outside lower center", ncol=4, frameon=False, fontsize=8)
     say(
         figure,
-        f"measured: {_tokens(measured)} tokens, bars: 95 % intervals over prompts; published (R&N §5.3): "
+        f"measured: {_tokens(measured)} tokens, bars: 95% intervals over prompts; published (R&N §5.3): "
         f"{_tokens(published)} tokens, read with the fed run's final norm; rank by mean direct effect",
     )
     return figure
@@ -124,7 +125,7 @@ def slope_by_head(measured: pd.DataFrame, published: pd.DataFrame) -> Figure:
     legend_below(figure, axes[0], 4)
     say(
         figure,
-        f"filled: added at one position per run; measured: {_tokens(measured)} tokens, bars: 95 % intervals "
+        f"filled: added at one position per run; measured: {_tokens(measured)} tokens, bars: 95% intervals "
         f"over prompts; published (R&N §5.3): {_tokens(published)} tokens, read with the fed run's final "
         "norm",
     )
@@ -159,7 +160,7 @@ def slope_by_way(ways: pd.DataFrame, published: pd.DataFrame) -> Figure:
     figure.legend(handles=handles, loc="outside lower center", ncol=3, frameon=False, fontsize=8)
     say(
         figure,
-        f"scale {published['scale'].max()}; measured: all heads fed, bars: 95 % intervals over prompts; "
+        f"scale {published['scale'].max()}; measured: all heads fed, bars: 95% intervals over prompts; "
         "published (R&N §5.3): four heads of each model",
     )
     return figure
@@ -183,7 +184,7 @@ def effect_after_against_before(fed: Mapping[str, xr.Dataset]) -> Figure:
         feeding = fed[model_name]
         slope = _draw_tokens(axis, feeding, i)
         layer, head = int(feeding["layer"][i]), int(feeding["head"][i])
-        axis.set_title(f"{model_name}\nL{layer}H{head}, {which}: {signed(slope)}", fontsize=9)
+        axis.set_title(f"{model_name}\nL{layer}H{head}, {which}: {or_dash(slope)}", fontsize=9)
         axis.locator_params(axis="x", nbins=3)
     label_left(axes, columns, "direct effect after (logits)")
     legend_below(figure, axes[0], 4)

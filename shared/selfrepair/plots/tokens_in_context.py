@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -12,6 +13,7 @@ from matplotlib.colors import ListedColormap, Normalize, to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from selfrepair.analysis.passages import Passage
 from selfrepair.analysis.words import signed
 
 #: Red below 0, white, blue above: told apart by colour-blind readers, and light enough for black text.
@@ -24,30 +26,31 @@ COLUMNS, POINTS = 96, 8
 ADVANCE, LINE_HEIGHT = 0.63 * POINTS / 72, 1.75 * POINTS / 72
 
 
-def tokens_html(
-    tokens: Sequence[str], values: Sequence[float], limit: float, marked: int | None = None
-) -> str:
-    """A text as HTML, each token on the colour of its value (logits), which is shown when one points at it.
+def passages_html(passages: Sequence[Passage], limit: float) -> str:
+    """Texts as HTML, each token on the colour of its value (logits), which is shown when one points at it.
 
-    Args:
-        tokens: their texts, in order.
-        values: one of each; NaN where a token has none.
-        limit: the value from which on the colours are at their strongest.
-        marked: the index of a token to draw a line around.
+    A passage's marked token has a line around it. From ``limit`` on the colours are at their strongest.
 
     Raises:
         ValueError: not one value for each token, or a limit that is not above 0.
     """
     colour = _colours(limit)
-    spans = []
-    for index, (token, value) in enumerate(zip(tokens, values, strict=True)):
-        style = f"background:{to_hex(colour(value))}" if np.isfinite(value) else "color:#595959"
-        style += ";outline:2px solid #000" if index == marked else ""
-        title = f"{signed(value, 3)} logits" if np.isfinite(value) else "no value"
-        spans.append(f'<span style="{style}" title="{title}">{html.escape(_shown(token))}</span>')
-    around = "background:#fff;color:#000;padding:0.6em;line-height:1.7"
     text = "font-family:monospace;white-space:pre-wrap;overflow-wrap:anywhere"
-    return f'<div style="{around}"><div style="{text}">{"".join(spans)}</div>{_legend(limit)}</div>'
+    shown = []
+    for passage in passages:
+        if passage.heading:
+            shown.append(f"<div><b>{html.escape(passage.heading)}</b></div>")
+        shown.append(f'<div style="{text};margin-bottom:0.6em">{"".join(_spans(passage, colour))}</div>')
+    around = "background:#fff;color:#000;padding:0.6em;line-height:1.7"
+    return f'<div style="{around}">{"".join(shown)}{_legend(limit)}</div>'
+
+
+def _spans(passage: Passage, colour: Callable[[float], tuple]) -> Iterator[str]:
+    for index, (token, value) in enumerate(zip(passage.tokens, passage.values, strict=True)):
+        style = f"background:{to_hex(colour(value))}" if np.isfinite(value) else "color:#595959"
+        style += ";outline:2px solid #000" if index == passage.marked else ""
+        title = f"{signed(value, 3)} logits" if np.isfinite(value) else "no value"
+        yield f'<span style="{style}" title="{title}">{html.escape(_shown(token))}</span>'
 
 
 def _legend(limit: float) -> str:
@@ -59,22 +62,15 @@ def _legend(limit: float) -> str:
     )
 
 
-def tokens_figure(
-    rows: Mapping[str, tuple[Sequence[str], Sequence[float]]], limit: float, unit: str
-) -> Figure:
-    """Texts under a heading each, every token on the colour of its value, and a bar that says which is which.
-
-    Args:
-        rows: by heading, the texts of the tokens and a value of each; NaN where a token has none.
-        limit: the value from which on the colours are at their strongest.
-        unit: what the values are, beside the bar.
+def passages_figure(passages: Sequence[Passage], limit: float, unit: str) -> Figure:
+    """The same as a figure, with a bar that says which colour is which value, and of what: the ``unit``.
 
     Raises:
-        ValueError: not one value for each token, or a limit that is not above 0.
+        ValueError: as :func:`passages_html`.
     """
     colour = _colours(limit)
-    placed = {heading: _placed(tokens, values) for heading, (tokens, values) in rows.items()}
-    n_lines = sum(pieces[-1][0] + 1 if pieces else 0 for pieces in placed.values()) + 2 * len(placed)
+    placed = [(passage, _placed(passage)) for passage in passages]
+    n_lines = sum(pieces[-1].line + 1 if pieces else 0 for _, pieces in placed) + 2 * len(placed)
     size = (COLUMNS * ADVANCE + 0.4, n_lines * LINE_HEIGHT + 0.8)
     figure = plt.figure(figsize=size)
     figure.set_layout_engine("none")  # not layout="none", of which nothing is left after the first savefig
@@ -83,15 +79,23 @@ def tokens_figure(
     axis.axis("off")
     look = {"fontsize": POINTS, "va": "center_baseline", "parse_math": False}
     top = 0.5
-    for heading, pieces in placed.items():
-        axis.text(0, top + 0.5, heading, fontweight="bold", **look)
-        for line, column, piece, value in pieces:
-            height = top + 1 + line
-            if np.isfinite(value):
-                box = {"facecolor": colour(value), "edgecolor": "white", "lw": 0.5}
-                axis.add_patch(Rectangle((column, height + 0.04), len(piece), 0.92, **box))
-            axis.text(column, height + 0.5, piece, fontfamily="DejaVu Sans Mono", color="black", **look)
-        top += 2 + (pieces[-1][0] + 1 if pieces else 0)
+    for passage, pieces in placed:
+        axis.text(0, top + 0.5, passage.heading, fontweight="bold", **look)
+        for piece in pieces:
+            height, is_marked = top + 1 + piece.line, piece.index == passage.marked
+            value = float(passage.values[piece.index])
+            box = {
+                "facecolor": colour(value) if np.isfinite(value) else "none",
+                "edgecolor": "white",
+                "lw": 0.5,
+            }
+            if is_marked:
+                box |= {"edgecolor": "black", "lw": 1.4, "zorder": 2}
+            if is_marked or np.isfinite(value):
+                axis.add_patch(Rectangle((piece.column, height + 0.04), len(piece.text), 0.92, **box))
+            font = {"fontfamily": "DejaVu Sans Mono", "color": "black", "zorder": 3}
+            axis.text(piece.column, height + 0.5, piece.text, **font, **look)
+        top += 2 + (pieces[-1].line + 1 if pieces else 0)
     bar = figure.add_axes((0.2 / size[0], 0.5 / size[1], 2.6 / size[0], 0.12 / size[1]))
     figure.colorbar(ScalarMappable(Normalize(-limit, limit), COLOURS), cax=bar, orientation="horizontal")
     bar.tick_params(labelsize=POINTS)
@@ -99,16 +103,26 @@ def tokens_figure(
     return figure
 
 
-def _placed(tokens: Sequence[str], values: Sequence[float]) -> list[tuple[int, int, str, float]]:
-    """Line, column, text and value of every token; one too long for the rest of its line is on the next."""
+@dataclass(frozen=True)
+class _Piece:
+    """A token, or what there is room for of it, and where it stands."""
+
+    index: int
+    text: str
+    line: int
+    column: int
+
+
+def _placed(passage: Passage) -> list[_Piece]:
+    """Every token in its place; one too long for the rest of its line is on the next."""
     line = column = 0
     pieces = []
-    for token, value in zip(tokens, values, strict=True):
+    for index, (token, _) in enumerate(zip(passage.tokens, passage.values, strict=True)):
         text = _shown(token)
         if column and column + len(text) > COLUMNS:
             line, column = line + 1, 0
         while text:
-            pieces.append((line, column, text[:COLUMNS], value))
+            pieces.append(_Piece(index, text[:COLUMNS], line, column))
             column += len(text[:COLUMNS])
             text = text[COLUMNS:]
             if text:
@@ -116,7 +130,7 @@ def _placed(tokens: Sequence[str], values: Sequence[float]) -> list[tuple[int, i
     return pieces
 
 
-def _colours(limit: float):
+def _colours(limit: float) -> Callable[[float], tuple]:
     if not limit > 0:
         raise ValueError(f"colours need a limit above 0, not {limit}")
     return ScalarMappable(Normalize(-limit, limit), COLOURS).to_rgba

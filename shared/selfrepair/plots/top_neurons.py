@@ -3,7 +3,6 @@ in context; and the claims' statistics beside their controls."""
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
@@ -15,7 +14,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from selfrepair.analysis.claims import Statistics
-from selfrepair.analysis.neuron_examples import Passage, colour_limit
 from selfrepair.analysis.neuron_repair import (
     BREAKAGE,
     BREAKING,
@@ -34,8 +32,7 @@ from selfrepair.analysis.neuron_repair import (
 )
 from selfrepair.analysis.neurons import SELECTED, ModelNeurons
 from selfrepair.analysis.rules import load_claims, load_statistics
-from selfrepair.plots.panels import legend_below, say
-from selfrepair.plots.tokens_in_context import tokens_figure, tokens_html
+from selfrepair.plots.panels import legend_below
 
 #: Tokens, and the side of the MLP's change that is looked at there.
 KINDS = {
@@ -50,7 +47,7 @@ CAP = 300
 def parts_of_self_repair(models: Sequence[ModelNeurons]) -> Figure:
     """How much of a head's self-repair later MLPs are, over tokens; all heads of the chosen one's layer.
 
-    Clipped to 0 … 100 %, on tokens with positive self-repair (R&N §4, the authors' ``boolean_activation``).
+    Clipped to 0 … 100%, on tokens with positive self-repair (R&N §4, the authors' ``boolean_activation``).
     """
     figure, axes = _columns(1, models, height=3.0)
     bins = np.linspace(0, 100, 21)
@@ -76,7 +73,7 @@ def parts_of_self_repair(models: Sequence[ModelNeurons]) -> Figure:
 def few_neurons(models: Sequence[ModelNeurons]) -> Figure:
     """What the five largest changes of the last MLP make up; all heads of the chosen one's layer.
 
-    Above: of what *all* MLPs repair, on the tokens where they repair most, up to 300 % (R&N §4, the authors'
+    Above: of what *all* MLPs repair, on the tokens where they repair most, up to 300% (R&N §4, the authors'
     ``sparse_neuron_activation``). Below: of the last MLP's positive change. Lines: the mirror image.
     """
     figure, axes = _columns(2, models, height=5.2, sharex=False)
@@ -126,7 +123,7 @@ def first_neuron(models: Sequence[ModelNeurons]) -> Figure:
             scope, repair = next(iter(model.scopes(selection).items()))
             points = _scatter(axis, repair, side)
             does = "erases" if side == REPAIRING else "supports"
-            text = f"{does}: {100 * repair.first_erases(side).mean():.0f} %"
+            text = f"{does}: {100 * repair.first_erases(side).mean():.0f}%"
             axis.text(0.04, 0.96, text, transform=axis.transAxes, va="top", fontsize=9)
             axis.set_title(f"{model.model}, {scope}, n = {len(repair.prompt)}\n{name}", fontsize=8)
         column[-1].set_xlabel("clean direct effect (logits)")
@@ -182,26 +179,10 @@ def frequencies(models: Sequence[ModelNeurons]) -> Figure:
     return figure
 
 
-def passages_html(shown: Sequence[Passage]) -> str:
-    """Passages one under the other, tokens on the colour of their value, the marked one outlined."""
-    limit = colour_limit(shown)
-    return "".join(
-        f"<p><b>{html.escape(passage.heading)}</b></p>"
-        + tokens_html(passage.tokens, passage.values.tolist(), limit, passage.marked)
-        for passage in shown
-    )
-
-
-def passages_figure(shown: Sequence[Passage], unit: str) -> Figure:
-    """The same as a figure; ``unit`` says what the values are."""
-    rows = {passage.heading: (passage.tokens, passage.values.tolist()) for passage in shown}
-    return tokens_figure(rows, colour_limit(shown), unit)
-
-
 def against_controls(found: Mapping[str, Mapping[str, Statistics]], notebook: str = "04") -> Figure:
     """Every claim's statistic (filled) beside its control (open), by model and by how tokens are selected.
 
-    ``found`` is what :func:`selfrepair.analysis.neurons.by_selection` gives. With 95 % intervals; dashed: the
+    ``found`` is what :func:`selfrepair.analysis.neurons.by_selection` gives. With 95% intervals; dashed: the
     end of the claim's range, where the axis reaches it.
     """
     claims = [claim for claim in load_claims() if claim.notebook == notebook]
@@ -242,7 +223,6 @@ def against_controls(found: Mapping[str, Mapping[str, Statistics]], notebook: st
     labels = [f"tokens of {name}" for name in found]
     labels += ["statistic", "control", "erasure-neurons: its mirror image"]
     figure.legend(handles, labels, loc="outside lower center", ncol=3, frameon=False, fontsize=8)
-    say(figure, "bars: 95 % intervals over prompts; dashed: the end of the claim's range")
     return figure
 
 

@@ -23,7 +23,6 @@ TEMPLATE = Path(__file__).with_name("notebook_page.html")
 
 #: What is shown of an output that comes in several forms: the first of these that it has.
 FORMS = ("text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/plain")
-WIDGET = "application/vnd.jupyter.widget-view+json"
 #: Letters of a word in upright type, which the converter of formulas writes one by one.
 UPRIGHT_LETTERS = re.compile(r'(?:<mi mathvariant="normal">\w</mi>){2,}')
 #: Addresses that a page of a results folder can lead to, and those of other notebooks.
@@ -77,24 +76,20 @@ def _title(notebook: nbformat.NotebookNode, stem: str) -> str:
 
 
 def _as_read(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Without what JupyterLab hides, without controls, which need a kernel; pictures say what they show."""
+    """Without what JupyterLab hides; pictures say what they show."""
     cells = []
     for cell in notebook.cells:
         if cell.cell_type == "code":
             hidden, tags = cell.metadata.get("jupyter", {}), cell.metadata.get("tags", [])
-            if hidden.get("source_hidden") or "remove-input" in tags:
-                cell.metadata["transient"] = {
-                    "remove_source": True
-                }  # as nbconvert's own preprocessor marks it
+            if hidden.get("source_hidden") or "remove-input" in tags:  # as nbconvert's own preprocessor does
+                cell.metadata["transient"] = {"remove_source": True}
             if hidden.get("outputs_hidden"):
                 cell.outputs = []
             if "injected-parameters" in tags:  # the folder is where the reader is
                 cell.source = re.sub(r"^out_dir = .*\n?", "", cell.source, flags=re.MULTILINE)
-            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
             _describe(cell)
         cells.append(cell)
-    metadata = {name: value for name, value in notebook.metadata.items() if name != "widgets"}
-    return nbformat.from_dict({**notebook, "metadata": metadata, "cells": cells})
+    return nbformat.from_dict({**notebook, "cells": cells})
 
 
 def _describe(cell: nbformat.NotebookNode) -> None:
@@ -122,9 +117,7 @@ class _Renderer(IPythonRenderer):
         return f'<div class="scroll"><table>\n{text}</table></div>\n'
 
     def link(self, text: str, url: str, title: str | None = None) -> str:
-        if not (
-            ELSEWHERE.match(url) or NEIGHBOUR.match(url)
-        ):  # a file of the repository, perhaps far from here
+        if not (ELSEWHERE.match(url) or NEIGHBOUR.match(url)):  # a file of the repository, perhaps far away
             return f"{text} (<code>{escape(posixpath.normpath(f'notebooks/{url}'))}</code>)"
         return super().link(text, NEIGHBOUR.sub(r"\1.html", url), title)
 

@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
 #: Bytes of the longest folder that paths of sockets can begin with: 107, less ``/tmpabcdefgh/kernel-5``.
 LONGEST_FOR_SOCKETS = 86
-
-
 #: The form in which a widget is shown: it is alive only beside the kernel that made it.
 WIDGET = "application/vnd.jupyter.widget-view+json"
 

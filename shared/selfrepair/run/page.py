@@ -40,7 +40,7 @@ MARKS = dict(zip(VERDICTS, ("yes", "partly", "undecided", "no", "untested"), str
 #: Columns of a heads table that a reader looks at first → their headings. Others follow under their own
 #: names.
 HEADINGS = {
-    "self_repair": "self-repair, logits [95 % interval]",
+    "self_repair": "self-repair, logits [95% interval]",
     "direct_effect": "direct effect, logits",
     "logit_change": "logit change, logits",
     "self_repair_layernorm": "by the final norm, logits",
@@ -95,11 +95,10 @@ class Table:
 
 
 def write_page(out_dir: Path, target: Path | None = None) -> Path:
-    """Writes the page of a results folder, as ``index.html`` in it; what is not there is left out.
+    """Writes the page of a results folder, as ``index.html`` in it.
 
-    In another place (``target``) it links the notebooks of the repository, not those of the run as HTML.
-
-    So is what the folder's manifest says to be outside the run's plan.
+    What is not there is left out, and what the folder's manifest says to be outside the run's plan. In
+    another place (``target``) the page links the notebooks of the repository, not those of the run as HTML.
 
     Raises:
         UserError: nothing to show, or a file that cannot be read.

@@ -27,8 +27,8 @@ from selfrepair.run.profiles import (
 from selfrepair.store.files import identity, slug
 from selfrepair.store.stores import open_store
 
-#: The settings whose results the committed notebooks describe: those of the pocket profile, by their identity,
-#: so that nothing is said of them once its file is edited.
+#: Identity of the settings whose results the committed notebooks describe, those of the pocket profile:
+#: nothing is said of them once its file is edited.
 DESCRIBED = "b51991696db9"
 #: Facts that layers are measured on, unless the reader says how many.
 N_FACTS = 200

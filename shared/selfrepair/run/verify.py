@@ -29,6 +29,7 @@ from selfrepair.run.consistency import (
     run_manifest,
 )
 from selfrepair.run.marks import OF_THE_RUN, passed_over
+from selfrepair.run.notebook_page import write_notebook_pages
 from selfrepair.run.notebooks import notebook_keys
 from selfrepair.run.page import make_tables, write_page
 from selfrepair.run.profiles import Profile
@@ -53,13 +54,13 @@ def verify(folder: Path, device: str = "auto", seed: int | None = None) -> Itera
     ``selfrepair sweep`` leaves it, has no manifest of its own.
 
     What follows from other results is made again: names of stores from their attributes, attributes from the
-    run's settings, tables of heads from stores, the page from tables, figures and manifest. What does not (a
-    figure, a notebook's output, a table that a notebook alone makes, the time and commit of a run) has a
-    checksum in the manifest, as every store has, and the manifest one in ``done/page.done`` beside the page
-    that shows it. So one change, or one with its checksum, is noticed. Who changes such a thing, and all
-    checksums up to that mark, and the page, is not: nothing in the folder can tell. Nor is a shard that is
-    changed like that, unless it is in the sample. Keep the manifest's checksum, the last that is said of the
-    record, elsewhere to notice that too.
+    run's settings, tables of heads from stores, the page from tables, figures and manifest, notebooks as
+    HTML from notebooks. What does not (a figure, a notebook's output, a table that a notebook alone makes,
+    the time and commit of a run) has a checksum in the manifest, as every store has, and the manifest one in
+    ``done/page.done`` beside the page that shows it. So one change, or one with its checksum, is noticed.
+    Who changes such a thing, and all checksums up to that mark, and the page, is not: nothing in the folder
+    can tell. Nor is a shard that is changed like that, unless it is in the sample. Keep the manifest's
+    checksum, the last that is said of the record, elsewhere to notice that too.
 
     Raises:
         UserError: nothing in the folder.
@@ -153,7 +154,9 @@ def _check_what_follows(
     """Makes tables of heads, claims in one, comparison and page again, of what they are made from."""
     with TemporaryDirectory() as scratch:
         again = Path(scratch) / folder.resolve().name  # the page is called as its folder
-        for name in noted["files"].keys() - set(OF_THE_RUN):
+        pages = {name for name in noted["files"] if name.endswith(".html")}
+        following = [*OF_THE_RUN, *sorted(pages - set(OF_THE_RUN))]
+        for name in noted["files"].keys() - set(following):
             if (folder / name).is_file():
                 (again / name).parent.mkdir(parents=True, exist_ok=True)
                 (again / name).symlink_to((folder / name).resolve())
@@ -161,10 +164,11 @@ def _check_what_follows(
         write_atomically(again / MANIFEST, json.dumps(content).encode())
         try:
             make_tables(study.profile, noted["notebooks"], again)
+            write_notebook_pages(again)
             write_page(again)
         except (UserError, ValueError, KeyError, TypeError) as error:
             yield Finding("index.html", False, f"cannot be made of the run's files ({error})")
-        for name in OF_THE_RUN:
+        for name in following:
             same = _content(folder / name) == _content(again / name)
             follows = "follows from the run's other files"
             yield Finding(name, same, follows if same else f"is not what {follows}")
