@@ -105,6 +105,7 @@ def test_the_control_of_notebook_00_changes_the_picture(tmp_path):
         page.wait_for(f"{SHOWN}[0] !== {picture!r}")
         page.wait_for(f"{SHOWN}[1] !== {text!r}")
         assert page.run(f"{SELECT}.selectedIndex") == other
+        page.run(f"void {SELECT}.closest('.jp-Cell').scrollIntoView()")
         page.screenshot(tmp_path / "after.png")
         failed = "[...document.querySelectorAll('.jp-OutputArea-output[data-mime-type*=error]')].map(error => error.innerText)"
         assert page.run(failed) == []
