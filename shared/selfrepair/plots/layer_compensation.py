@@ -74,7 +74,7 @@ def compensation_scatter(runs: Sequence[LayerRun]) -> Figure:
         axis.axvline(0, color="0.7", lw=0.7, zorder=0)
         slope, r_squared = (round(each[best].value, 2) + 0.0 for each in (fit.slope, fit.r_squared))
         numbers = f"slope {or_dash(slope)}, signed R² {or_dash(r_squared)}"
-        axis.set_title(f"{title(run)}\nattention {best // 2}: {numbers}", fontsize=8)
+        axis.set_title(f"{title(run)}\nattention {best // 2}\n{numbers}", fontsize=8)
     label_grid(axes, "direct effect (logits)", "compensation (logits)")
     legend_below(figure, axes[0, 0], columns=4)
     return figure

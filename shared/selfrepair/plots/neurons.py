@@ -190,5 +190,5 @@ def overlaps(table: pd.DataFrame) -> Figure:
     handles, labels = axis.get_legend_handles_labels()
     handles += [Line2D([], [], color="0.3", mfc=face, marker="o", ls="") for face in ("0.3", "white")]
     labels += ["filled: the most repairing", "open: largest clean direct effect"]
-    figure.legend(handles, labels, frameon=False, fontsize=8, ncol=2, loc="outside upper center")
+    figure.legend(handles, labels, frameon=False, fontsize=8, ncol=2, loc="outside lower center")
     return figure
