@@ -1,0 +1,1 @@
+"""What the assignments in ``course/`` import: a model as plain tensors, random models, and comparisons."""

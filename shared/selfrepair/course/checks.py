@@ -1,0 +1,50 @@
+"""What test cells call: whether an answer is the right one, said in one line if it is not."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: How far an answer may be from the right one (absolute), by the coarser of both precisions.
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
+
+
+def check(what: str, answer: object, right: Tensor) -> None:
+    """Compares an answer with the right one.
+
+    Raises:
+        AssertionError: it is no tensor of that shape and kind, not finite, or further away than
+            :data:`TOLERANCE`.
+    """
+    check_shape(what, answer, right.shape)
+    assert isinstance(answer, Tensor)
+    if right.dtype.is_floating_point:
+        assert answer.dtype.is_floating_point, f"{what}: should hold floats, not {answer.dtype}"
+        assert answer.isfinite().all(), f"{what}: is not finite everywhere"
+        far = (answer.detach().double() - right.detach().double()).abs()
+        worst = far.max().item() if far.numel() else 0.0
+        limit = TOLERANCE[torch.float32 if torch.float32 in (answer.dtype, right.dtype) else torch.float64]
+        assert worst <= limit, f"{what}: off by up to {worst:.2g} (allowed: {limit:g})"
+    else:
+        wrong = (answer != right).sum().item()
+        assert wrong == 0, f"{what}: {wrong} of {right.numel()} entries are wrong"
+
+
+def check_shape(what: str, answer: object, shape: tuple[int, ...]) -> None:
+    """Whether an answer is a tensor of a shape.
+
+    Raises:
+        AssertionError: it is not.
+    """
+    assert isinstance(answer, Tensor), f"{what}: should be a tensor, not {type(answer).__name__}"
+    assert answer.shape == shape, f"{what}: has shape {list(answer.shape)}, should be {list(shape)}"
+
+
+def check_number(what: str, answer: object, right: float, tolerance: float = TOLERANCE[torch.float64]) -> None:
+    """Whether an answer is a number, or a tensor of one, and the right one.
+
+    Raises:
+        AssertionError: it is not.
+    """
+    assert isinstance(answer, float | int | Tensor), f"{what}: should be a number, not {type(answer).__name__}"
+    check(what, torch.as_tensor(answer, dtype=torch.float64).reshape(()), torch.tensor(float(right), dtype=torch.float64))
