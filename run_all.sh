@@ -11,6 +11,7 @@ Usage: ./run_all.sh [--profile NAME] [--jobs N] [--slurm[=FOLDER]]
        ./run_all.sh --update [--jobs N]
        ./run_all.sh --test[=fast] [--jobs N]
        ./run_all.sh --lab
+       ./run_all.sh --course
 
 Sets up a Python environment if there is none yet, then runs the suite: measurements, notebooks, figures, claims and
 the page results/NAME/index.html. Interrupted, the same command goes on from where it was.
@@ -24,6 +25,7 @@ the page results/NAME/index.html. Interrupted, the same command goes on from whe
   --test          run the tests (tests/README.md says which there are) and the pocket profile, then check the
                   notebooks' saved outputs; --test=fast: the quick tests alone, some minutes
   --lab           open the notebooks in JupyterLab
+  --course        make the students' version of the assignments, course/release/, from course/source/
   --help          show this text
 
 Environment variables:
@@ -111,8 +113,8 @@ while (($# > 0)); do
             [[ -f "$value/config.yaml" ]] || fail_usage "--slurm needs a folder with a config.yaml, not" "$value"
             SLURM="$(CDPATH='' cd -- "$value" && pwd -P)"
             ;;
-        --test | --lab | --update)
-            [[ "$MODE" == run || "$MODE" == "${option#--}" ]] || fail_usage "--test, --lab and --update exclude each other"
+        --test | --lab | --update | --course)
+            [[ "$MODE" == run || "$MODE" == "${option#--}" ]] || fail_usage "--test, --lab, --update and --course exclude each other"
             MODE=${option#--}
             if [[ "$MODE" == test ]]; then
                 [[ "$value" == all || "$value" == fast ]] || fail_usage "--test takes fast or nothing, not" "$value"
@@ -283,6 +285,22 @@ case "$MODE" in
     lab)
         [[ "$(id -u)" != 0 ]] || fail "JupyterLab does not start for root unless told to: $PYTHON -m jupyterlab --allow-root notebooks"
         exec "$PYTHON" -m jupyterlab notebooks
+        ;;
+    course)
+        "$PYTHON" -m selfrepair.course.seed
+        cd -- course
+        for folder in source/*/; do
+            name="$(basename -- "$folder")"
+            "$PYTHON" -m nbgrader generate_assignment "$name" --force --log-level=WARN ||
+                fail "nbgrader could not make the release of $name and says above why"
+        done
+        cat <<NEXT
+course/release/ holds what students get: no solution, no hidden test.
+Next (in course/, with $ENVIRONMENT/bin on the PATH; course/README.md says more):
+  nbgrader validate source/A1/A1.ipynb    # the solution passes all tests
+  hand out release/A1/ and students.md, and put what comes back into submitted/STUDENT/A1/A1.ipynb
+  nbgrader autograde A1                   # then: nbgrader generate_feedback A1, nbgrader export
+NEXT
         ;;
     test)
         export HF_HUB_OFFLINE=1

@@ -18,8 +18,7 @@ import yaml
 from nbformat import NotebookNode
 
 from selfrepair.course import checks, examples
-from selfrepair.course.seed import VARIABLE
-from selfrepair.paths import COURSE
+from selfrepair.course.seed import COURSE, VARIABLE
 
 WRONG = Path(__file__).parent / "wrong_solutions"
 ASSIGNMENTS = sorted(folder.name for folder in (COURSE / "source").iterdir() if folder.is_dir())
@@ -42,7 +41,10 @@ def cells(notebook: NotebookNode, **wanted: bool) -> dict[str, NotebookNode]:
 
 def points_of(notebook: NotebookNode) -> dict[str, int]:
     """Points of every cell that is graded automatically."""
-    return {name: cell.metadata.nbgrader.points for name, cell in cells(notebook, grade=True, solution=False).items()}
+    return {
+        name: cell.metadata.nbgrader.points
+        for name, cell in cells(notebook, grade=True, solution=False).items()
+    }
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,9 @@ def grade(
     with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng(), torch.enable_grad():
         matplotlib.use("agg")
         patch.setenv(VARIABLE, seed)
-        patch.setattr(checks, "TOLERANCE", {kind: coarser * limit for kind, limit in checks.TOLERANCE.items()})
+        patch.setattr(
+            checks, "TOLERANCE", {kind: coarser * limit for kind, limit in checks.TOLERANCE.items()}
+        )
         for number, cell in enumerate(notebook.cells):
             about = cell.metadata.get("nbgrader", {})
             name = about.get("grade_id", f"cell {number}")
@@ -112,7 +116,11 @@ def grade(
 def _run(code: str, names: dict[str, object]) -> str:
     """What went wrong, or what was written to the error stream."""
     errors = io.StringIO()
-    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+    with (
+        contextlib.redirect_stderr(errors),
+        contextlib.redirect_stdout(io.StringIO()),
+        warnings.catch_warnings(),
+    ):
         warnings.filterwarnings("ignore", message="FigureCanvasAgg is non-interactive")
         try:
             exec(compile(code, "<cell>", "exec"), names)

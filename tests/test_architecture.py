@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "run": {"plots", "training", "analysis", "measure", "store", "engine", "text", "models"},
     "plots": {"analysis", "store"},
     "training": {"store", "text", "models"},
+    "course": {"engine", "text", "models"},
     "analysis": {"store"},
     "measure": {"store", "engine", "text", "models"},
     "store": set(),

@@ -19,7 +19,9 @@ def assignment(request):
 def test_points_sum_to_a_hundred(assignment):
     notebook = source(assignment)
     automatic = sum(points_of(notebook).values())
-    by_hand = sum(cell.metadata.nbgrader.points for cell in cells(notebook, grade=True, solution=True).values())
+    by_hand = sum(
+        cell.metadata.nbgrader.points for cell in cells(notebook, grade=True, solution=True).values()
+    )
     assert (automatic, by_hand) == (AUTOMATIC.get(assignment, 70), 100 - AUTOMATIC.get(assignment, 70))
 
 
@@ -61,7 +63,9 @@ def test_cells_are_what_nbgrader_expects(assignment):
         about = cell.metadata.get("nbgrader", {})
         assert ("BEGIN SOLUTION" in cell.source) == bool(about.get("solution"))
         assert ("BEGIN HIDDEN" in cell.source) <= bool(about.get("grade") and not about.get("solution"))
-        assert all(len(line) <= 120 for line in cell.source.splitlines() if cell.cell_type == "code"), cell.source
+        assert all(len(line) <= 120 for line in cell.source.splitlines() if cell.cell_type == "code"), (
+            cell.source
+        )
     for name, cell in cells(notebook, grade=True, solution=False).items():
         last = ast.parse(cell.source).body[-1]
         assert isinstance(last, ast.For | ast.Assert | ast.With | ast.Try) or _is_check(last), (

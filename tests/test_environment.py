@@ -42,6 +42,7 @@ def needed() -> list[str]:
     return (
         project["dependencies"]
         + project["optional-dependencies"]["dev"]
+        + project["optional-dependencies"]["course"]
         + PYPROJECT["build-system"]["requires"]
     )
 

@@ -14,7 +14,6 @@ REPOSITORY = SHARED.parent
 PROFILES = REPOSITORY / "profiles"
 NOTEBOOKS = REPOSITORY / "notebooks"
 FIGURES = REPOSITORY / "figures"
-COURSE = REPOSITORY / "course"
 #: A folder for each run, and one for what is done by hand.
 RUNS = REPOSITORY / "results"
 BY_HAND = RUNS / "by-hand"

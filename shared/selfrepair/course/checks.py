@@ -40,11 +40,19 @@ def check_shape(what: str, answer: object, shape: tuple[int, ...]) -> None:
     assert answer.shape == shape, f"{what}: has shape {list(answer.shape)}, should be {list(shape)}"
 
 
-def check_number(what: str, answer: object, right: float, tolerance: float = TOLERANCE[torch.float64]) -> None:
+def check_number(
+    what: str, answer: object, right: float, tolerance: float = TOLERANCE[torch.float64]
+) -> None:
     """Whether an answer is a number, or a tensor of one, and the right one.
 
     Raises:
         AssertionError: it is not.
     """
-    assert isinstance(answer, float | int | Tensor), f"{what}: should be a number, not {type(answer).__name__}"
-    check(what, torch.as_tensor(answer, dtype=torch.float64).reshape(()), torch.tensor(float(right), dtype=torch.float64))
+    assert isinstance(answer, float | int | Tensor), (
+        f"{what}: should be a number, not {type(answer).__name__}"
+    )
+    check(
+        what,
+        torch.as_tensor(answer, dtype=torch.float64).reshape(()),
+        torch.tensor(float(right), dtype=torch.float64),
+    )

@@ -106,7 +106,9 @@ class PlainModel:
     @cached_property
     def b_out(self) -> Float[Tensor, "layer d_model"]:
         biases = [module.bias for module in self.mlp_out]
-        return torch.stack([self.W_out.new_zeros(len(self.gamma)) if b is None else b.detach() for b in biases])
+        return torch.stack(
+            [self.W_out.new_zeros(len(self.gamma)) if b is None else b.detach() for b in biases]
+        )
 
     def directions(
         self, tokens: Int[Tensor, "prompt position"]

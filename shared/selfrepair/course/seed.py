@@ -6,8 +6,9 @@ import os
 import secrets
 
 from selfrepair.errors import UserError
-from selfrepair.paths import COURSE
+from selfrepair.paths import REPOSITORY
 
+COURSE = REPOSITORY / "course"
 SEED_FILE = COURSE / "seed"
 VARIABLE = "SELFREPAIR_COURSE_SEED"
 #: Seeds are below this.
@@ -42,3 +43,10 @@ def make_seed() -> bool:
     except FileExistsError:
         return False
     return True
+
+
+if __name__ == "__main__":
+    made = make_seed()
+    print(
+        f"{SEED_FILE}: {'made' if made else 'kept'}; it decides the models of hidden tests, keep it to yourself"
+    )
