@@ -381,4 +381,5 @@ def test_table_says_what_is_checked_and_the_readme_has_it():
     for kind, condition in [*families, *(("any", condition) for condition in CONDITIONS)]:
         assert [f"{kind} with {condition.setting}", condition.models, f"no: {condition.reason}"] in rows
     begin, end = "<!-- support table -->", "<!-- end of support table -->"
-    assert (REPOSITORY / "README.md").read_text().partition(begin)[2].partition(end)[0].strip() == table
+    page = REPOSITORY / "docs" / "architectures.md"
+    assert page.read_text(encoding="utf-8").partition(begin)[2].partition(end)[0].strip() == table

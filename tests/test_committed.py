@@ -1,15 +1,21 @@
 """What ``./run_all.sh --update`` writes over the committed files, and that a run which is refused changes
 none of them."""
 
+import shutil
+
 import nbformat
 import pytest
 from PIL import Image
 
+from selfrepair.analysis.rules import VERDICTS
 from selfrepair.errors import UserError
+from selfrepair.paths import FIGURES
 from selfrepair.run import committed, notebooks, page
 from selfrepair.run.study import Study
 
-README = "# Title\n\n## Claims\n\nold\n\nThe rules behind the verdicts\nend\n"
+README, CLAIMS_PAGE = (
+    f"# Title\n\n{begin}old\n{end}after\n" for begin, end in (committed.FINDINGS, committed.CLAIMS)
+)
 
 
 @pytest.fixture
@@ -19,10 +25,13 @@ def repository(tmp_path, monkeypatch):
     (out / "figures").mkdir(parents=True)
     Image.new("RGB", (4, 4)).save(out / "figures" / "01_a.png")
     (out / "figures" / "claims.md").write_text("| claim |\n")
+    shutil.copy(FIGURES / "pocket" / "claims.csv", out / "figures")
     (tmp_path / "README.md").write_text(README)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "claims.md").write_text(CLAIMS_PAGE)
     for module in (notebooks, page):
         monkeypatch.setattr(module, "NOTEBOOKS", tmp_path / "notebooks")
-    for name, value in (("FIGURES", "figures"), ("README", "README.md")):
+    for name, value in (("FIGURES", "figures"), ("README", "README.md"), ("CLAIMS_PAGE", "docs/claims.md")):
         monkeypatch.setattr(committed, name, tmp_path / value)
     return tmp_path
 
@@ -65,7 +74,7 @@ def test_everything_is_refreshed_from_the_run(repository):
     run = repository / "results" / "pocket"
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     update(repository)
-    assert {file.name for file in figures.iterdir()} == {"01_a.png", "claims.md", "index.html"}
+    assert {file.name for file in figures.iterdir()} == {"01_a.png", "claims.md", "claims.csv", "index.html"}
     cells = nbformat.read(repository / "notebooks" / "01_works.ipynb", 4).cells
     assert [cell.source for cell in cells] == ["seed = 0", "text", "2 + 3"]
     assert [cell.execution_count for cell in cells if cell.cell_type == "code"] == [1, 2]
@@ -74,7 +83,9 @@ def test_everything_is_refreshed_from_the_run(repository):
     assert not cells[2].metadata
     assert Image.open(figures / "01_a.png").size == (4, 4)
     assert 'href="../../notebooks/01_works.ipynb"' in (figures / "index.html").read_text()
-    assert (repository / "README.md").read_text() == README.replace("old\n", "| claim |\n")
+    assert (repository / "docs" / "claims.md").read_text() == CLAIMS_PAGE.replace("old\n", "| claim |\n")
+    findings = committed.findings_table(FIGURES / "pocket" / "claims.csv")
+    assert (repository / "README.md").read_text() == README.replace("old\n", findings)
     assert {path: path.read_bytes() for path in before} == before
 
 
@@ -86,7 +97,15 @@ def test_a_run_that_is_refused_changes_nothing(repository):
     assert {path: path.read_bytes() for path in repository.rglob("*") if path.is_file()} == before
 
 
-def test_a_readme_without_claims_is_said(repository):
-    (repository / "README.md").write_text("# Title\n")
-    with pytest.raises(UserError, match="no section 'Claims'"):
+@pytest.mark.parametrize("name", ["README.md", "docs/claims.md"])
+def test_a_page_without_the_place_to_write_is_said(repository, name):
+    (repository / name).write_text("# Title\n")
+    with pytest.raises(UserError, match=rf"{name}: has no line '<!-- (findings|claims)"):
         update(repository)
+
+
+def test_findings_are_verdicts_alone():
+    _, _, *rows = committed.findings_table(FIGURES / "pocket" / "claims.csv").splitlines()
+    assert len(rows) == len({row.split(" | ")[1] for row in rows}) > 30
+    assert {row.split(" | ")[2] for row in rows} <= set(VERDICTS)
+    assert {row.split(" | ")[3].removesuffix(" |") for row in rows} <= {*VERDICTS, ""}

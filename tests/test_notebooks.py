@@ -18,6 +18,7 @@ from selfrepair.cli.main import main
 from selfrepair.measure.measurement import find_measurement, measurement_names
 from selfrepair.models.checkpoints import model_identity
 from selfrepair.paths import FIGURES, MODELS, README, REPOSITORY
+from selfrepair.run.committed import CLAIMS, CLAIMS_PAGE, FINDINGS, findings_table
 from selfrepair.run.notebooks import Notebook, all_notebooks, notebook_keys, run_notebook_of
 from selfrepair.run.study import Study
 
@@ -134,11 +135,13 @@ def test_runs_on_another_model_and_seed(notebook, results, tmp_path):
 
 
 def test_committed_claims_are_those_of_the_notebooks_and_the_readme():
-    """One long table; what the README, ``claims.md`` and the notebooks show is made of it."""
+    """One long table; what README, ``docs/claims.md``, ``claims.md`` and the notebooks show is made of it."""
     table = read_claims(FIGURES / "pocket" / "claims.csv")
     claims = (FIGURES / "pocket" / "claims.md").read_text(encoding="utf-8")
     assert claims == to_markdown(table) + "\n"
-    assert f"\n## Claims\n\n{claims}" in README.read_text(encoding="utf-8")
+    page, readme = (file.read_text(encoding="utf-8") for file in (CLAIMS_PAGE, README))
+    assert claims.join(CLAIMS) in page
+    assert findings_table(FIGURES / "pocket" / "claims.csv").join(FINDINGS) in readme
     shown = {}
     for notebook in filter(makes_claims, ALL):
         outputs = [
@@ -160,7 +163,7 @@ def test_the_committed_page_is_of_these_notebooks_and_of_a_clean_commit():
     assert {stem: noted[stem] for stem in keys} == keys
 
 
-@pytest.mark.after_run("the numbers that are committed and shown in the README are those of a run")
+@pytest.mark.after_run("the numbers that are committed and shown in README and docs are those of a run")
 def test_a_run_makes_the_committed_claims_again():
     """Numbers to a thousandth or a millionth, because machines round differently."""
     made, committed = (
@@ -359,13 +362,25 @@ def test_what_a_run_of_a_notebook_left_before_goes(tmp_path, monkeypatch):
     }
 
 
-@pytest.mark.slow("the commands of the README do what they say from any folder, with relative paths")
+@pytest.mark.slow("the commands of README and docs do what they say from any folder, with relative paths")
 def test_commands_of_the_readme_from_elsewhere(elsewhere):
     """With a small model in the place of those, and few prompts."""
-    text = README.read_text(encoding="utf-8")
-    commands = re.findall(r"^    \.venv/bin/selfrepair (.*?)(?:  +#.*)?$", text, re.MULTILINE)
-    assert [command.split()[0] for command in commands] == ["verify", "notebooks", "sweep", "heads"]
-    verified, *made = commands
+    commands = [
+        command
+        for page in (README, REPOSITORY / "docs" / "running.md")
+        for command in re.findall(
+            r"^    \.venv/bin/selfrepair (.*?)(?:  +#.*)?$", page.read_text(encoding="utf-8"), re.MULTILINE
+        )
+    ]
+    assert [command.split()[0] for command in commands] == [
+        "notebooks",
+        "notebooks",
+        "sweep",
+        "heads",
+        "verify",
+    ]
+    assert commands[0] == commands[1]
+    *made, verified = commands[1:]
     instead = {
         "--model EleutherAI/pythia-160m": "--profile mini.yaml --model my/model",
         "--model pocket-pythia": "--model my/model",

@@ -1,4 +1,4 @@
-"""Refreshing what is committed from a run: notebooks, figures, the page, the README's claims."""
+"""Refreshing what is committed from a run: notebooks, figures, the page, claims, the README's findings."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ from pathlib import Path
 
 import nbformat
 
+from selfrepair.analysis.claims import read_claims, results
 from selfrepair.errors import UserError
-from selfrepair.paths import FIGURES, README
+from selfrepair.paths import FIGURES, README, REPOSITORY
 from selfrepair.run.notebooks import Notebook, all_notebooks, write_notebook
 from selfrepair.run.page import write_page
 from selfrepair.run.study import Study
 from selfrepair.store.files import write_atomically
 
-CLAIMS = ("\n## Claims\n\n", "\nThe rules behind the verdicts")
+CLAIMS_PAGE = REPOSITORY / "docs" / "claims.md"
+#: Between which lines the claims of the page, and the findings of the README, are written.
+CLAIMS = ("<!-- claims: written by ./run_all.sh --update -->\n", "<!-- end of claims -->\n")
+FINDINGS = ("<!-- findings: written by ./run_all.sh --update -->\n", "<!-- end of findings -->\n")
 
 
 def update_committed(study: Study, summarise: Callable[[], object]) -> None:
@@ -25,13 +29,9 @@ def update_committed(study: Study, summarise: Callable[[], object]) -> None:
     of anything else than today's notebooks and code. Nothing is changed then.
 
     Raises:
-        UserError: as ``summarise``, or the README has no section of claims.
+        UserError: as ``summarise``, or README or page of claims lack the lines between which to write.
     """
-    readme = README.read_text(encoding="utf-8")
-    before, begin, rest = readme.partition(CLAIMS[0])
-    _, end, after = rest.partition(CLAIMS[1])
-    if not (begin and end):
-        raise UserError(f"{README}: has no section 'Claims' that ends with '{CLAIMS[1].strip()} …'")
+    around = {file: _around(file, marks) for file, marks in ((CLAIMS_PAGE, CLAIMS), (README, FINDINGS))}
     summarise()
     out_dir, target = study.out_dir, FIGURES / study.profile.name
     for notebook in all_notebooks():
@@ -46,7 +46,32 @@ def update_committed(study: Study, summarise: Callable[[], object]) -> None:
         if file.name not in {page.name, *(one.name for one in made)}:
             file.unlink()  # no notebook draws it any more
     claims = (out_dir / "figures" / "claims.md").read_text(encoding="utf-8")
-    write_atomically(README, f"{before}{begin}{claims}{end}{after}".encode())
+    findings = findings_table(out_dir / "figures" / "claims.csv")
+    for (file, (before, after)), text in zip(around.items(), (claims, findings), strict=True):
+        write_atomically(file, f"{before}{text}{after}".encode())
+
+
+def findings_table(claims: Path) -> str:
+    """The verdicts on each claim of a long table, in Markdown: on our models, and on published numbers."""
+    lines = ["| | claim | pocket models | published |", "| --- | --- | --- | --- |"]
+    for result in results(read_claims(claims)):
+        claim = result.claim
+        cells = (claim.notebook, f"{claim.claim} ({claim.source})", result.verdict, result.published_verdict)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _around(file: Path, marks: tuple[str, str]) -> tuple[str, str]:
+    """What stands before and after the place between two marks, these included.
+
+    Raises:
+        UserError: there is no such place.
+    """
+    before, begin, rest = file.read_text(encoding="utf-8").partition(marks[0])
+    _, end, after = rest.partition(marks[1])
+    if not (begin and end):
+        raise UserError(f"{file}: has no line '{marks[0].strip()}' with '{marks[1].strip()}' below it")
+    return before + begin, end + after
 
 
 def _with_outputs(notebook: Notebook, executed: Path) -> nbformat.NotebookNode:
