@@ -31,11 +31,12 @@ the page results/NAME/index.html. Interrupted, the same command goes on from whe
 Environment variables:
   SELFREPAIR_USE_ACTIVE=1  install into the conda or virtual environment that is active, instead of
                            .venv in the repository
-  TORCH_INDEX_URL=URL      the package index that PyTorch alone is installed from; without an NVIDIA GPU,
-                           PyTorch's index of CPU builds saves gigabytes
+  TORCH_INDEX_URL=URL      the package index that PyTorch alone is installed from (empty: the one of everything
+                           else). By default, Linux without an NVIDIA GPU takes PyTorch's own index of CPU
+                           builds, which are smaller by gigabytes, if it can be reached
 
 The set-up needs Python 3.11 or newer. It is done again only if requirements.lock, pyproject.toml, the
-repository's folder or the Python version changes, or if it was interrupted.
+repository's folder or the Python version changes, or if it was interrupted. With uv on the PATH it takes seconds.
 HELP
 }
 
@@ -203,7 +204,31 @@ except (ImportError, OSError):
 PYTHON
 }
 
-pip_install() {
+CPU_BUILDS=https://download.pytorch.org/whl/cpu
+
+# torch_index: the index that PyTorch is installed from; nothing for the one of everything else.
+torch_index() {
+    if [[ -n "${TORCH_INDEX_URL+set}" ]]; then
+        printf '%s\n' "$TORCH_INDEX_URL"
+    elif [[ "$(uname -s)" == Linux ]] && ! has_nvidia_gpu; then
+        if "$PYTHON" -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=10)' "$CPU_BUILDS/" >/dev/null 2>&1; then
+            printf '%s\n' "$CPU_BUILDS"
+        else
+            say "PyTorch's index of CPU builds can't be reached: PyTorch comes from where everything else does"
+        fi
+    fi
+}
+
+has_nvidia_gpu() {
+    command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q '^GPU'
+}
+
+# install ARGUMENTS: by uv where there is one, else (or if it fails) by pip.
+install() {
+    if command -v uv >/dev/null; then
+        if uv pip install --python "$PYTHON" "$@" 9<&-; then return; fi
+        say "uv could not install this, pip is tried"
+    fi
     "$PYTHON" -m pip install --disable-pip-version-check "$@" 9<&- ||
         fail "the set-up failed, pip says above why; the same command starts it again"
 }
@@ -223,7 +248,7 @@ set_up() {
 
 # install_all PYTHON: leaves $STAMP only if everything is installed.
 install_all() {
-    local torch
+    local torch index
     local from_index=()
     say "setting up $ENVIRONMENT (some minutes, once)"
     if ((OWN_ENVIRONMENT)) && { [[ -e "$UNFINISHED" ]] || ! recent_enough "$PYTHON" pip; }; then
@@ -233,10 +258,11 @@ install_all() {
     rm -f -- "$STAMP"
 
     torch="$(grep '^torch==' "$ROOT/requirements.lock")" || fail "requirements.lock has no line torch==VERSION"
-    if [[ -n "${TORCH_INDEX_URL:-}" ]]; then from_index=(--index-url "$TORCH_INDEX_URL"); fi
-    pip_install ${from_index[@]+"${from_index[@]}"} "$torch"
-    pip_install -r "$ROOT/requirements.lock"
-    pip_install --no-deps --no-build-isolation -e "$ROOT"
+    index="$(torch_index)"
+    if [[ -n "$index" ]]; then from_index=(--index-url "$index"); fi
+    install ${from_index[@]+"${from_index[@]}"} "$torch"
+    install -r "$ROOT/requirements.lock"
+    install --no-deps --no-build-isolation -e "$ROOT"
 
     wanted_stamp >"$STAMP.new"
     mv -f -- "$STAMP.new" "$STAMP"

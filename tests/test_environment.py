@@ -2,12 +2,14 @@
 options on."""
 
 import ast
+import http.server
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from collections.abc import Mapping
@@ -177,11 +179,18 @@ class Clone:
         self.environment |= {
             "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
             "CALLS": str(self.calls_file),
+            "TORCH_INDEX_URL": "",
         }
+        self.put("nvidia-smi", "exit 9")
+        self.put("uv", "exit 2")  # as if there were none
 
     def be_user(self, number: int) -> None:
-        program = self.stand_in.with_name("id")
-        program.write_text(f"#!/bin/sh\necho {number}\n")
+        self.put("id", f"echo {number}")
+
+    def put(self, name: str, script: str) -> None:
+        """A program of this name, before all others."""
+        program = self.stand_in.with_name(name)
+        program.write_text(f"#!/bin/sh\n{script}\n")
         program.chmod(0o755)
 
     def run(
@@ -250,7 +259,7 @@ def test_help_lists_every_option_from_any_folder(clone):
     assert (done.returncode, done.stderr) == (0, "")
     cases = re.findall(r"^ +(-[-a-z |]*)\)$", SCRIPT, flags=re.MULTILINE)
     options = {option for case in cases for option in case.split(" | ") if option.startswith("--")}
-    assert options == {"--profile", "--jobs", "--slurm", "--test", "--lab", "--update", "--help"}
+    assert options == {"--profile", "--jobs", "--slurm", "--test", "--lab", "--update", "--course", "--help"}
     assert all(re.search(rf"^  {option}[ =[]", done.stdout, flags=re.MULTILINE) for option in options)
     assert all(name in done.stdout for name in ("SELFREPAIR_USE_ACTIVE=1", "TORCH_INDEX_URL"))
     assert clone.calls == [], "nothing may be set up for --help"
@@ -273,6 +282,7 @@ def test_help_lists_every_option_from_any_folder(clone):
         ["--profile", "no-such-profile"],
         ["--test", "--lab"],
         ["--update", "--test"],
+        ["--course", "--lab"],
         ["--test=quick"],
         ["--test="],
         ["--slurm=/nowhere"],
@@ -365,6 +375,49 @@ def test_torch_alone_comes_from_its_own_index(clone):
 
 
 @needs_bash
+@pytest.mark.parametrize("has_gpu", [False, True])
+@pytest.mark.parametrize("reachable", [False, True])
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have one build")
+def test_cpu_builds_are_taken_without_a_gpu_where_they_can_be_reached(clone, has_gpu, reachable):
+    clone.put("nvidia-smi", "echo GPU 0: one" if has_gpu else "exit 9")
+    del clone.environment["TORCH_INDEX_URL"]
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler) as server:
+        index = f"http://127.0.0.1:{server.server_port}"
+        script = SCRIPT.replace("CPU_BUILDS=https://download.pytorch.org/whl/cpu", f"CPU_BUILDS={index}")
+        assert script != SCRIPT
+        (clone.root / "run_all.sh").write_text(script)
+        if reachable:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+        else:
+            server.server_close()
+        done = clone.run("--test", no_proxy="127.0.0.1")
+        if reachable:
+            server.shutdown()
+    torch, *others = clone.installation
+    if reachable and not has_gpu:
+        torch = torch.replace("version-check", f"version-check --index-url {index}")
+    assert clone.calls[1:4] == [torch, *others]
+    assert ("can't be reached" in done.stderr) == (not reachable and not has_gpu)
+
+
+@needs_bash
+@pytest.mark.parametrize("works", [True, False])
+def test_uv_installs_where_there_is_one_and_pip_if_it_fails(clone, works):
+    clone.put("uv", f'echo "uv $*" >>"$CALLS"\nexit {0 if works else 2}')
+    done = clone.run("--test")
+    by_uv = [
+        call.replace(
+            "-m pip install --disable-pip-version-check",
+            f"uv pip install --python {clone.root}/.venv/bin/python",
+        )
+        for call in clone.installation
+    ]
+    both = [call for pair in zip(by_uv, clone.installation, strict=True) for call in pair]
+    assert clone.calls[1:-2] == (by_uv if works else both)
+    assert done.stderr.count("uv could not install") == (0 if works else 3)
+
+
+@needs_bash
 @pytest.mark.parametrize("variable", ["VIRTUAL_ENV", "CONDA_PREFIX"])
 def test_the_active_environment_is_used_only_if_asked_for(clone, tmp_path, variable):
     active = tmp_path / "active environment"
@@ -430,6 +483,20 @@ def test_ci_runs_the_tests(clone):
     assert clone.run(script=".ci/run").returncode == 0
     assert clone.calls[-5:] == [*TESTS, *checks_of_notebooks(clone)]
     assert clone.run(script=".ci/run", FAIL_AT="-m not slurm").returncode == 3
+
+
+@needs_bash
+def test_releases_of_all_assignments_are_made(clone):
+    for name in ("A1", "A2"):
+        (clone.root / "course" / "source" / name).mkdir(parents=True)
+    done = clone.run("--course")
+    made = [f"-m nbgrader generate_assignment {name} --force --log-level=WARN" for name in ("A1", "A2")]
+    assert done.returncode == 0
+    assert clone.calls[-3:] == ["-m selfrepair.course.seed", *made]
+    assert "nbgrader autograde A1" in done.stdout
+    done = clone.run("--course", FAIL_AT="generate_assignment A1")
+    assert (done.returncode, clone.calls[-1]) == (1, made[0])
+    assert done.stderr.endswith("could not make the release of A1 and says above why\n")
 
 
 @needs_bash
