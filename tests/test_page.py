@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import re
+import shutil
 from collections import Counter
 from html.parser import HTMLParser
 
@@ -422,6 +423,19 @@ def test_images_load_and_nothing_is_complained_of_or_asked_for(shown):
         == "rgb(0, 105, 163)"
     )
     assert (shown.complaints, shown.requests) == ([], [])
+
+
+@needs_browser
+def test_a_page_of_the_repository_shows_the_figures_beside_it(browser, results, tmp_path):
+    beside = tmp_path / "a figure's folder"
+    shutil.copytree(results / "figures", beside)
+    browser.open(write_page(results, beside / "index.html"))
+    widths = browser.run("[...document.querySelectorAll('figure img')].map(image => image.naturalWidth)")
+    assert sorted(widths) == [300 + 400 * number for number in range(len(FIGURES))]
+    browser.click("figure button")
+    assert browser.run("document.querySelector('dialog img').naturalWidth") > 0
+    assert (browser.complaints, browser.requests) == ([], [])
+    assert "base64" not in re.sub("sha256-", "", (beside / "index.html").read_text(encoding="utf-8"))
 
 
 @needs_browser

@@ -38,8 +38,8 @@ def update_committed(study: Study, summarise: Callable[[], object]) -> None:
         executed = _with_outputs(notebook, out_dir / "notebooks" / notebook.path.name)
         write_notebook(executed, notebook.path)
     target.mkdir(parents=True, exist_ok=True)
+    made = sorted(file for file in (out_dir / "figures").iterdir() if file.suffix != ".pdf")
     page = write_page(out_dir, target / "index.html")
-    made = sorted((out_dir / "figures").iterdir())
     for file in made:
         shutil.copyfile(file, target / file.name)
     for file in target.iterdir():

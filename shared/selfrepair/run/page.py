@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 import jinja2
 import nbformat
@@ -62,7 +63,7 @@ HEADINGS = {
 
 @dataclass(frozen=True)
 class Figure:
-    """An image of ``width`` × ``height`` pixels; ``uri`` holds all of it."""
+    """An image of ``width`` × ``height`` pixels; ``uri`` holds all of it, or names the file beside the page."""
 
     name: str
     uri: str
@@ -98,14 +99,16 @@ def write_page(out_dir: Path, target: Path | None = None) -> Path:
     """Writes the page of a results folder, as ``index.html`` in it.
 
     What is not there is left out, and what the folder's manifest says to be outside the run's plan. In
-    another place (``target``) the page links the notebooks of the repository, not those of the run as HTML.
+    another place (``target``) the page is one of the repository: it links the notebooks there, not those of
+    the run as HTML, and the figures beside it instead of holding them.
 
     Raises:
         UserError: nothing to show, or a file that cannot be read.
     """
     manifest = _manifest(out_dir / "manifest.json")
     outside = {out_dir / str(name) for name in manifest.get("outside_the_plan", [])}
-    figures = [_figure(path) for path in sorted({*(out_dir / "figures").glob("*.png")} - outside)]
+    paths = sorted({*(out_dir / "figures").glob("*.png")} - outside)
+    figures = [_figure(path, held=target is None) for path in paths]
     claims = _claims(out_dir / "figures" / "claims.csv")
     models = _heads({*out_dir.glob("heads_*.csv")} - outside)
     if not (figures or claims or models):
@@ -123,6 +126,7 @@ def write_page(out_dir: Path, target: Path | None = None) -> Path:
         "comparison": _comparison(out_dir / "comparison.csv"),
         "models": models,
         "manifest": manifest,
+        "images": "data:" if target is None else "'self' file: data:",
     }
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
@@ -159,13 +163,15 @@ def _csp_hash(source: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'"
 
 
-def _figure(path: Path) -> Figure:
-    """The image as lossless WebP: the same pixels in a third of the bytes."""
+def _figure(path: Path, held: bool) -> Figure:
+    """The image, if it is ``held`` as lossless WebP: the same pixels in a third of the bytes."""
     content = io.BytesIO()
     try:
         with Image.open(path) as image:
-            image.save(content, "WEBP", lossless=True)
             width, height = image.size
+            if not held:
+                return Figure(path.stem, quote(path.name), width, height)
+            image.save(content, "WEBP", lossless=True)
     except Exception as error:  # Pillow raises many types for a damaged image
         raise _damaged(path, error) from error
     return Figure(
