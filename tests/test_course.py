@@ -29,7 +29,7 @@ def test_points_sum_to_a_hundred(assignment):
 def test_the_solution_gets_all_points(assignment, seed):
     graded = grade(source(assignment), seed=seed, skip=())
     assert graded.points == points_of(source(assignment)), graded.said
-    assert graded.said == {}
+    assert graded.said == {} and graded.close == []
 
 
 def test_the_blank_release_gets_none(assignment):
@@ -39,13 +39,25 @@ def test_the_blank_release_gets_none(assignment):
     assert set(graded.points.values()) == {0}, graded.points
 
 
-@pytest.mark.parametrize("coarser", [1, 100])
 @pytest.mark.parametrize("wrong", wrong_solutions(), ids=lambda wrong: f"{wrong.assignment}: {wrong.name}")
-def test_a_wrong_solution_gets_exactly_these_points(wrong, coarser):
-    """Also if tests allow errors a hundred times as large: no mistake passes by being small."""
-    graded = grade(wrong.made_in(source(wrong.assignment)), coarser)
+def test_a_wrong_solution_gets_exactly_these_points(wrong):
+    """And would, did tests allow errors a hundred times as large: no mistake fails by little."""
+    graded = grade(wrong.made_in(source(wrong.assignment)))
+    assert graded.close == []
     assert graded.points == points_of(source(wrong.assignment)) | wrong.points, graded.said
     assert sum(graded.points.values()) < sum(points_of(source(wrong.assignment)).values())
+
+
+def test_an_answer_left_out_costs_its_own_tests_only(assignment):
+    """Later questions get their inputs from elsewhere."""
+    for where, cell in cells(source(assignment), solution=True, grade=False).items():
+        functions = {node.name for node in ast.parse(cell.source).body if isinstance(node, ast.FunctionDef)}
+        notebook = source(assignment)
+        cells(notebook)[where].source = "raise NotImplementedError()"
+        graded = grade(notebook)
+        lost = {name for name, points in graded.points.items() if not points}
+        about = {name for name in lost if functions & set(re.findall(r"\w+", cells(notebook)[name].source))}
+        assert lost and lost == about, f"{where}: {graded.said}"
 
 
 def test_every_assignment_has_wrong_solutions():

@@ -21,13 +21,22 @@ def check(what: str, answer: object, right: Tensor) -> None:
     if right.dtype.is_floating_point:
         assert answer.dtype.is_floating_point, f"{what}: should hold floats, not {answer.dtype}"
         assert answer.isfinite().all(), f"{what}: is not finite everywhere"
-        far = (answer.detach().double() - right.detach().double()).abs()
-        worst = far.max().item() if far.numel() else 0.0
         limit = TOLERANCE[torch.float32 if torch.float32 in (answer.dtype, right.dtype) else torch.float64]
-        assert worst <= limit, f"{what}: off by up to {worst:.2g} (allowed: {limit:g})"
+        _check_distance(what, answer, right, limit)
     else:
         wrong = (answer != right).sum().item()
         assert wrong == 0, f"{what}: {wrong} of {right.numel()} entries are wrong"
+
+
+def _check_distance(what: str, answer: Tensor, right: Tensor, limit: float) -> None:
+    worst = largest_distance(answer, right)
+    assert worst <= limit, f"{what}: off by up to {worst:.2g} (allowed: {limit:g})"
+
+
+def largest_distance(answer: Tensor, right: Tensor) -> float:
+    """Of any two entries; 0 where there are none."""
+    far = (answer.detach().double() - right.detach().double()).abs()
+    return far.max().item() if far.numel() else 0.0
 
 
 def check_shape(what: str, answer: object, shape: tuple[int, ...]) -> None:
@@ -40,10 +49,8 @@ def check_shape(what: str, answer: object, shape: tuple[int, ...]) -> None:
     assert answer.shape == shape, f"{what}: has shape {list(answer.shape)}, should be {list(shape)}"
 
 
-def check_number(
-    what: str, answer: object, right: float, tolerance: float = TOLERANCE[torch.float64]
-) -> None:
-    """Whether an answer is a number, or a tensor of one, and the right one.
+def check_number(what: str, answer: object, right: float) -> None:
+    """Whether an answer is a number, or a tensor of one, and the right one (as by :func:`check`).
 
     Raises:
         AssertionError: it is not.
@@ -51,8 +58,6 @@ def check_number(
     assert isinstance(answer, float | int | Tensor), (
         f"{what}: should be a number, not {type(answer).__name__}"
     )
-    check(
-        what,
-        torch.as_tensor(answer, dtype=torch.float64).reshape(()),
-        torch.tensor(float(right), dtype=torch.float64),
-    )
+    answer = torch.as_tensor(answer, dtype=torch.float64) if not isinstance(answer, Tensor) else answer
+    assert answer.numel() == 1, f"{what}: should be one number, not {answer.numel()}"
+    check(what, answer.reshape(()), torch.tensor(float(right), dtype=torch.float64))
