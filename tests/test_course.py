@@ -2,13 +2,25 @@
 
 import ast
 import re
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
+import course_notebooks
 import pytest
-from course_notebooks import ASSIGNMENTS, WRONG, cells, grade, points_of, source, wrong_solutions
+from course_notebooks import ASSIGNMENTS, WRONG, cells, points_of, source, wrong_solutions
 from nbgrader.preprocessors import ClearHiddenTests, ClearSolutions
 
 AUTOMATIC = {"A6": 20}  # by hand: the rest of 100
 MARKS = ("BEGIN SOLUTION", "END SOLUTION", "BEGIN HIDDEN", "END HIDDEN")
+
+
+@pytest.fixture(scope="module")
+def grade():
+    """In a process of its own, in which signatures are not checked: that would take three times as long."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as other:
+        yield lambda *arguments, **settings: other.submit(
+            course_notebooks.grade, *arguments, **settings
+        ).result()
 
 
 @pytest.fixture(scope="module", params=ASSIGNMENTS)
@@ -25,22 +37,25 @@ def test_points_sum_to_a_hundred(assignment):
     assert (automatic, by_hand) == (AUTOMATIC.get(assignment, 70), 100 - AUTOMATIC.get(assignment, 70))
 
 
+@pytest.mark.slow("an assignment's tests tell right from wrong")
 @pytest.mark.parametrize("seed", ["20261126", "7"])
-def test_the_solution_gets_all_points(assignment, seed):
+def test_the_solution_gets_all_points(assignment, seed, grade):
     graded = grade(source(assignment), seed=seed, skip=())
     assert graded.points == points_of(source(assignment)), graded.said
     assert graded.said == {} and graded.close == []
 
 
-def test_the_blank_release_gets_none(assignment):
+@pytest.mark.slow("an assignment's tests tell right from wrong")
+def test_the_blank_release_gets_none(assignment, grade):
     """Every test calls what the student writes, so none passes by itself."""
     blank, _ = ClearSolutions().preprocess(source(assignment), {})
     graded = grade(blank)
     assert set(graded.points.values()) == {0}, graded.points
 
 
+@pytest.mark.slow("an assignment's tests tell right from wrong")
 @pytest.mark.parametrize("wrong", wrong_solutions(), ids=lambda wrong: f"{wrong.assignment}: {wrong.name}")
-def test_a_wrong_solution_gets_exactly_these_points(wrong):
+def test_a_wrong_solution_gets_exactly_these_points(wrong, grade):
     """And would, did tests allow errors a hundred times as large: no mistake fails by little."""
     graded = grade(wrong.made_in(source(wrong.assignment)))
     assert graded.close == []
@@ -48,7 +63,8 @@ def test_a_wrong_solution_gets_exactly_these_points(wrong):
     assert sum(graded.points.values()) < sum(points_of(source(wrong.assignment)).values())
 
 
-def test_an_answer_left_out_costs_its_own_tests_only(assignment):
+@pytest.mark.slow("an assignment's tests tell right from wrong")
+def test_an_answer_left_out_costs_its_own_tests_only(assignment, grade):
     """Later questions get their inputs from elsewhere."""
     for where, cell in cells(source(assignment), solution=True, grade=False).items():
         functions = {node.name for node in ast.parse(cell.source).body if isinstance(node, ast.FunctionDef)}

@@ -183,17 +183,14 @@ def course(tmp_path_factory):
     return folder, problems, said
 
 
-WHOLE_WAY = pytest.mark.slow("teachers can grade what students hand in, with nbgrader's own commands")
-
-
-@WHOLE_WAY
+@pytest.mark.slow("teachers can grade what students hand in, with nbgrader's own commands")
 def test_what_cannot_be_read_is_named_in_a_line_each(course):
     _, problems, _ = course
     assert [line.partition(":")[0] for line in problems] == ["damaged", "renamed"]
     assert all("\n" not in line and ("ask for it" in line or "rename" in line) for line in problems)
 
 
-@WHOLE_WAY
+@pytest.mark.slow("teachers can grade what students hand in, with nbgrader's own commands")
 def test_everybody_is_graded(course):
     folder, _, said = course
     assert "ERROR] Traceback" not in said and "SAWarning" not in said
@@ -212,7 +209,7 @@ def test_everybody_is_graded(course):
             assert found == points_of(source(A)) | less, student
 
 
-@WHOLE_WAY
+@pytest.mark.slow("teachers can grade what students hand in, with nbgrader's own commands")
 def test_an_endless_loop_and_words_on_the_error_stream_are_shown(course):
     folder, _, _ = course
     graded = cells(nbformat.read(folder / "autograded" / "faulty" / A / f"{A}.ipynb", as_version=4))
@@ -223,7 +220,7 @@ def test_an_endless_loop_and_words_on_the_error_stream_are_shown(course):
     )
 
 
-@WHOLE_WAY
+@pytest.mark.slow("teachers can grade what students hand in, with nbgrader's own commands")
 def test_grades_as_a_table(course):
     folder, _, _ = course
     with (folder / "grades.csv").open(encoding="utf-8") as file:
@@ -231,7 +228,7 @@ def test_grades_as_a_table(course):
     assert scores == {"right": 78, "colab": 70, "wrong": 63, "faulty": 0}
 
 
-@WHOLE_WAY
+@pytest.mark.slow("teachers can grade what students hand in, with nbgrader's own commands")
 @pytest.mark.skipif(browser.PROGRAM is None, reason="needs Chromium")
 def test_feedback_in_a_browser(course, tmp_path):
     folder, _, _ = course

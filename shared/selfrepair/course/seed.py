@@ -27,8 +27,8 @@ def hidden_seed() -> int:
         where, text = str(SEED_FILE), SEED_FILE.read_text(encoding="utf-8").strip()
     else:
         raise UserError(
-            f"hidden tests need the instructor's seed: run ./run_all.sh --course once, which writes {SEED_FILE}, "
-            f"or set {VARIABLE}"
+            f"hidden tests need the instructor's seed: run ./run_all.sh --course once, which writes "
+            f"{SEED_FILE}, or set {VARIABLE}"
         )
     if not (text.isascii() and text.isdigit() and int(text) < LARGEST):
         raise UserError(f"{where} must be a whole number from 0 to {LARGEST - 1}, not {text[:40]!r}")
@@ -46,7 +46,5 @@ def make_seed() -> bool:
 
 
 if __name__ == "__main__":
-    made = make_seed()
-    print(
-        f"{SEED_FILE}: {'made' if made else 'kept'}; it decides the models of hidden tests, keep it to yourself"
-    )
+    done = "made" if make_seed() else "kept"
+    print(f"{SEED_FILE}: {done}; it decides the models of hidden tests, keep it to yourself")

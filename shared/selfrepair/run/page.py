@@ -63,7 +63,7 @@ HEADINGS = {
 
 @dataclass(frozen=True)
 class Figure:
-    """An image of ``width`` × ``height`` pixels; ``uri`` holds all of it, or names the file beside the page."""
+    """An image of ``width`` × ``height`` pixels; ``uri`` holds it, or names the file beside the page."""
 
     name: str
     uri: str
