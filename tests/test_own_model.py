@@ -1,0 +1,103 @@
+"""``selfrepair.measure_heads``: the numbers of plain passes, for names and for models in memory; its example."""
+
+import re
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+import reference
+import torch
+from families import FAMILIES, build_family, random_tokens
+from transformers import AutoTokenizer
+
+import selfrepair
+from selfrepair.analysis.head_table import heads_table
+from selfrepair.errors import UserError
+from selfrepair.paths import MODELS, REPOSITORY
+from selfrepair.run.study import Study
+
+SMALL = "pocket-pythia-small"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("ablation", ["resample", "mean", "zero"])
+def test_a_model_in_memory_against_plain_passes(family, ablation):
+    hf, tokens = build_family(family), random_tokens(6)
+    before = {name: weight.clone() for name, weight in hf.state_dict().items()}
+    found = selfrepair.measure_heads(hf, tokens=tokens, ablation=ablation, device="cpu").effects
+    assert all(torch.equal(weight, before[name]) for name, weight in hf.state_dict().items())
+    plain = reference.in_float64(build_family(family).double().eval())
+    for layer, head in ((0, 1), (2, 3)):
+        wanted = reference.ablate(plain, tokens, layer, head, ablation)
+        for name in ("direct_effect", "logit_change", "self_repair_heads", "self_repair_mlps"):
+            here = found[name].values[layer, head]
+            np.testing.assert_allclose(here, wanted[name], atol=2e-4, err_msg=name)
+
+
+def test_a_name_gives_the_numbers_of_the_suite(tmp_path):
+    """More prompts than one shard has, which are merged in order."""
+    found = selfrepair.measure_heads(SMALL, n_prompts=40, device="cpu")
+    study = Study.of(model=SMALL, device="cpu", out_dir=tmp_path, n_prompts=40, ablation="resample")
+    sweep = study.measured("heads")[SMALL]
+    pd.testing.assert_frame_equal(found.table, heads_table(sweep), rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(found.effects["token"], sweep["token"])
+
+
+def test_text_is_cut_into_prompts():
+    tokenizer = AutoTokenizer.from_pretrained(MODELS / SMALL)
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    found = selfrepair.measure_heads(SMALL, text=[text, "A second document."], prompt_len=16, device="cpu")
+    tokens = found.effects["token"].values
+    assert len(tokens) % 2 == 0 and (tokens[:, 0] == tokens[0, 0]).all()
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokens[0, 1:].tolist() == ids[:15] and tokens[1, 1:].tolist() == ids[15:30]
+    fewer = selfrepair.measure_heads(SMALL, text=text, prompt_len=16, n_prompts=2, device="cpu")
+    assert fewer.effects["token"].values.tolist() == tokens[:2].tolist()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"text": "short"}, "text: gives 0 prompts of 128 tokens"),
+        ({"text": "a", "tokens": [[1, 2], [3, 4]]}, "not both"),
+        ({"tokens": [[1, 2], [3, 4], [5, 6]], "n_prompts": 3}, "an even number"),
+        ({"tokens": [[1, 2], [3, 4]], "n_prompts": 4}, "4 were asked for"),
+        ({"tokens": [[1.0, 2.0], [3.0, 4.0]]}, "whole numbers"),
+        ({"tokens": [1, 2, 3, 4]}, r"\[prompt, position\]"),
+        ({"tokens": [[1, -2], [3, 4]]}, "-2 is no token id"),
+        ({"tokens": [[1, 10**6], [3, 4]]}, "outside pocket-pythia-small's vocabulary"),
+        ({"tokens": [[1] * 2000] * 2}, "context"),
+        ({"ablation": "none"}, "none"),
+        ({"fraction": 0}, "fraction"),
+        ({"n_prompts": 3}, "even"),
+    ],
+)
+def test_bad_requests_are_one_line(settings, said):
+    if "tokens" in settings:
+        settings = settings | {"tokens": np.array(settings["tokens"])}
+    with pytest.raises(UserError, match=said) as error:
+        selfrepair.measure_heads(SMALL, device="cpu", **settings)
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_in_memory_needs_its_tokenizer_for_text():
+    with pytest.raises(UserError, match="needs its tokenizer"):
+        selfrepair.measure_heads(build_family("gpt2"), device="cpu")
+
+
+def test_the_example_of_the_documentation(tmp_path, monkeypatch, capsys):
+    examples = re.findall(
+        r"```python\n(.*?)```", (REPOSITORY / "docs" / "python.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    assert len(examples) == 2 and len([line for line in examples[0].splitlines() if line]) <= 5
+    for name in ("shared", "README.md"):
+        (tmp_path / name).symlink_to(REPOSITORY / name)
+    monkeypatch.chdir(tmp_path)
+    matplotlib.use("agg")
+    names: dict[str, object] = {}
+    for example in examples:
+        exec(example, names)
+    assert "self_repair" in capsys.readouterr().out
+    assert (tmp_path / "self_repair.png").stat().st_size > 10_000
+    assert names["mine"].ablation == "mean" and names["mine"].table["layer"].nunique() == 6
