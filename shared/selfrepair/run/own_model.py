@@ -77,7 +77,8 @@ def measure_heads(
             changed; it is measured in float32, as a copy that is written to a temporary folder.
         text: one document or several to cut into prompts of ``prompt_len`` tokens. By default the prose that
             ships with the suite.
-        tokens: token ids ``[prompt, position]`` to measure on instead; the donor of row ``i`` of ``n`` is row ``i + n / 2``.
+        tokens: token ids ``[prompt, position]`` to measure on instead; the donor of row ``i`` of ``n`` is row
+            ``i + n / 2``.
         tokenizer: that of a Hugging Face model, which needs one for text.
         n_prompts: an even number; by default 32, or all that ``text`` or ``tokens`` give.
         ablation: ``resample``, ``mean`` or ``zero``.
