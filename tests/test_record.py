@@ -2,18 +2,21 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import nbformat
 import pytest
 from PIL import Image
 
+from selfrepair.analysis.claims import read_claims
+from selfrepair.analysis.rules import VERDICTS
 from selfrepair.cli.main import main
 from selfrepair.errors import UserError
-from selfrepair.paths import HELD_OUT_TEXT
+from selfrepair.paths import FIGURES, HELD_OUT_TEXT
 from selfrepair.run import marks, notebooks
 from selfrepair.run import study as study_module
-from selfrepair.run.record import summarise
+from selfrepair.run.record import _found, summarise
 from selfrepair.run.study import Study
 from selfrepair.run.verify import verify
 from selfrepair.store.manifest import manifest_of
@@ -83,7 +86,11 @@ def findings(folder, agrees):
 def test_manifest_of_a_run_names_its_stores_and_what_they_were_made_from(run):
     folder, earlier, store, said = run
     noted = json.loads((folder / "manifest.json").read_text())
-    assert said.endswith("/index.html") and (folder / "index.html").is_file()
+    *_, page, then = said.splitlines()
+    assert (
+        page.endswith("/index.html") and page.startswith("page: ") and then.startswith("next: open the page")
+    )
+    assert (folder / "index.html").is_file()
     assert set(noted["stores"]) == {HEADS, f"{MODEL} tokens"} and noted["notebooks"] == NOTEBOOKS
     made_from = noted["stores"][HEADS]
     assert made_from["store"] == store.name != earlier.name
@@ -216,3 +223,13 @@ def test_a_run_without_figures_is_not_summed_up(run):
     marks.say_done(marks.mark(folder, "notebooks", "01"), [], folder, key=NOTEBOOKS["01_one"])
     with pytest.raises(UserError, match="holds no figures; run 'selfrepair notebooks' into it first"):
         summarise(study(folder, 4), NOTEBOOKS)
+
+
+def test_what_a_run_found_is_said_in_a_line(tmp_path):
+    assert _found(tmp_path) == ""
+    shutil.copytree(FIGURES / "pocket", tmp_path / "figures", ignore=shutil.ignore_patterns("*.png"))
+    line = _found(tmp_path)
+    number, *counts = map(int, re.findall(r"\d+", line))
+    assert number == read_claims(tmp_path / "figures" / "claims.csv")["claim"].nunique() == sum(counts)
+    assert line.startswith(f"found: of {number} claims ") and line.count("\n") == 1
+    assert [name for name in VERDICTS if f" {name}" in line] and "not reproduced" in line

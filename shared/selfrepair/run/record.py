@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 
+from selfrepair.analysis.claims import read_claims, verdicts
+from selfrepair.analysis.rules import VERDICTS
 from selfrepair.errors import UserError
 from selfrepair.paths import HELD_OUT_TEXT
 from selfrepair.run.marks import OF_A_STORE, OF_THE_RUN, RESULTS, mark, passed_over, said_of, say_done
@@ -26,7 +30,7 @@ def summarise(study: Study, notebooks: Mapping[str, str], key: str = "") -> str:
     the folder but is not in the run's plan, from an earlier run of other settings for instance: page and
     ``verify`` leave that out.
 
-    Returns what to print: the comparison and the page's path.
+    Returns what to print: the comparison, what was found, the page's path, and what to do next.
 
     Raises:
         UserError: the folder does not hold all of this very run, the run left nothing to show, or is of other
@@ -62,7 +66,21 @@ def summarise(study: Study, notebooks: Mapping[str, str], key: str = "") -> str:
     measured = [out / "measured" / str(note["store"]) for note in stores.values()]
     all_left = [manifest, *(out / name for name in left), *measured, *map(manifest_of, measured)]
     say_done(mark(out, "page"), all_left, out, key=key)
-    return f"{said}\n{page}"
+    return f"{said}\n{_found(out)}page: {page}\nnext: {NEXT}"
+
+
+#: What a reader may do after a run.
+NEXT = "open the page; ./run_all.sh --lab to change a parameter; README.md says how to measure another model"
+
+
+def _found(out: Path) -> str:
+    """How often each verdict was given, as a line; nothing if no notebook judged a claim."""
+    claims = out / "figures" / "claims.csv"
+    if not claims.is_file():
+        return ""
+    given = Counter(verdicts(read_claims(claims)).values())
+    counts = ", ".join(f"{given[name]} {name}" for name in VERDICTS if given[name])
+    return f"found: of {given.total()} claims {counts}\n"
 
 
 def _refuse_another_run(study: Study, notebooks: Mapping[str, str]) -> None:
