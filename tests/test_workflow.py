@@ -1,6 +1,7 @@
 """The Snakefile: what runs when, what is run again and what is not, and what the user sees. Stub commands
 stand in for the real ones."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -14,6 +15,10 @@ from types import SimpleNamespace
 import pytest
 from snakemake_interface_logger_plugins.common import LogEvent
 from snakemake_logger_plugin_selfrepair import LogHandler, duration
+
+from selfrepair.run import study as study_module
+from selfrepair.run import workflow
+from selfrepair.run.study import Study
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -375,3 +380,19 @@ def test_error_of_snakemake_itself_is_one_line(capsys):
 )
 def test_duration(seconds, said):
     assert duration(seconds) == said
+
+
+def test_shards_that_a_killed_run_left_beside_its_store_are_taken_away(tmp_path, monkeypatch):
+    """It was killed between writing the store and removing what the store is made of."""
+    monkeypatch.setattr(study_module, "measurement_names", lambda: ["tokens", "heads"])
+    settings = Study.of(
+        model="pocket-pythia-small", n_prompts=2, ablation="zero", device="cpu", out_dir=tmp_path
+    )
+    here = dataclasses.replace(settings, profile=settings.profile.changed(prompt_len=6))
+    workflow.measure(here, "pocket-pythia-small", progress=False)
+    left = {file.relative_to(tmp_path): file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    shards = here.task("heads", "pocket-pythia-small").shard_folder
+    (shards / "000000.zarr").mkdir(parents=True)
+    workflow.measure(here, "pocket-pythia-small", progress=False)
+    now = {file.relative_to(tmp_path): file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    assert not shards.exists() and now == left

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 
 from selfrepair.errors import NotMeasurable, UserError
@@ -143,7 +144,10 @@ def make(study: Study, model_name: str, tasks: Sequence[Task], progress: bool = 
     Raises:
         UserError: as the measurements say: the others are made all the same.
     """
-    missing = [task for task in tasks if not task.is_done()]
+    done = {task.path: task for task in with_needs(tasks) if task.is_done()}
+    for task in done.values():
+        shutil.rmtree(task.shard_folder, ignore_errors=True)  # a run killed just before it would have
+    missing = [task for task in tasks if task.path not in done]
     models = study.load(model_name) if missing else []
     failed: list[str] = []
     passed_over: list[str] = []
