@@ -132,7 +132,7 @@ def test_what_a_model_cannot_be_measured_on_is_passed_over_and_what_fails_stops_
 
     class Made(Task):
         def __init__(self, label, error=None):
-            self.label, self.error = label, error
+            self.label, self.error, self.path, self.needed = label, error, tmp_path / label, {}
 
         def is_done(self):
             return False

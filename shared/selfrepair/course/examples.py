@@ -74,7 +74,7 @@ def held_out_tokens(n_prompts: int, length: int) -> Int[Tensor, "prompt position
     Raises:
         UserError: an odd number of prompts, or more than there are.
     """
-    tokenizer = AutoTokenizer.from_pretrained(MODELS / POCKET)
+    tokenizer = AutoTokenizer.from_pretrained(MODELS / POCKET, trust_remote_code=False)
     return torch.from_numpy(load_tokens(tokenizer, n_prompts=n_prompts, prompt_len=length).tokens)
 
 
@@ -88,7 +88,7 @@ def _random_model(family: str, seed: int) -> PlainModel:
     own_names = CONFIG_MAPPING[model_type].attribute_map
     shape = {own_names.get(name, name): size for name, size in TINY_SHAPE.items()}
     config = AutoConfig.for_model(model_type, vocab_size=VOCABULARY, **shape, **settings)
-    hf = AutoModelForCausalLM.from_config(config)
+    hf = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in hf.named_parameters():
@@ -97,7 +97,7 @@ def _random_model(family: str, seed: int) -> PlainModel:
             weight.copy_(centre + spread * torch.randn(weight.shape, generator=generator))
     with tempfile.TemporaryDirectory() as folder:
         hf.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(MODELS / POCKET).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(MODELS / POCKET, trust_remote_code=False).save_pretrained(folder)
         model = load_model(folder, "cpu", torch.float64)
     for module in model.hf.modules():
         if type(module).__name__.endswith("RMSNorm"):
