@@ -7,7 +7,17 @@ from multiprocessing import get_context
 
 import course_notebooks
 import pytest
-from course_notebooks import ASSIGNMENTS, SEED, SHOWN, WRONG, cells, points_of, source, wrong_solutions
+from course_notebooks import (
+    ASSIGNMENTS,
+    LEFT_OUT,
+    SEED,
+    SHOWN,
+    WRONG,
+    cells,
+    points_of,
+    source,
+    wrong_solutions,
+)
 from nbgrader.preprocessors import ClearHiddenTests, ClearSolutions
 
 AUTOMATIC = {"A6": 20}  # by hand: the rest of 100
@@ -69,7 +79,7 @@ def test_an_answer_left_out_costs_its_own_tests_only(assignment, grade):
     for where, cell in cells(source(assignment), solution=True, grade=False).items():
         functions = {node.name for node in ast.parse(cell.source).body if isinstance(node, ast.FunctionDef)}
         notebook = source(assignment)
-        cells(notebook)[where].source = "raise NotImplementedError()"
+        cells(notebook)[where].source = LEFT_OUT
         graded = grade(notebook)
         lost = {name for name, points in graded.points.items() if not points}
         tests = {name: set(re.findall(r"\w+", cells(notebook)[name].source)) for name in graded.points}

@@ -51,21 +51,25 @@ def test_text_is_cut_into_prompts():
     tokens = found.effects["token"].values
     assert len(tokens) % 2 == 0 and (tokens[:, 0] == tokens[0, 0]).all()
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert tokens[0, 1:].tolist() == ids[:15] and tokens[1, 1:].tolist() == ids[15:30]
+    of_the_text = [ids[first : first + 15] for first in range(0, len(ids) - 14, 15)]
+    rows = tokens[:, 1:].tolist()
+    assert sum(row in of_the_text for row in rows) >= len(rows) - 1
+    assert len(rows) >= len(of_the_text) - 1 and rows != of_the_text[: len(rows)]
     fewer = selfrepair.measure_heads(SMALL, text=text, prompt_len=16, n_prompts=2, device="cpu")
-    assert fewer.effects["token"].values.tolist() == tokens[:2].tolist()
+    assert fewer.effects.sizes["prompt"] == 2
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"text": "short"}, "text: gives 0 prompts of 128 tokens"),
+        ({"text": "short"}, "^text: gives 0 prompts of 128 tokens"),
+        ({"text": ["", " "]}, "^text: holds no text"),
         ({"text": "a", "tokens": [[1, 2], [3, 4]]}, "not both"),
-        ({"tokens": [[1, 2], [3, 4], [5, 6]], "n_prompts": 3}, "an even number"),
-        ({"tokens": [[1, 2], [3, 4]], "n_prompts": 4}, "4 were asked for"),
-        ({"tokens": [[1.0, 2.0], [3.0, 4.0]]}, "whole numbers"),
-        ({"tokens": [1, 2, 3, 4]}, r"\[prompt, position\]"),
-        ({"tokens": [[1, -2], [3, 4]]}, "-2 is no token id"),
+        ({"tokens": [[1, 2], [3, 4], [5, 6]], "n_prompts": 3}, "even number"),
+        ({"tokens": [[1, 2], [3, 4]], "n_prompts": 4}, "^tokens: gives 2 prompts of 2 tokens; 4 were asked"),
+        ({"tokens": [[1.0, 2.0], [3.0, 4.0]]}, "^tokens: must hold integer token ids"),
+        ({"tokens": [1, 2, 3, 4]}, "^tokens: must hold integer token ids"),
+        ({"tokens": [[1, -2], [3, 4]]}, "^tokens: holds a negative token id"),
         ({"tokens": [[1, 10**6], [3, 4]]}, "outside pocket-pythia-small's vocabulary"),
         ({"tokens": [[1] * 2000] * 2}, "context"),
         ({"ablation": "none"}, "none"),

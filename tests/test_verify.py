@@ -1,6 +1,7 @@
 """verify finds what no longer agrees in what a run left: a table of everything that can be lost or falsified."""
 
 import json
+import os
 import re
 import shutil
 from importlib import metadata
@@ -301,22 +302,17 @@ TAMPERING = {
         lambda run: (run / "figures/claims.md").unlink(),
         r"figures/claims.md: missing",
     ),
-    "executed notebook edited": (
-        lambda run: edit(run / "notebooks/01_one.ipynb"),
-        r"notebooks/01_one.ipynb: changed",
-    ),
-    "executed notebook missing": (
-        lambda run: (run / "notebooks/01_one.ipynb").unlink(),
-        r"notebooks/01_one.ipynb: missing",
-    ),
-    "notebook as HTML edited": (
-        lambda run: edit(run / "notebooks/01_one.html"),
-        r"notebooks/01_one.html: changed",
-    ),
-    "notebook as HTML missing": (
-        lambda run: (run / "notebooks/01_one.html").unlink(),
-        r"notebooks/01_one.html: missing",
-    ),
+    **{
+        f"{what} {how}": (lambda run, file=file, spoil=spoil: spoil(run / file), rf"{file}: {said}")
+        for what, file in (
+            ("executed notebook", "notebooks/01_one.ipynb"),
+            ("notebook as HTML", "notebooks/01_one.html"),
+        )
+        for how, spoil, said in (
+            ("edited", edit, "changed"),
+            ("missing", os.unlink, "missing"),
+        )
+    },
     "notebook as HTML edited with all checksums": (
         covered(lambda run: edit(run / "notebooks/01_one.html", "measured", "mesured"), "checksums", "mark"),
         r"notebooks/01_one.html: is not what follows",

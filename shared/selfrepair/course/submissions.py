@@ -14,7 +14,7 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 from nbgrader.coursedir import CourseDirectory
-from nbgrader.preprocessors import ClearHiddenTests, NbGraderPreprocessor
+from nbgrader.preprocessors import ClearHiddenTests, ClearSolutions, NbGraderPreprocessor
 
 Match = Callable[[NotebookNode], bool]
 
@@ -116,7 +116,8 @@ def _as_released(wanted: NotebookNode) -> NotebookNode:
     """A cell of the source as if its student had left it out: grading puts the given text and tests in."""
     cell = nbformat.from_dict(wanted)
     if wanted.metadata["nbgrader"]["solution"]:
-        cell.source = "raise NotImplementedError()" if wanted.cell_type == "code" else ""
+        stubs = ClearSolutions()
+        cell.source = stubs.code_stub["python"] if wanted.cell_type == "code" else stubs.text_stub
     return cell
 
 

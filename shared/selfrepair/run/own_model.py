@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -26,7 +27,7 @@ from selfrepair.measure.measurement import find_measurement
 from selfrepair.measure.tokens import of_prompts
 from selfrepair.models.loading import Model, load_model
 from selfrepair.plots.across_models import self_repair_by_depth
-from selfrepair.text.corpora import Prompts, load_tokens, pack
+from selfrepair.text.corpora import Prompts, load_tokens
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,8 @@ def measure_heads(
     Args:
         model: an embedded model's name, a folder, a hub id, or a Hugging Face model. Such a model is not
             changed; it is measured in float32, as a copy that is written to a temporary folder.
-        text: one document or several to cut into prompts of ``prompt_len`` tokens. By default the prose that
-            ships with the suite.
+        text: one document or several to cut into prompts of ``prompt_len`` tokens, in an order that is drawn.
+            By default the prose that ships with the suite.
         tokens: token ids ``[prompt, position]`` to measure on instead; the donor of row ``i`` of ``n`` is row
             ``i + n / 2``.
         tokenizer: that of a Hugging Face model, which needs one for text.
@@ -132,29 +133,22 @@ def _prompts(
     n_prompts: int | None,
     prompt_len: int,
 ) -> Prompts:
-    """Those that are asked for.
+    """Read as files of them are.
 
     Raises:
-        UserError: there are too few, or an odd number is asked for.
+        UserError: as :func:`~selfrepair.text.corpora.load_tokens`; the file is called ``text`` or ``tokens``.
     """
-    if tokens is None and text is None:
+    if text is None and tokens is None:
         return load_tokens(tokenizer, n_prompts=n_prompts or 32, prompt_len=prompt_len)
-    if tokens is not None:
-        rows, source = torch.as_tensor(tokens), "tokens"
-        if rows.ndim != 2 or rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool:
-            raise UserError("tokens must be whole numbers, [prompt, position]")
-        rows = rows.cpu().numpy().astype(np.int64)
-        if rows.size and rows.min() < 0:
-            raise UserError(f"tokens: {rows.min()} is no token id")
-    else:
-        documents = [text] if isinstance(text, str) else list(text)
-        bos = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-        encoded = [tokenizer(document, add_special_tokens=False)["input_ids"] for document in documents]
-        rows, source = pack(encoded, bos, prompt_len), "text"
-    wanted = len(rows) - len(rows) % 2 if n_prompts is None else n_prompts
-    if wanted < 2 or wanted % 2 or wanted > len(rows):
-        raise UserError(
-            f"{source}: gives {len(rows)} prompts of {rows.shape[1]} tokens, {wanted} were asked for; "
-            "an even number of at least 2 is needed, because prompts are each other's donors"
-        )
-    return Prompts(rows[:wanted], source)
+    with tempfile.TemporaryDirectory() as folder:
+        if tokens is not None:
+            kind, file = "tokens", Path(folder) / "tokens.npy"
+            np.save(file, torch.as_tensor(tokens).cpu().numpy())
+        else:
+            kind, file = "text", Path(folder)
+            for number, document in enumerate([text] if isinstance(text, str) else text):
+                (file / f"{number:06d}.txt").write_text(document, encoding="utf-8")
+        try:
+            return load_tokens(tokenizer, **{kind: file}, n_prompts=n_prompts, prompt_len=prompt_len)
+        except UserError as error:
+            raise UserError(str(error).replace(str(file), kind)) from error
