@@ -84,6 +84,7 @@ def ablation_against_unembedding(runs: Sequence[LayerRun]) -> Figure:
         below = run.means.unembedding_larger.value[attention].mean()
         axis.set_title(f"{title(run)}\nbelow the line: {100 * below:.0f}%", fontsize=8.5)
     label_grid(axes, f"{UNEMBEDDING} (logits)", f"{ABLATION} (logits)")
+    say(figure, "points: a prompt and an attention layer; circles: the means of a layer; dashed: both alike")
     return figure
 
 
@@ -98,14 +99,14 @@ def unembedding_larger(runs: Sequence[LayerRun]) -> Figure:
             look = {"color": colour, "marker": marker, "label": run.name}
             with_interval(column[0], x, run.means.unembedding_larger[components], **look)
             with_interval(column[1], x, run.means.agreement.r_squared[components], **look)
-        column[0].axhline(0.5, color="0.5", ls=":", lw=1, zorder=0)
+        column[0].axhline(0.5, color="0.5", ls=":", lw=1, zorder=0, label="half of the prompts")
         column[0].set_ylim(-0.03, 1.03)
         column[1].axhline(0, color="0.6", lw=0.7, zorder=0)
     lowest = min(axis.get_ylim()[0] for axis in axes[1])
     for axis in axes[1]:
         axis.set_ylim(lowest, 1.03)
     say_prompts(figure, runs)
-    legend_below(figure, axes[0, 0], columns=5)
+    legend_below(figure, axes[0, 0], columns=6)
     return figure
 
 

@@ -97,7 +97,8 @@ def passages_figure(passages: Sequence[Passage], limit: float, unit: str) -> Fig
             axis.text(piece.column, height + 0.5, piece.text, **font, **look)
         top += 2 + (pieces[-1].line + 1 if pieces else 0)
     bar = figure.add_axes((0.2 / size[0], 0.5 / size[1], 2.6 / size[0], 0.12 / size[1]))
-    figure.colorbar(ScalarMappable(Normalize(-limit, limit), COLOURS), cax=bar, orientation="horizontal")
+    scale = ScalarMappable(Normalize(-limit, limit), COLOURS)
+    figure.colorbar(scale, cax=bar, orientation="horizontal", extend="both")  # values may lie beyond the ends
     bar.tick_params(labelsize=POINTS)
     bar.text(1.04, 0.5, unit, transform=bar.transAxes, fontsize=POINTS, va="center", parse_math=False)
     return figure

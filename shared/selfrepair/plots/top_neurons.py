@@ -202,9 +202,9 @@ def against_controls(found: Mapping[str, Mapping[str, Statistics]], notebook: st
             for y, statistics in enumerate(models.values()):
                 height = y + 0.3 * i - 0.15
                 for name, (marker, is_filled) in drawn.items():
-                    look = {"color": f"C{i}", "marker": marker, "mfc": f"C{i}" if is_filled else "white"}
+                    look = {"color": f"C{i}", "marker": marker, "mfc": f"C{i}" if is_filled else "none"}
                     axis.plot(statistics[name].interval(), [height, height], color=f"C{i}", lw=1.3, zorder=1)
-                    axis.plot(statistics[name].value, height, ms=5.5, ls="", **look)
+                    axis.plot(statistics[name].value, height, ms=5 if is_filled else 7.5, ls="", **look)
         reach = 1.08 * axis.dataLim.x1 if names else 1.0
         for end in (claim.at_least, claim.at_most):
             if 0 < end < reach:
@@ -218,8 +218,8 @@ def against_controls(found: Mapping[str, Mapping[str, Statistics]], notebook: st
     axes[0, 0].set_yticks(range(len(names)), names)
     axes[0, 0].invert_yaxis()
     handles = [Line2D([], [], color=f"C{i}", lw=3) for i in range(len(found))]
-    for marker, face in (("o", "0.3"), ("o", "white"), ("x", "0.3")):
-        handles.append(Line2D([], [], color="0.3", marker=marker, mfc=face, ls=""))
+    for marker, face, size in (("o", "0.3", 5), ("o", "none", 7.5), ("x", "0.3", 5)):
+        handles.append(Line2D([], [], color="0.3", marker=marker, mfc=face, ms=size, ls=""))
     labels = [f"tokens of {name}" for name in found]
     labels += ["statistic", "control", "erasure-neurons: its mirror image"]
     figure.legend(handles, labels, loc="outside lower center", ncol=3, frameon=False, fontsize=8)
