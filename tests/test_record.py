@@ -231,5 +231,5 @@ def test_what_a_run_found_is_said_in_a_line(tmp_path):
     line = _found(tmp_path)
     number, *counts = map(int, re.findall(r"\d+", line))
     assert number == read_claims(tmp_path / "figures" / "claims.csv")["claim"].nunique() == sum(counts)
-    assert line.startswith(f"found: of {number} claims ") and line.count("\n") == 1
+    assert line.startswith(f"found: of {number} claims, ") and line.count("\n") == 1
     assert [name for name in VERDICTS if f" {name}" in line] and "not reproduced" in line

@@ -80,7 +80,7 @@ def _found(out: Path) -> str:
         return ""
     given = Counter(verdicts(read_claims(claims)).values())
     counts = ", ".join(f"{given[name]} {name}" for name in VERDICTS if given[name])
-    return f"found: of {given.total()} claims {counts}\n"
+    return f"found: of {given.total()} claims, {counts}\n"
 
 
 def _refuse_another_run(study: Study, notebooks: Mapping[str, str]) -> None:
