@@ -12,6 +12,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize, to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from selfrepair.analysis.passages import Passage
 from selfrepair.analysis.words import signed
@@ -99,8 +100,9 @@ def passages_figure(passages: Sequence[Passage], limit: float, unit: str) -> Fig
     bar = figure.add_axes((0.2 / size[0], 0.5 / size[1], 2.6 / size[0], 0.12 / size[1]))
     scale = ScalarMappable(Normalize(-limit, limit), COLOURS)
     figure.colorbar(scale, cax=bar, orientation="horizontal", extend="both")  # values may lie beyond the ends
+    bar.xaxis.set_major_locator(MaxNLocator(4))
     bar.tick_params(labelsize=POINTS)
-    bar.text(1.04, 0.5, unit, transform=bar.transAxes, fontsize=POINTS, va="center", parse_math=False)
+    figure.text(2.9 / size[0], 0.56 / size[1], unit, fontsize=POINTS, va="center", parse_math=False)
     return figure
 
 
