@@ -120,7 +120,10 @@ def test_figure_has_the_tokens_on_their_colours_and_the_unit():
     assert [box.get_linewidth() > 1 for box in figure.axes[0].patches] == [False, True, False]
     assert places["↵"][0] == places["A"][0] + len("A $x") and places["↵"][1] == places["A"][1]
     assert places["second"][1] > places["A"][1]
-    assert [text.get_text() for text in figure.axes[1].texts] == ["self-repair"]
+    (unit,) = figure.texts
+    assert unit.get_text() == "self-repair"
+    bar = figure.axes[1].get_tightbbox(figure.canvas.get_renderer())
+    assert unit.get_window_extent().x0 > bar.x1, "clear of the bar and its arrow"
     assert figure.axes[1].get_xlim() == (-0.5, 0.5)
     figure.canvas.draw()  # a dollar sign is no formula
     plt.close(figure)
