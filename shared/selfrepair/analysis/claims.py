@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -120,9 +121,9 @@ def _row(
     nothing = Estimate.bare(np.nan)
     estimate = statistics.get(statistic.id, nothing)
     control = (
-        Estimate.bare(float(statistic.control))
-        if statistic.control_id is None
-        else statistics.get(statistic.control_id, nothing)
+        statistics.get(statistic.control_id, nothing)
+        if statistic.control_id is not None
+        else Estimate.bare(float(cast(float, statistic.control)))
     )
     advantage = (estimate - control) * claim.side
     found, beyond = _ends(estimate), _ends(advantage)
@@ -171,6 +172,9 @@ def results(table: pd.DataFrame) -> list[ClaimResult]:
         claim, of_claim = claims[name], table[(table["claim"] == name) & (table["holds"] != NOT_JUDGED)]
         statistic = statistics[claim.statistic]
         by_source = {source: rows for source, rows in of_claim.groupby("source")}
+        published, measured = (
+            _of_models(by_source.get(source), statistic) for source in (PUBLISHED, MEASURED)
+        )
         shown.append(
             ClaimResult(
                 claim,
@@ -178,7 +182,8 @@ def results(table: pd.DataFrame) -> list[ClaimResult]:
                 f"{statistic.control:g}, {statistic.control_is}"
                 if statistic.control_id is None
                 else statistics[statistic.control_id].sentence,
-                *(_of_models(by_source.get(source), statistic) for source in (PUBLISHED, MEASURED)),
+                published,
+                measured,
                 found,
                 on_published[name] if PUBLISHED in by_source else "",
             )
@@ -193,7 +198,7 @@ def _of_models(rows: pd.DataFrame | None, statistic: Statistic) -> list[ModelRes
     ]
 
 
-def _value(row: tuple, statistic: Statistic) -> str:
+def _value(row: Any, statistic: Statistic) -> str:
     """Value, interval and measured control, to the same two or three significant digits."""
     numbers = [row.estimate, *(end for end in (row.low, row.high) if np.isfinite(end))]
     digits = _digits(numbers)

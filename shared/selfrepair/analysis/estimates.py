@@ -6,7 +6,7 @@ import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -19,10 +19,10 @@ LEVEL = 0.95
 
 
 class Interval(NamedTuple):
-    """Ends of an interval; arrays where the estimate is one."""
+    """Ends of an interval: floats, or arrays ``[*what]`` where the estimate is one."""
 
-    low: Float[np.ndarray, "*what"] | float
-    high: Float[np.ndarray, "*what"] | float
+    low: Any
+    high: Any
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +55,8 @@ class Estimate:
         return self.drawn.shape[:-1]
 
     @property
-    def value(self) -> Float[np.ndarray, "*what"] | float:
+    def value(self) -> Any:
+        """A float, or an array ``[*what]``."""
         return self.drawn[..., 0] if self.drawn.ndim > 1 else float(self.drawn[0])
 
     @property

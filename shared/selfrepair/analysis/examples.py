@@ -65,9 +65,10 @@ def token_texts(ids: Int[np.ndarray, " token"], tokenizer: PreTrainedTokenizerBa
 
     A character that is made of several tokens comes with the last of them.
     """
-    texts, done = [], ""
+    texts: list[str] = []
+    done = ""
     for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
+        text = str(tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False))
         whole = text.rstrip("\ufffd") if end < len(ids) else text
         texts.append(whole[len(done) :])
         done = whole if len(whole) > len(done) else done

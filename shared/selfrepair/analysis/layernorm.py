@@ -209,8 +209,9 @@ def layernorm_statistics(
 def published_statistics(table: pd.DataFrame) -> Statistics:
     """The same from one model's released heads table, as far as it holds them."""
     breakdown = Breakdown.of_table(table)
-    statistics = {"layernorm-clipped-share": breakdown.over_heads("layernorm")["clipped"]}
-    return statistics | (_mlp_statistics(breakdown.means) if "pythia" in breakdown.means.model else {})
+    statistics: Statistics = {"layernorm-clipped-share": breakdown.over_heads("layernorm")["clipped"]}
+    of_mlps = _mlp_statistics(breakdown.means) if "pythia" in breakdown.means.model else {}
+    return {**statistics, **of_mlps}
 
 
 def _mlp_statistics(means: PartMeans) -> Statistics:

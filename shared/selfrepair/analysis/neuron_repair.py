@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -75,7 +76,7 @@ class NeuronRepair:
     @classmethod
     def joined(cls, parts: Sequence[NeuronRepair]) -> NeuronRepair:
         """Of all tokens of ``parts``, which are of the same layer and MLP."""
-        arrays = {
+        arrays: dict[str, Any] = {
             name: np.concatenate([getattr(part, name) for part in parts]) for name in ("head", *_PER_TOKEN)
         }
         order = np.lexsort((arrays["position"], arrays["prompt"], arrays["head"]))
@@ -177,7 +178,10 @@ def repairs_of(measured: xr.Dataset) -> Repairs:
     }
     in_order = np.lexsort((columns["position"], columns["prompt"]))
     selected, of_row = measured["selected"].values, measured["combination_of_row"].values
-    same = {"d_mlp": measured.sizes["neuron"], "thresholds": tuple(measured.attrs["thresholds"])}
+    same: dict[str, Any] = {
+        "d_mlp": measured.sizes["neuron"],
+        "thresholds": tuple(measured.attrs["thresholds"]),
+    }
     found: Repairs = {name: {} for name in measured.attrs["selections"]}
     for number, (layer, head, mlp) in enumerate(combinations.tolist()):
         rows = in_order[of_row[in_order] == number]
@@ -238,7 +242,7 @@ def mlp_part(
         shares.append(np.where(whole > 0, clipped_share(sign * part, whole), 0))
     return {
         "clipped": repair.token_ratio(shares[0], there[0], weights),
-        "floor": repair.token_ratio(sum(shares), sum(there), weights),
+        "floor": repair.token_ratio(shares[0] + shares[1], there[0] + there[1], weights),
         "part": repair.token_ratio(part, np.ones(len(part)), weights),
         "self_repair": repair.token_ratio(repair.self_repair, np.ones(len(part)), weights),
     }

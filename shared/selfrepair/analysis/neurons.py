@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -185,7 +186,7 @@ class ModelNeurons:
             for kind in ("repairers", "strongest"):
                 heads = [of[mlp].sets(kind) for at, of in found.items() if at[0] == layer]
                 own = found[self.chosen][mlp].sets(kind)
-                pairs = {
+                pairs: dict[str, Any] = {
                     f"L{layer}H{head}": pair_overlaps(own, own, n),
                     f"one head of L{layer}": sum(pair_overlaps(one, one, n) for one in heads),
                     f"two heads of L{layer}": sum(
@@ -243,7 +244,7 @@ class ModelNeurons:
         weights = self.draws()
         selection, mirror = SELECTED[selected]
         of_heads = [
-            repair_statistics(*(self.repairs[name][head][mlp] for name in (selection, mirror)), weights)
+            repair_statistics(self.repairs[selection][head][mlp], self.repairs[mirror][head][mlp], weights)
             for head in self.strongest
             for mlp in (max(self.totals[head]),)
         ]

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import yaml
@@ -130,7 +130,9 @@ def load_claims() -> list[Claim]:
 
 def _load(file: Path, kind: type[Entry]) -> dict[str, Entry]:
     """A list of entries, which have the fields of a dataclass as keys, by their ids."""
-    fields = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(kind)}
+    fields = {
+        field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(cast(Any, kind))
+    }
     entries: dict[str, Entry] = {}
     for row in yaml.safe_load(file.read_text(encoding="utf-8")):
         name = row.get("id", row)

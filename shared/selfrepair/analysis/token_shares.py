@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pandas as pd
@@ -57,6 +57,6 @@ def _quantiles(at_most: Float[np.ndarray, " threshold"]) -> list[float]:
     return np.where(within, THRESHOLDS[np.minimum(first, len(THRESHOLDS) - 1)], np.nan).tolist()
 
 
-def _table(rows: Mapping[str, object]) -> pd.DataFrame:
+def _table(rows: Mapping[str, Iterable[float]]) -> pd.DataFrame:
     names = [f"{level:.0%}" for level in LEVELS]
     return pd.DataFrame([list(row) for row in rows.values()], pd.Index(rows, name="model"), names)

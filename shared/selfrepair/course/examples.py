@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import tempfile
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
@@ -105,6 +105,6 @@ def _random_model(family: str, seed: int) -> PlainModel:
     return PlainModel(model)
 
 
-def _rms_norm(norm: nn.Module, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+def _rms_norm(norm: Any, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
     """In the precision of ``x``; Hugging Face's computes in float32 whatever it gets."""
     return norm.weight * x * (x.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
@@ -105,7 +106,7 @@ class PlainModel:
 
     @cached_property
     def b_out(self) -> Float[Tensor, "layer d_model"]:
-        biases = [module.bias for module in self.mlp_out]
+        biases = [cast(Tensor | None, module.bias) for module in self.mlp_out]
         return torch.stack(
             [self.W_out.new_zeros(len(self.gamma)) if b is None else b.detach() for b in biases]
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -26,7 +27,8 @@ class FinalNorm:
             return cls(
                 norm.weight.detach(), None if norm.bias is None else norm.bias.detach(), norm.eps, True
             )
-        return cls(norm.weight.detach(), None, norm.variance_epsilon, False)
+        rms_norm: Any = norm  # each architecture has a class of its own
+        return cls(rms_norm.weight.detach(), None, rms_norm.variance_epsilon, False)
 
     def sigma(self, residual: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch"]:
         """``sqrt(var + ε)`` for LayerNorm, ``sqrt(mean square + ε)`` for RMSNorm, in float32 or better."""

@@ -8,6 +8,7 @@ whole prompts do, and each gives what a pass over the whole changed prompt would
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -34,7 +35,7 @@ class CleanKeys:
     @classmethod
     def of(cls, model: Model, tokens: Int[Tensor, "prompt position"], cache: DynamicCache) -> CleanKeys:
         """Those that a clean pass over ``tokens`` has left in ``cache``."""
-        layers = cache.layers
+        layers: list[Any] = cache.layers
         return cls(model, tokens, [layer.keys for layer in layers], [layer.values for layer in layers])
 
 
@@ -44,8 +45,8 @@ class OnePosition:
     @torch.no_grad()
     def __init__(self, clean: CleanKeys, position: int):
         self.clean, self.position, self._cache = clean, position, DynamicCache()
-        for layer, kept in enumerate(zip(clean.keys, clean.values, strict=True)):
-            self._cache.update(*(of_layer[:1, :, :position] for of_layer in kept), layer)
+        for layer, (keys, values) in enumerate(zip(clean.keys, clean.values, strict=True)):
+            self._cache.update(keys[:1, :, :position], values[:1, :, :position], layer)
         here = clean.tokens[:1, position : position + 1]
         self._arguments = block_arguments(clean.model, here, past_key_values=self._cache, use_cache=True)
 
@@ -87,10 +88,10 @@ class _RowsCache(DynamicCache):
         self._at, self._layer, self._prompt = at, layer, prompt
 
     def update(
-        self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object
     ) -> tuple[Tensor, Tensor]:
-        clean = self._at.clean
-        return self._with_own(clean.keys[self._layer], key), self._with_own(clean.values[self._layer], value)
+        keys, values = self._at.clean.keys[self._layer], self._at.clean.values[self._layer]
+        return self._with_own(keys, key_states), self._with_own(values, value_states)
 
     def _with_own(
         self,

@@ -117,7 +117,9 @@ def summarize(effects: NeuronEffects, tokens: HeadTokens) -> Summary:
         "moved": moved,
         "mlp_direct_effect": clean.sum(1),
     }
-    variables = {name: (("row",), values) for name, values in per_row.items()}
+    variables: dict[str, tuple[tuple[str, ...], Tensor]] = {
+        name: (("row",), values) for name, values in per_row.items()
+    }
     variables["selected"] = ("row", "selection"), torch.from_numpy(tokens.selected)
     for name, dims in _OF_A_SIDE.items():
         variables[name] = ("row", "side", *dims), torch.stack([side[name] for side in sides], 1)

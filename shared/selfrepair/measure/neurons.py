@@ -158,7 +158,7 @@ def repairing_neurons(
         for mlp in range(first_later_mlp(model, head[0]), model.n_layers):
             nothing = _no_effects(model, Combination(*head, mlp))
             chunks[nothing.of] = [_kept(nothing, of_head)]
-    selected = {head: of_head.selected.any(-1) for head, of_head in heads.items()}
+    selected = {head: np.asarray(of_head.selected.any(-1)) for head, of_head in heads.items()}
     for effects in neuron_effects(model, tokens, replacement, selected):
         chunks[effects.of].append(_kept(effects, heads[effects.of[:2]]))
     return {of: joined(parts) for of, parts in chunks.items()}

@@ -95,7 +95,8 @@ class FedHead:
 def choose_fed(effects: Float[np.ndarray, "layer head prompt position"], seed: int) -> list[FedHead]:
     """All heads of the later half of the layers and the ``STRONGEST`` by mean direct effect, in order."""
     n_layers, n_heads = effects.shape[:2]
-    order = [divmod(int(i), n_heads) for i in np.argsort(-effects.mean((2, 3)).ravel(), kind="stable")]
+    in_order = np.argsort(-effects.mean((2, 3)).ravel(), kind="stable")
+    order: list[tuple[int, int]] = [divmod(int(i), n_heads) for i in in_order]
     chosen = {*order[:STRONGEST], *(head for head in order if head[0] >= later_half(n_layers))}
     return [
         FedHead(*head, order.index(head) + 1, _another_head(head, order, seed)) for head in sorted(chosen)

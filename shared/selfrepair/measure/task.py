@@ -165,7 +165,7 @@ class Task:
         attributes = {**own, **self.determined_by, "inputs_sha256": about_shards[0]["inputs"]}
         manifest_of(self.path).unlink(missing_ok=True)
         write_store(self._parts(attributes), self.path, self.measurement.along)
-        about = attributes | {"sha256": attributes_of(self.path)["sha256"]}
+        about = attributes | {"sha256": open_store(self.path).attrs["sha256"]}
         write_manifest(manifest_of(self.path), seconds, source=self.model_name, **about)
 
     def computed_again(self, model: Model, shard: int) -> xr.Dataset:

@@ -8,6 +8,7 @@ import os
 import threading
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from selfrepair.errors import UserError
 from selfrepair.paths import MODELS
@@ -54,7 +55,7 @@ def find_model(model_name: str) -> str:
     return model_name
 
 
-def read_config(model_name: str) -> dict[str, object]:
+def read_config(model_name: str) -> dict[str, Any]:
     """A model's config.json, from the hub if need be.
 
     Raises:
@@ -129,7 +130,7 @@ def _hash_of(files: tuple[tuple[Path, int, int], ...]) -> str:
     return digest.hexdigest()[:16]
 
 
-def training_metrics(folder: Path) -> dict[str, object]:
+def training_metrics(folder: Path) -> dict[str, Any]:
     """The ``metrics.json`` that ``selfrepair train`` leaves with a model; empty for models trained by others.
 
     Raises:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -74,8 +75,8 @@ class Model:
         return precision(self.device, self.dtype)
 
     @property
-    def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        return self.bridge.tokenizer
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return cast(PreTrainedTokenizerBase, self.bridge.tokenizer)  # nothing loads without one
 
     @property
     def context_length(self) -> int:
@@ -150,7 +151,7 @@ def _load_weights(model_name: str, where: str, device: torch.device, dtype: torc
     Raises:
         UserError: as :func:`_check_weights`.
     """
-    hf, report = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         where,
         dtype=dtype,
         device_map={"": device},
@@ -159,6 +160,7 @@ def _load_weights(model_name: str, where: str, device: torch.device, dtype: torc
         trust_remote_code=False,  # else transformers asks, and runs what the folder holds on "yes"
         ignore_mismatched_sizes=True,  # refused below
     )
+    hf, report = loaded
     _check_weights(model_name, hf, report)
     return hf
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float
@@ -24,7 +24,8 @@ class NormedMaps(NamedTuple):
 
 def weight_out_in(linear: nn.Module) -> Float[Tensor, "d_out d_in"]:
     """The weight of a linear map as ``nn.Linear`` has it; GPT-2's ``Conv1D`` has it transposed."""
-    return linear.weight.T if isinstance(linear, Conv1D) else linear.weight
+    weight = cast(Tensor, linear.weight)
+    return weight.T if isinstance(linear, Conv1D) else weight
 
 
 def unhooked(bridge: TransformerBridge) -> tuple[PreTrainedModel, Callable[[nn.Module], nn.Module]]:
@@ -33,12 +34,13 @@ def unhooked(bridge: TransformerBridge) -> tuple[PreTrainedModel, Callable[[nn.M
     It is a twin of what the bridge wraps: weights and buffers are shared, modules and configuration its own.
     Its attention is PyTorch's fused one where the architecture has it; the bridge's stays eager.
     """
-    original = bridge.original_model.eval()
+    original = cast(PreTrainedModel, bridge.original_model.eval())
     twins: dict[int, nn.Module] = {}
-    twin = _unhooked(original, twins)
+    twin = cast(PreTrainedModel, _unhooked(original, twins))
     twin.config = copy.deepcopy(original.config)
     if twin._supports_sdpa:
         twin.config._attn_implementation = "sdpa"
+    module: Any
     for module in twin.modules():
         if getattr(module, "config", None) is original.config:
             module.config = twin.config
@@ -48,7 +50,7 @@ def unhooked(bridge: TransformerBridge) -> tuple[PreTrainedModel, Callable[[nn.M
 def _unhooked(module: nn.Module, twins: dict[int, nn.Module]) -> nn.Module:
     """The twin of a module; ``twins`` has all that were made, by the ``id`` of the original."""
     while isinstance(module, GeneralizedComponent):
-        module = module.original_component
+        module = cast(nn.Module, module.original_component)
     if id(module) not in twins:
         twin = copy.copy(module)
         twin.__dict__.pop("forward", None)
@@ -61,7 +63,7 @@ def _unhooked(module: nn.Module, twins: dict[int, nn.Module]) -> nn.Module:
     return twins[id(module)]
 
 
-def first_maps(block: nn.Module) -> list[NormedMaps]:
+def first_maps(block: Any) -> list[NormedMaps]:
     """The norms of a bridge's block and the linear maps behind each; one norm may be for all."""
     attention, mlp = block.attn.submodules, block.mlp.submodules
     names = ("qkv",) if "qkv" in attention else ("q", "k", "v")
@@ -74,7 +76,7 @@ def first_maps(block: nn.Module) -> list[NormedMaps]:
 
 def value_biases(bridge: TransformerBridge) -> list[Float[Tensor, "head d_head"]]:
     """By layer, the value bias of every head: zero where there is none, repeated where heads share values."""
-    n_heads, hf = bridge.cfg.n_heads, bridge.original_model
+    n_heads, hf = bridge.cfg.n_heads, cast(PreTrainedModel, bridge.original_model)
     biases = []
     for block in bridge.blocks:
         bias = block.attn.b_V

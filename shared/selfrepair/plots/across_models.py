@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -71,7 +72,7 @@ def _common_scale(tables: Iterable[pd.DataFrame]) -> tuple[float, float]:
 def _heads(axis: Axes, depth: pd.Series, repair: pd.Series, colour: str) -> None:
     """A point per head; a triangle at the edge of the axis for one that lies beyond it."""
     low, high = axis.get_ylim()
-    look = {"color": colour, "alpha": 0.35, "linewidths": 0, "clip_on": False}
+    look: dict[str, Any] = {"color": colour, "alpha": 0.35, "linewidths": 0, "clip_on": False}
     inside = repair.between(low, high)
     axis.scatter(depth[inside], repair[inside], s=9, **look)
     for edge, beyond, marker in ((low, repair < low, "v"), (high, repair > high, "^")):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from selfrepair.analysis.breakdown import FLOOR, SUMS, WAYS, Breakdown
 from selfrepair.analysis.layernorm import ScaleRatios
@@ -37,12 +39,13 @@ def scale_ratio_histograms(ratios: Sequence[Sequence[ScaleRatios]]) -> Figure:
     figure, axes = plt.subplots(n_rows, n_columns, figsize=size, squeeze=False, sharex="row")
     for row, of_head in zip(axes, ratios, strict=True):
         together = np.concatenate([one.all_tokens.ravel() for one in of_head])
-        bins = np.linspace(*np.quantile(together, [0.002, 0.998]), 45)
+        first, last = np.quantile(together, [0.002, 0.998])
+        bins = np.linspace(first, last, 45)
         for axis, one in zip(row, of_head, strict=True):
             shown = {"all tokens": (one.all_tokens, "0.6"), "top tokens": (one.all_tokens[one.top], "C0")}
             for name, (values, colour) in shown.items():
                 label = f"{name}: {(values > 1).mean():.0%} above 1"
-                look = {"color": colour, "alpha": 0.6, "histtype": "stepfilled"}
+                look: dict[str, Any] = {"color": colour, "alpha": 0.6, "histtype": "stepfilled"}
                 axis.hist(values.ravel(), bins, density=True, label=label, **look)
             axis.axvline(1, ymax=0.75, color="0.2", lw=0.8, ls="--")
             axis.set_title(f"{one.model} L{one.layer}H{one.head}, {one.ablation}", fontsize=9)
@@ -98,7 +101,7 @@ def _parts_by_layer(axis: Axes, rows: pd.DataFrame, limits: tuple[float, float] 
         here = rows[rows["part"] == part].sort_values("layer")
         layer, estimate = here["layer"].to_numpy() + 0.12 * (i - 1), here["estimate"].to_numpy()
         bars = np.abs(here[["low", "high"]].to_numpy().T - estimate)
-        look = {"color": colour, "marker": marker, "ms": 3.5, "lw": 1, "elinewidth": 0.8}
+        look: dict[str, Any] = {"color": colour, "marker": marker, "ms": 3.5, "lw": 1, "elinewidth": 0.8}
         axis.errorbar(layer, estimate, bars, label=PART_LABELS[part], **look)
         if limits is not None:
             low, high = limits
@@ -108,7 +111,7 @@ def _parts_by_layer(axis: Axes, rows: pd.DataFrame, limits: tuple[float, float] 
                 mark.set(clip_on=False, in_layout=False)
     if limits is not None:
         axis.set_ylim(*limits)
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    cast(MaxNLocator, axis.xaxis.get_major_locator()).set_params(integer=True)
 
 
 def ways_of_counting(measured: pd.DataFrame, published: pd.DataFrame) -> Figure:

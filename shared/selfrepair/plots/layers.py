@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -39,7 +40,7 @@ def effects_by_layer(runs: Sequence[LayerRun]) -> Figure:
                     (run.means.effect, UNEMBEDDING, "C0", "o"),
                     (run.means.total_effect, ABLATION, "C1", "s"),
                 ):
-                    look = {"color": colour, "marker": marker, "ls": line, "fillstyle": fill}
+                    look: dict[str, Any] = {"color": colour, "marker": marker, "ls": line, "fillstyle": fill}
                     with_interval(
                         axis, chosen // 2, quantity[chosen], label=f"{name}, {run.condition}", **look
                     )
@@ -73,7 +74,7 @@ def ablation_against_unembedding(runs: Sequence[LayerRun]) -> Figure:
         for layer, colour in enumerate(colours):
             here, white = (means[0][layer], means[1][layer]), layer < 0.6 * len(attention)
             axis.plot(*here, "o", color=colour, mec="0.15", mew=0.6, ms=9, zorder=3)
-            number = {"ha": "center", "va": "center_baseline", "fontsize": 6.5, "zorder": 4}
+            number: dict[str, Any] = {"ha": "center", "va": "center_baseline", "fontsize": 6.5, "zorder": 4}
             axis.annotate(str(layer), here, color="w" if white else "k", **number)
         axis.plot(reach, reach, color="0.3", ls="--", lw=0.9, zorder=2)
         axis.axhline(0, color="0.7", lw=0.7, zorder=0)
@@ -96,7 +97,7 @@ def unembedding_larger(runs: Sequence[LayerRun]) -> Figure:
         for i, (run, (colour, marker)) in enumerate(with_looks(chosen)):
             components = np.arange(PARTS.index(part), 2 * run.means.n_layers, 2)
             x = relative_depth(run, components) + 0.012 * (i - (len(chosen) - 1) / 2)
-            look = {"color": colour, "marker": marker, "label": run.name}
+            look: dict[str, Any] = {"color": colour, "marker": marker, "label": run.name}
             with_interval(column[0], x, run.means.unembedding_larger[components], **look)
             with_interval(column[1], x, run.means.agreement.r_squared[components], **look)
         column[0].axhline(0.5, color="0.5", ls=":", lw=1, zorder=0, label="half of the prompts")
@@ -118,10 +119,16 @@ def downstream_change(runs: Sequence[LayerRun]) -> Figure:
     every_change = np.abs(every_change[~np.isnan(every_change)])
     limit = float(np.quantile(every_change, 0.95)) if every_change.any() else 1.0
     figure, axes = condition_grid(runs, 2.5, 2.0)
-    image = None
+    image: Any = None
     for axis, run in panels(axes, runs):
         axis.set_facecolor("0.9")
-        look = {"cmap": "RdBu", "vmin": -limit, "vmax": limit, "aspect": "auto", "interpolation": "nearest"}
+        look: dict[str, Any] = {
+            "cmap": "RdBu",
+            "vmin": -limit,
+            "vmax": limit,
+            "aspect": "auto",
+            "interpolation": "nearest",
+        }
         image = axis.imshow(changes[id(run)], **look)
         n = run.means.n_layers
         every = max(1, n // 12)
@@ -154,7 +161,7 @@ def late_mlps(runs: Sequence[LayerRun]) -> Figure:
         if ablated is not None:
             above = mlps[means.downstream[ablated, mlps]]
             changed = means.effect[above] + means.change[ablated][above]
-            look = {"color": "C1", "marker": "s", "label": "raw, attention ablated"}
+            look: dict[str, Any] = {"color": "C1", "marker": "s", "label": "raw, attention ablated"}
             with_interval(axis, above // 2 - 0.1, changed, **look)
         named = "" if ablated is None else f"\nablated: attention {ablated // 2}"
         axis.set_title(f"{title(run)}{named}", fontsize=8.5)
@@ -254,5 +261,11 @@ def with_interval(
 ) -> None:
     """A line through estimates, with bars to the ends of their 95% intervals."""
     bars = np.abs(np.stack(estimate.interval()) - estimate.value)
-    look = {"color": color, "marker": marker, "ls": ls, "fillstyle": fillstyle, "label": label}
+    look: dict[str, Any] = {
+        "color": color,
+        "marker": marker,
+        "ls": ls,
+        "fillstyle": fillstyle,
+        "label": label,
+    }
     axis.errorbar(np.asarray(x), estimate.value, bars, ms=4, lw=1.1, elinewidth=1, **look)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -82,7 +82,13 @@ def cumulative_change(models: Sequence[ModelNeurons]) -> Figure:
     for (axis, title, _), sides in zip(panels, curves, strict=True):
         for curve, marker in zip(sides, "^v", strict=True):
             axis.plot(curve.rank, curve.share, color="0.6", lw=0.8, zorder=1)
-            look = {"cmap": COLOURS, "norm": norm, "marker": marker, "edgecolors": "0.35", "linewidths": 0.5}
+            look: dict[str, Any] = {
+                "cmap": COLOURS,
+                "norm": norm,
+                "marker": marker,
+                "edgecolors": "0.35",
+                "linewidths": 0.5,
+            }
             axis.scatter(curve.rank, curve.share, c=curve.clean, s=34, zorder=2, **look)
         axis.set(xscale="log", ylim=(0, None))
         axis.xaxis.set_major_formatter("{x:g}")
@@ -176,19 +182,25 @@ def overlaps(table: pd.DataFrame) -> Figure:
             for kind, face in (("overlap", f"C{i}"), ("strongest", "white")):
                 ends = [row[f"{kind} low"], row[f"{kind} high"]]
                 axis.plot(ends, [height, height], color=f"C{i}", lw=1.4, zorder=1)
-                look = {"color": f"C{i}", "mfc": face, "marker": MARKERS[i], "ms": 5, "ls": ""}
+                look: dict[str, Any] = {
+                    "color": f"C{i}",
+                    "mfc": face,
+                    "marker": MARKERS[i],
+                    "ms": 5,
+                    "ls": "",
+                }
                 shown = label if y == 0 and kind == "overlap" else None
                 axis.plot(row[kind], height, label=shown, **look)
-        label = "chance: random sets" if y == 0 else None
-        axis.plot(2 * [rows["chance"].iloc[0]], [y - 0.35, y + 0.35], color="0.3", lw=1.4, label=label)
+        of_chance = "chance: random sets" if y == 0 else None
+        axis.plot(2 * [rows["chance"].iloc[0]], [y - 0.35, y + 0.35], color="0.3", lw=1.4, label=of_chance)
     axis.set_yticks(range(len(groups)), [f"{model}, MLP {mlp}" for (model, mlp), _ in groups])
     axis.set_xlim(0, None)
     axis.invert_yaxis()
     axis.set_xlabel(
         "Jaccard overlap of the 20 neurons of two tokens\nfrom different prompts (95% interval over prompts)"
     )
-    handles, labels = axis.get_legend_handles_labels()
+    handles, texts = axis.get_legend_handles_labels()
     handles += [Line2D([], [], color="0.3", mfc=face, marker="o", ls="") for face in ("0.3", "white")]
-    labels += ["filled: the most repairing", "open: largest clean direct effect"]
-    figure.legend(handles, labels, frameon=False, fontsize=8, ncol=2, loc="outside lower center")
+    texts += ["filled: the most repairing", "open: largest clean direct effect"]
+    figure.legend(handles, texts, frameon=False, fontsize=8, ncol=2, loc="outside lower center")
     return figure

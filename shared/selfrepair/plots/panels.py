@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -37,7 +38,10 @@ def legend_below(figure: Figure, axes: Axes | Iterable[Axes], columns: int) -> N
         for axis in ([axes] if isinstance(axes, Axes) else axes)
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
-    place = {"loc": "outside lower center", "ncol": min(columns, int(figure.get_figwidth() // 2))}
+    place: dict[str, Any] = {
+        "loc": "outside lower center",
+        "ncol": min(columns, int(figure.get_figwidth() // 2)),
+    }
     figure.legend(entries.values(), entries.keys(), frameon=False, fontsize=8, **place)
 
 

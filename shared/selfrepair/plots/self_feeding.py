@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -85,7 +86,12 @@ def slope_by_scale(measured: pd.DataFrame, published: pd.DataFrame) -> Figure:
 def _draw_heads(axis: Axes, rows: pd.DataFrame) -> None:
     """A line for each head, with intervals where there are any."""
     for rank, line in rows.groupby("rank_by_mean_direct_effect"):
-        look = {"color": COLOURS[OWN_OUTPUT], "marker": MARKERS[int(rank) - 1], "ms": 4, "lw": 1}
+        look: dict[str, Any] = {
+            "color": COLOURS[OWN_OUTPUT],
+            "marker": MARKERS[int(rank) - 1],
+            "ms": 4,
+            "lw": 1,
+        }
         axis.plot(line["scale"], line["slope_after_on_before"], **look, zorder=4)
         if "slope_low" in line:
             axis.vlines(
@@ -111,7 +117,7 @@ def slope_by_head(measured: pd.DataFrame, published: pd.DataFrame) -> Figure:
         x = np.arange(len(own))
         axis.axhline(1, color="0.4", lw=0.8, ls="--", zorder=0)
         if "slope_everywhere" in own:
-            look = {"mfc": "none", "mec": COLOURS[OWN_OUTPUT], "ms": 4, "mew": 0.8}
+            look: dict[str, Any] = {"mfc": "none", "mec": COLOURS[OWN_OUTPUT], "ms": 4, "mew": 0.8}
             axis.plot(x, own["slope_everywhere"], "D", **look, label="own output at every position at once")
             axis.vlines(x, own["slope_low"], own["slope_high"], color=COLOURS[OWN_OUTPUT], lw=1, alpha=0.6)
         for vector, name in NAMES.items():

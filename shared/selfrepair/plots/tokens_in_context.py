@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -78,14 +79,14 @@ def passages_figure(passages: Sequence[Passage], limit: float, unit: str) -> Fig
     axis = figure.add_axes((0.2 / size[0], 0.7 / size[1], 1 - 0.4 / size[0], n_lines * LINE_HEIGHT / size[1]))
     axis.set(xlim=(0, COLUMNS), ylim=(n_lines, 0))
     axis.axis("off")
-    look = {"fontsize": POINTS, "va": "center_baseline", "parse_math": False}
+    look: dict[str, Any] = {"fontsize": POINTS, "va": "center_baseline", "parse_math": False}
     top = 0.5
     for passage, pieces in placed:
         axis.text(0, top + 0.5, passage.heading, fontweight="bold", **look)
         for piece in pieces:
             height, is_marked = top + 1 + piece.line, piece.index == passage.marked
             value = float(passage.values[piece.index])
-            box = {
+            box: dict[str, Any] = {
                 "facecolor": colour(value) if np.isfinite(value) else "none",
                 "edgecolor": "white",
                 "lw": 0.5,
@@ -94,7 +95,7 @@ def passages_figure(passages: Sequence[Passage], limit: float, unit: str) -> Fig
                 box |= {"edgecolor": "black", "lw": 1.4, "zorder": 2}
             if is_marked or np.isfinite(value):
                 axis.add_patch(Rectangle((piece.column, height + 0.04), len(piece.text), 0.92, **box))
-            font = {"fontfamily": "DejaVu Sans Mono", "color": "black", "zorder": 3}
+            font: dict[str, Any] = {"fontfamily": "DejaVu Sans Mono", "color": "black", "zorder": 3}
             axis.text(piece.column, height + 0.5, piece.text, **font, **look)
         top += 2 + (pieces[-1].line + 1 if pieces else 0)
     bar = figure.add_axes((0.2 / size[0], 0.5 / size[1], 2.6 / size[0], 0.12 / size[1]))
@@ -133,7 +134,8 @@ def _placed(passage: Passage) -> list[_Piece]:
     return pieces
 
 
-def _colours(limit: float) -> Callable[[float], tuple]:
+def _colours(limit: float) -> Callable[..., Any]:
+    """From a value to its colour."""
     if not limit > 0:
         raise ValueError(f"colours need a limit above 0, not {limit}")
     return ScalarMappable(Normalize(-limit, limit), COLOURS).to_rgba

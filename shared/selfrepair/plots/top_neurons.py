@@ -4,11 +4,13 @@ in context; and the claims' statistics beside their controls."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -99,9 +101,11 @@ def _distribution(
 ) -> None:
     """Shares of tokens, of those where the value is defined; ``kind`` is one of ``KINDS``."""
     values = values[np.isfinite(values)]
-    look = {"histtype": "step", "lw": 1.3} if kind != "tokens of largest MLP repair" else {"alpha": 0.4}
+    look: dict[str, Any] = (
+        {"histtype": "step", "lw": 1.3} if kind != "tokens of largest MLP repair" else {"alpha": 0.4}
+    )
     look["color"] = f"C{list(KINDS).index(kind)}"
-    axis.hist(values, bins, weights=np.full(len(values), 1 / len(values)), label=kind, **look)
+    axis.hist(values, bins.tolist(), weights=np.full(len(values), 1 / len(values)), label=kind, **look)
 
 
 def first_neuron(models: Sequence[ModelNeurons]) -> Figure:
@@ -140,10 +144,16 @@ def first_neuron(models: Sequence[ModelNeurons]) -> Figure:
 REACH = 3.0
 
 
-def _scatter(axis: Axes, repair: NeuronRepair, side: int) -> object:
+def _scatter(axis: Axes, repair: NeuronRepair, side: int) -> PathCollection:
     sign = 1 - 2 * side
     clean, change = repair.largest_clean[:, side, 0], repair.largest[:, side, 0]
-    look = {"cmap": "coolwarm_r", "norm": Normalize(-REACH, REACH), "s": 9, "lw": 0.2, "edgecolors": "0.4"}
+    look: dict[str, Any] = {
+        "cmap": "coolwarm_r",
+        "norm": Normalize(-REACH, REACH),
+        "s": 9,
+        "lw": 0.2,
+        "edgecolors": "0.4",
+    }
     points = axis.scatter(clean, clean + change, c=sign * repair.mlp_direct_effect, **look)
     axis.axline((0, 0), slope=1, color="0.2", lw=0.9, ls="--")
     axis.axhline(0, color="0.7", lw=0.7, zorder=0)
@@ -165,7 +175,11 @@ def frequencies(models: Sequence[ModelNeurons]) -> Figure:
                 often = 100 * repair.sets(kind).frequencies()
                 rank = np.arange(1, len(often) + 1)
                 what = {"repairers": "repair most", "strongest": "largest clean effect"}[kind]
-                look = {"color": f"C{i}", "ls": style, "lw": 1.4 if kind == "repairers" else 1.0}
+                look: dict[str, Any] = {
+                    "color": f"C{i}",
+                    "ls": style,
+                    "lw": 1.4 if kind == "repairers" else 1.0,
+                }
                 axis.plot(rank, often, label=f"{what}; tokens of {name}", **look)
         chance = 100 * repair.sets("repairers").random_frequencies()
         axis.plot(rank, chance, color="0.4", lw=1.2, ls=":", label="random neurons")
@@ -194,7 +208,7 @@ def against_controls(found: Mapping[str, Mapping[str, Statistics]], notebook: st
     names = list(next(iter(found.values())))
     figure, axes = plt.subplots(2, 3, figsize=(10.4, 0.9 * len(names) + 3.0), sharey=True)
     for axis, claim in zip(axes.flat, claims, strict=False):
-        control = known[claim.statistic].control_id
+        control = str(known[claim.statistic].control_id)
         drawn = {claim.statistic: ("o", True), control: ("o", False)}
         if claim.statistic == ERASING:
             drawn[SUPPORTING] = ("x", True)
@@ -202,7 +216,11 @@ def against_controls(found: Mapping[str, Mapping[str, Statistics]], notebook: st
             for y, statistics in enumerate(models.values()):
                 height = y + 0.3 * i - 0.15
                 for name, (marker, is_filled) in drawn.items():
-                    look = {"color": f"C{i}", "marker": marker, "mfc": f"C{i}" if is_filled else "none"}
+                    look: dict[str, Any] = {
+                        "color": f"C{i}",
+                        "marker": marker,
+                        "mfc": f"C{i}" if is_filled else "none",
+                    }
                     axis.plot(statistics[name].interval(), [height, height], color=f"C{i}", lw=1.3, zorder=1)
                     axis.plot(statistics[name].value, height, ms=5 if is_filled else 7.5, ls="", **look)
         reach = 1.08 * axis.dataLim.x1 if names else 1.0

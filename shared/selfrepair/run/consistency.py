@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from selfrepair.errors import UserError
 from selfrepair.run.marks import OF_A_STORE, RESULTS, changed_since, mark, read_mark
@@ -43,7 +43,7 @@ class Finding:
         )
 
 
-def run_manifest(path: Path) -> dict[str, object]:
+def run_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a run, with all that it says.
 
     Raises:
@@ -59,7 +59,7 @@ def run_manifest(path: Path) -> dict[str, object]:
     return noted
 
 
-def check_files(folder: Path, noted: Mapping[str, object], outside: Collection[str]) -> Iterator[Finding]:
+def check_files(folder: Path, noted: Mapping[str, Any], outside: Collection[str]) -> Iterator[Finding]:
     """Whether each file is there as it is ``noted``, and no other that a run may leave."""
     here = {name: hash_file(folder / name) for name in noted if (folder / name).is_file()}
     found = hash_files(folder, RESULTS) | here
@@ -77,7 +77,7 @@ def check_files(folder: Path, noted: Mapping[str, object], outside: Collection[s
     yield Finding("files", same == len(noted), f"{same} of {len(noted)} as the run left them")
 
 
-def check_marks(folder: Path, noted: Mapping[str, object]) -> Iterator[Finding]:
+def check_marks(folder: Path, noted: Mapping[str, Any]) -> Iterator[Finding]:
     """What the run's last mark says of the manifest and of what that names, and notebooks' marks of their
     keys."""
     changed = changed_since(mark(folder, "page"), folder)
@@ -96,7 +96,7 @@ def check_marks(folder: Path, noted: Mapping[str, object]) -> Iterator[Finding]:
 
 def check_stores(
     folder: Path,
-    noted: Mapping[str, object],
+    noted: Mapping[str, Any],
     outside: Collection[str],
     planned: Mapping[str, Task],
     passed: Collection[str],
@@ -122,7 +122,7 @@ def check_stores(
     yield Finding("stores", same == len(noted), f"{same} of {len(noted)} are those that the run made")
 
 
-def _names_of_stores(noted: Mapping[str, object]) -> set[str]:
+def _names_of_stores(noted: Mapping[str, Any]) -> set[str]:
     return {str(note.get("store")) for note in noted.values() if isinstance(note, dict)}
 
 

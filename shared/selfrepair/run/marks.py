@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from selfrepair.store.files import hash_file, write_atomically
 from selfrepair.store.stores import is_whole, state_of
@@ -32,7 +33,7 @@ def say_done(path: Path, left: Sequence[Path], out_dir: Path, **what: object) ->
     write_atomically(path, (json.dumps({**what, "left": files}) + "\n").encode())
 
 
-def forget_stale(out_dir: Path, planned: dict[str, object]) -> list[Path]:
+def forget_stale(out_dir: Path, planned: dict[str, Any]) -> list[Path]:
     """Removes marks of what is to be made again, and returns them.
 
     These are marks of which something is missing or no longer what it was, and those of notebooks and page
@@ -52,7 +53,7 @@ def forget_stale(out_dir: Path, planned: dict[str, object]) -> list[Path]:
     return stale
 
 
-def said_of(path: Path, out_dir: Path) -> dict[str, object] | None:
+def said_of(path: Path, out_dir: Path) -> dict[str, Any] | None:
     """What a mark says; ``None`` if it is not there, or what it answers for is no longer what it was."""
     return read_mark(path) if changed_since(path, out_dir) == [] else None
 
@@ -66,7 +67,7 @@ def changed_since(path: Path, out_dir: Path) -> list[str] | None:
         return None
 
 
-def read_mark(path: Path) -> dict[str, object]:
+def read_mark(path: Path) -> dict[str, Any]:
     """What :func:`say_done` wrote; empty if it is not there or damaged."""
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
@@ -98,6 +99,6 @@ def _fingerprint(path: Path) -> str | None:
 def _is_as_left(path: Path, fingerprint: str | None) -> bool:
     """A store of which no file was touched is not read again, as it may be large: one that was moved is."""
     found = _fingerprint(path)
-    if found == fingerprint or None in (found, fingerprint) or not path.is_dir():
+    if found == fingerprint or found is None or fingerprint is None or not path.is_dir():
         return found == fingerprint
     return found.split()[0] == fingerprint.split()[0] and is_whole(path)

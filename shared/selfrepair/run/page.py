@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import jinja2
@@ -193,7 +193,7 @@ def _sections(figures: list[Figure], out_dir: Path, target: Path | None) -> list
                 question = question or _after("**Question.** ", lines)
                 heading = _after("## ", lines) or heading
                 continue
-            for name in [name for name in left if f'"{name}"' in cell.source]:
+            for name in [name for name in left if f'"{name.partition("-")[0]}"' in cell.source]:
                 groups.setdefault(heading, []).append(left.pop(name))
         link = _link(path, out_dir, target)
         if groups or link:
@@ -284,7 +284,7 @@ def _text(value: object) -> str:
     return f"{round(value, 3) + 0.0:.3f}" if isinstance(value, float) else str(value)
 
 
-def _manifest(path: Path) -> dict[str, object]:
+def _manifest(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:

@@ -7,6 +7,7 @@ import random
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import nbformat
 import numpy as np
@@ -149,7 +150,7 @@ def _planned(study: Study, passed: Mapping[str, Collection[str]] | None = None) 
 
 
 def _check_what_follows(
-    folder: Path, noted: Mapping[str, object], study: Study, planned: Mapping[str, Task]
+    folder: Path, noted: Mapping[str, Any], study: Study, planned: Mapping[str, Task]
 ) -> Iterator[Finding]:
     """Makes tables of heads, claims in one, comparison and page again, of what they are made from."""
     with TemporaryDirectory() as scratch:
@@ -176,7 +177,7 @@ def _check_what_follows(
         yield from _check_shown_claims(folder, noted["notebooks"])
 
 
-def _check_shown(page: Path, noted: Mapping[str, object]) -> Finding:
+def _check_shown(page: Path, noted: Mapping[str, Any]) -> Finding:
     """The page shows every value of the manifest, whatever code made it."""
     text = page.read_text(encoding="utf-8", errors="replace") if page.is_file() else ""
     hidden = [name for name, part in noted.items() if not all(value in text for value in _values(part))]
@@ -220,7 +221,7 @@ def _are_alike(kept: Path, made: Path) -> bool:
     return True
 
 
-def _check_shown_claims(folder: Path, notebooks: Mapping[str, object]) -> Iterator[Finding]:
+def _check_shown_claims(folder: Path, notebooks: Mapping[str, Any]) -> Iterator[Finding]:
     """The executed notebook that made a table of claims shows it."""
     for stem in notebooks:
         table, notebook = folder / "claims" / f"{stem[:2]}.csv", folder / "notebooks" / f"{stem}.ipynb"

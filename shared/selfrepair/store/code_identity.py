@@ -104,12 +104,14 @@ def _imported(tree: ast.AST) -> Iterator[Path]:
 
 def _run_time_nodes(tree: ast.AST) -> Iterator[ast.AST]:
     """Every node but those under ``if TYPE_CHECKING``."""
-    pending = [tree]
+    pending: list[ast.AST] = [tree]
     while pending:
         node = pending.pop()
         yield node
-        is_for_checkers = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-        pending += node.orelse if is_for_checkers else ast.iter_child_nodes(node)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            pending += node.orelse
+        else:
+            pending += ast.iter_child_nodes(node)
 
 
 def _existing(modules: Iterable[str]) -> Iterator[Path]:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from selfrepair import __version__
 from selfrepair.errors import UserError
@@ -51,11 +52,11 @@ def add_to_manifest(path: Path, **more: object) -> None:
     _write(path, read_manifest(path) | more)
 
 
-def _write(path: Path, content: dict[str, object]) -> None:
+def _write(path: Path, content: dict[str, Any]) -> None:
     write_atomically(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
-def read_manifest(path: Path) -> dict[str, object]:
+def read_manifest(path: Path) -> dict[str, Any]:
     """What :func:`write_manifest` wrote.
 
     Raises:
@@ -74,7 +75,7 @@ def read_manifest(path: Path) -> dict[str, object]:
     return content
 
 
-def contradictions(path: Path, attributes: Mapping[str, object]) -> list[str]:
+def contradictions(path: Path, attributes: Mapping[str, Any]) -> list[str]:
     """Attributes of a store of which its manifest says otherwise, or nothing; one word if there is none."""
     try:
         noted = read_manifest(path)
@@ -87,9 +88,9 @@ def contradictions(path: Path, attributes: Mapping[str, object]) -> list[str]:
 def packages() -> dict[str, str]:
     """Installed versions of what this package asks for."""
     names = {
-        re.match(r"[\w.-]+", line)[0]
+        name[0]
         for line in metadata.requires("selfrepair") or []
-        if "extra ==" not in line
+        if "extra ==" not in line and (name := re.match(r"[\w.-]+", line))
     }
     return {name: metadata.version(name) for name in sorted(names)}
 
@@ -114,7 +115,7 @@ def _commit() -> str | None:
     return head.decode() + ("+" if changes else "")
 
 
-def _machine() -> dict[str, object]:
+def _machine() -> dict[str, Any]:
     import torch
 
     cpuinfo = Path("/proc/cpuinfo")

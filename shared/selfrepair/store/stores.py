@@ -7,8 +7,9 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -27,7 +28,7 @@ CHECKSUMS, CHECKSUM = "variables_sha256", "sha256"
 
 
 #: How each variable of a dataset is laid out on the disk.
-Encoding = Callable[[xr.Dataset], dict[str, dict[str, object]]]
+Encoding = Callable[[xr.Dataset], dict[Hashable, dict[str, object]]]
 
 
 class FormatError(UserError):
@@ -81,7 +82,7 @@ def _blocks(parts: Iterable[xr.Dataset], along: str) -> Iterator[xr.Dataset]:
 def _joined(block: list[xr.Dataset], along: str) -> xr.Dataset:
     if len(block) == 1:
         return block[0]
-    how = {
+    how: dict[str, Any] = {
         "data_vars": "minimal",
         "coords": "minimal",
         "compat": "equals",
@@ -93,8 +94,8 @@ def _joined(block: list[xr.Dataset], along: str) -> xr.Dataset:
 
 def _write_values(parts: Iterable[xr.Dataset], store: Path, along: str, encoding: Encoding) -> None:
     attributes: dict[str, object] = {}
-    same: dict[str, xr.Variable] = {}
-    written: set[str] = set()
+    same: dict[Hashable, xr.Variable] = {}
+    written: set[Hashable] = set()
     for part in parts:
         attributes = attributes or {**part.attrs, "format": FORMAT}
         same = _checked_same(part, same, along)
@@ -109,7 +110,9 @@ def _write_values(parts: Iterable[xr.Dataset], store: Path, along: str, encoding
         written |= part.variables.keys()
 
 
-def _checked_same(part: xr.Dataset, same: dict[str, xr.Variable], along: str) -> dict[str, xr.Variable]:
+def _checked_same(
+    part: xr.Dataset, same: dict[Hashable, xr.Variable], along: str
+) -> dict[Hashable, xr.Variable]:
     own = {name: values for name, values in part.variables.items() if not {along, SHARD} & set(values.dims)}
     for name in own.keys() & same.keys():
         if not own[name].equals(same[name]):
@@ -141,7 +144,7 @@ def is_whole(path: Path) -> bool:
     return attributes_of(path) is not None
 
 
-def attributes_of(path: Path) -> dict[str, object] | None:
+def attributes_of(path: Path) -> dict[str, Any] | None:
     """The attributes of a store; ``None`` if it is not whole. Its data are read once in a process."""
     path = path.absolute()
     try:
@@ -149,7 +152,7 @@ def attributes_of(path: Path) -> dict[str, object] | None:
             return open_store(path).attrs
     except UserError:
         return None
-    attributes = dict(zarr.open_group(path, mode="r", use_consolidated=False).attrs)
+    attributes: dict[str, Any] = dict(zarr.open_group(path, mode="r", use_consolidated=False).attrs)
     attributes.pop("coordinates", None)  # which variables are coordinates: xarray's own, gone when it reads
     return attributes
 
@@ -201,7 +204,7 @@ def _damaged(path: Path) -> list[str]:
     if _seen_whole.get(path) == state:
         return []
     group = zarr.open_group(path, mode="r", use_consolidated=False)
-    attributes = dict(group.attrs)
+    attributes: dict[str, Any] = dict(group.attrs)
     checksums = attributes.pop(CHECKSUMS)
     arrays = dict(group.arrays())
     damaged = sorted(name for name in arrays if checksums.get(name) != _checksum(arrays[name]))
@@ -228,9 +231,9 @@ def state_of(path: Path) -> str:
 _FLAT = {"chunk_key_encoding": {"name": "default", "separator": "."}}
 
 
-def _in_layers(part: xr.Dataset) -> dict[str, dict[str, object]]:
+def _in_layers(part: xr.Dataset) -> dict[Hashable, dict[str, object]]:
     """Chunks that hold one layer and some prompts: figures read layers, sweeps write prompts."""
-    one = {"layer": 1, "prompt": PROMPTS_IN_CHUNK}
+    one: dict[Hashable, int] = {"layer": 1, "prompt": PROMPTS_IN_CHUNK}
     return {
         name: {"chunks": tuple(max(1, one.get(dim, size)) for dim, size in array.sizes.items()), **_FLAT}
         for name, array in part.variables.items()
@@ -238,7 +241,7 @@ def _in_layers(part: xr.Dataset) -> dict[str, dict[str, object]]:
     }
 
 
-def _in_few_files(part: xr.Dataset) -> dict[str, dict[str, object]]:
+def _in_few_files(part: xr.Dataset) -> dict[Hashable, dict[str, object]]:
     return {
         name: {"chunks": tuple(max(1, size) for size in array.shape), "compressors": None, **_FLAT}
         for name, array in part.variables.items()
@@ -247,11 +250,14 @@ def _in_few_files(part: xr.Dataset) -> dict[str, dict[str, object]]:
 
 
 def _checksum(array: zarr.Array) -> str:
-    labels = [array.dtype.str, array.shape, array.metadata.dimension_names, dict(array.attrs)]
+    metadata: Any = array.metadata  # of Zarr's format 3
+    labels = [array.dtype.str, array.shape, metadata.dimension_names, dict(array.attrs)]
     digest = hashlib.sha256(json.dumps(labels, sort_keys=True).encode())
     step = array.chunks[0] if array.ndim else 1
-    for first in range(0, array.shape[0], step) if array.ndim else [...]:
-        digest.update(np.ascontiguousarray(array[first : first + step] if array.ndim else array[...]))
+    places: list[Any] = [slice(i, i + step) for i in range(0, array.shape[0], step)] if array.ndim else [...]
+    for place in places:
+        values: Any = np.ascontiguousarray(array[place])
+        digest.update(values)
     return digest.hexdigest()
 
 

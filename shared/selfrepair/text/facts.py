@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
@@ -69,16 +69,17 @@ class FactPrompts:
     n_alone: int
 
 
-def training_config(name: str) -> dict[str, object] | None:
+def training_config(name: str) -> dict[str, Any] | None:
     """How an embedded model (or a folder trained as they are) was trained; ``None`` for other models."""
     folder = model_folder(name)
     return None if folder is None else training_metrics(folder).get("config")
 
 
 def trained_without_dropout(model_name: str) -> bool:
-    """Whether a model is known to have been trained so."""
+    """Whether a model is known to have been trained so, without that of whole heads and layers too."""
     config = training_config(model_name)
-    return config is not None and config["dropout"] == 0
+    kinds = ("dropout", "head_dropout", "attention_dropout_layer")
+    return config is not None and not any(config.get(kind, 0) for kind in kinds)
 
 
 def facts_for(name: str, source: str | None = None) -> list[AskedFact]:
@@ -167,7 +168,7 @@ def _read(path: Path) -> bytes:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _local_records(path: Path) -> list[object]:
+def _local_records(path: Path) -> list[Any]:
     content = _read(path)
     try:
         records = json.loads(content.decode("utf-8"))
@@ -178,7 +179,7 @@ def _local_records(path: Path) -> list[object]:
     return records
 
 
-def _hub_records(name: str) -> Iterable[object]:
+def _hub_records(name: str) -> Iterable[Any]:
     instead = "give a local CounterFact .json; without one, facts that ship with the repository are used"
     check_dataset_reachable(name, instead)
     import datasets
@@ -214,12 +215,12 @@ def choose_prompts(
     ]
     tokens, answers = _encode(model.tokenizer, asked)
     usable = (answers >= 0) & np.array([len(ids) <= model.context_length for ids in tokens])
-    kept = np.flatnonzero(
+    answered = np.flatnonzero(
         usable & (most_likely(model, tokens, usable) == answers) if only_answered else usable
     )
-    n_answered = len(kept)
-    common = Counter(len(tokens[i]) for i in kept).most_common(max(1, n_prompts // PER_LENGTH))
-    kept = [i for i in kept if len(tokens[i]) in dict(common)][:n_prompts]
+    n_answered = len(answered)
+    common = Counter(len(tokens[i]) for i in answered).most_common(max(1, n_prompts // PER_LENGTH))
+    kept = [int(i) for i in answered if len(tokens[i]) in dict(common)][:n_prompts]
     count = Counter(len(tokens[i]) for i in kept)
     chosen = [i for i in kept if count[len(tokens[i])] > 1]
     if not chosen:
@@ -245,7 +246,7 @@ def _in_turn(strata: Sequence[tuple[str, str]], seed: int) -> Int[np.ndarray, " 
     order = np.random.Generator(np.random.PCG64(seed)).permutation(len(strata))
     seen: Counter[tuple[str, str]] = Counter()
     turns = np.zeros(len(strata), dtype=np.int64)
-    for place, i in enumerate(order):
+    for place, i in enumerate(map(int, order)):
         turns[place] = seen[strata[i]]
         seen[strata[i]] += 1
     return order[np.argsort(turns, kind="stable")]
@@ -276,8 +277,8 @@ def most_likely(
     import torch
 
     by_length: dict[int, list[int]] = defaultdict(list)
-    for i in np.flatnonzero(usable):
-        by_length[len(tokens[i])].append(int(i))
+    for i in map(int, np.flatnonzero(usable)):
+        by_length[len(tokens[i])].append(i)
     found = np.full(len(tokens), -2, dtype=np.int64)
     for indices in by_length.values():
         for chunk in (indices[i : i + BATCH] for i in range(0, len(indices), BATCH)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -29,7 +31,7 @@ def build_model(config: TrainingConfig, bos_token_id: int) -> PreTrainedModel:
     SwiGLU and full rotary positions, without biases. ``d_mlp`` is the number of neurons.
     """
     torch.manual_seed(config.seed)
-    common = dict(
+    common: dict[str, Any] = dict(
         vocab_size=config.vocab_size,
         bos_token_id=bos_token_id,
         eos_token_id=bos_token_id,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfrepair.paths import HELD_OUT_TEXT
 from selfrepair.text.corpora import pack, read_documents
@@ -18,7 +18,7 @@ from selfrepair.text.gazetteer import FactPrompt, Gazetteer
 
 
 def evaluate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, gazetteer_seed: int, length: int = 128
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, gazetteer_seed: int, length: int = 128
 ) -> dict[str, float]:
     """Figures by name: losses in nats per token, shares in [0, 1].
 
@@ -56,7 +56,7 @@ def token_loss(model: PreTrainedModel, rows: Int[Tensor, "row position"], batch_
     return total / (rows.shape[0] * (rows.shape[1] - 1))
 
 
-def text_rows(tokenizer: PreTrainedTokenizerFast, documents: Sequence[str], length: int) -> np.ndarray:
+def text_rows(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], length: int) -> np.ndarray:
     """Documents tokenised and packed into rows ``[n_rows, length]``, each beginning with BOS."""
     encoded = tokenizer(list(documents), add_special_tokens=False)["input_ids"]
     return pack(encoded, tokenizer.bos_token_id, length)
@@ -64,7 +64,7 @@ def text_rows(tokenizer: PreTrainedTokenizerFast, documents: Sequence[str], leng
 
 @torch.no_grad()
 def fact_recall(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[FactPrompt]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[FactPrompt]
 ) -> np.ndarray:
     """For each prompt, whether the most likely next token is the first token of the answer (bool
     ``[n_prompts]``).
@@ -87,14 +87,14 @@ def fact_recall(
     return correct
 
 
-def first_tokens(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[FactPrompt]) -> np.ndarray:
+def first_tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[FactPrompt]) -> np.ndarray:
     """The first token of each prompt's answer (int64 ``[n_prompts]``)."""
     return np.array(
         [ids[0] for ids in tokenizer([p.answer for p in prompts], add_special_tokens=False)["input_ids"]]
     )
 
 
-def fact_chance(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[FactPrompt]) -> float:
+def fact_chance(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[FactPrompt]) -> float:
     """Accuracy of always giving each relation's most frequent first token."""
     by_relation: dict[str, Counter[int]] = defaultdict(Counter)
     for prompt, token in zip(prompts, first_tokens(tokenizer, prompts), strict=True):
@@ -125,7 +125,7 @@ def induction_losses(
 @torch.no_grad()
 def sample(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerBase,
     prompt: str,
     n_tokens: int = 100,
     temperature: float = 0.8,
@@ -144,4 +144,4 @@ def sample(
         )
         drawn = tokens[torch.multinomial(top.softmax(-1), 1, generator=generator)]
         ids = torch.cat([ids, drawn[None]], dim=1)
-    return tokenizer.decode(ids[0, 1:])
+    return str(tokenizer.decode(ids[0, 1:]))

@@ -10,12 +10,13 @@ import os
 import shutil
 import time
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -55,7 +56,7 @@ def train(
     model = build_model(config, data.tokenizer.bos_token_id)
     if config.start:
         start_from(model, config.start, data.tokenizer)
-    model.to(device)
+    cast(nn.Module, model).to(device)
     optimizers = build_optimizers(model, config)
     rows = data.training_rows(config)
     start = _resume(work, config, model, optimizers)
@@ -176,7 +177,8 @@ def save_model(model: PreTrainedModel, data: TrainingData, folder: Path) -> None
     shutil.rmtree(unfinished, ignore_errors=True)
     stored = type(model)(model.config)
     stored.load_state_dict(model.state_dict())
-    stored.to(STORED_DTYPE).save_pretrained(unfinished)
+    cast(nn.Module, stored).to(STORED_DTYPE)
+    stored.save_pretrained(unfinished)
     data.tokenizer.save_pretrained(unfinished)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(unfinished, folder)

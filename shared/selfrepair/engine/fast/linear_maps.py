@@ -8,9 +8,10 @@ ones of PyTorch's, so that this file may need an edit when PyTorch is replaced; 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -58,14 +59,15 @@ def _fuse_gelus(module: nn.Module, swapped: ExitStack) -> list[tuple[nn.Module, 
     for part in list(module.modules()):
         children = dict(part.named_children())
         for linear, activation in MLP_PARTS:
-            if linear in children and type(children.get(activation)) is nn.GELU:
-                fused.append((children[linear], children[activation]))
+            gelu = children.get(activation)
+            if linear in children and type(gelu) is nn.GELU:
+                fused.append((children[linear], gelu))
                 swapped.enter_context(standing_in(part, activation, nn.Identity()))
     return fused
 
 
 @contextmanager
-def forward_by(module: nn.Module, forward: object) -> Iterator[None]:
+def forward_by(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Gives ``module`` another ``forward``."""
     own = module.__dict__.get("forward")
     module.forward = forward
@@ -80,7 +82,7 @@ def forward_by(module: nn.Module, forward: object) -> Iterator[None]:
 
 def fused_gelu(linear: nn.Module) -> nn.GELU | None:
     """The GELU that ``linear`` computes on its output, if any."""
-    return linear.forward.args[2] if _is_swapped(linear) else None
+    return cast(partial, linear.forward).args[2] if _is_swapped(linear) else None
 
 
 def _is_swapped(linear: nn.Module) -> bool:
@@ -92,14 +94,13 @@ class _Packed:
     """A weight in oneDNN's own layout, made again when the weight has changed."""
 
     def __init__(self) -> None:
-        self._of: tuple[int, int] | None = None
-        self._packed: Tensor | None = None
+        self._kept: tuple[tuple[int, int], Tensor] | None = None
 
     def __call__(self, weight: Float[Tensor, "d_out d_in"], rows: int) -> Tensor:
         of = (weight.data_ptr(), weight._version)
-        if self._of != of:
-            self._packed, self._of = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows), of
-        return self._packed
+        if self._kept is None or self._kept[0] != of:
+            self._kept = of, torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
+        return self._kept[1]
 
 
 #: Kept from one use of the fast path to the next.
@@ -120,7 +121,7 @@ def linear_map(
 def _linear(
     module: nn.Module, packed: _Packed, gelu: nn.GELU | None, x: Float[Tensor, "*batch d_in"]
 ) -> Float[Tensor, "*batch d_out"]:
-    if not _is_fast(x, module.weight):
+    if not _is_fast(x, cast(Tensor, module.weight)):
         output = type(module).forward(module, x)
         return output if gelu is None else gelu(output)
     weight = weight_out_in(module)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -104,7 +105,7 @@ def _on_clean(residual: Float[Tensor, "prompt position d_model"], normed: Normed
     for linear in normed.maps:
         weight = weight_out_in(linear)
         constant = torch.zeros_like(weight[:, 0]) if norm.beta is None else weight @ norm.beta
-        constant = constant if linear.bias is None else constant + linear.bias
+        constant = constant if linear.bias is None else constant + cast(Tensor, linear.bias)
         maps.append(_Map(linear, weight, linear_map(scaled, weight), constant, fused_gelu(linear)))
     return _Norm(normed.norm, norm, sigma, maps)
 
