@@ -1,4 +1,4 @@
-"""Cosines between what heads write, against plain models, and means of them by distance."""
+"""Cosines between what heads write, and attend to, against plain models; means of them by distance."""
 
 import numpy as np
 import pytest
@@ -6,6 +6,7 @@ import reference
 import torch
 from families import ALL_FAMILIES
 from readings import HEADS, close, cosines_of, measured, prompts, some_cosines, tokens_of, written
+from transformers import AutoModelForCausalLM
 
 from selfrepair.analysis.cosines import cosine_by_distance, head_cosines, neighbours_minus_distant
 from selfrepair.measure import cosines as measure
@@ -30,6 +31,24 @@ def test_cosines_of_head_outputs(family, name, monkeypatch):
         for b in range(3):
             pairs = [(i, j) for i in range(4 * a, 4 * a + 4) for j in range(4 * b, 4 * b + 4) if i != j]
             close(found["layers"][a, b], torch.stack([cosine[pair] for pair in pairs]).mean(0), 1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ALL_FAMILIES)
+def test_cosines_of_attention_patterns(family, name):
+    model, hf = family(name)
+    here = prompts(4, 9)
+    found = measured("attention_cosines", model, here)
+    eager = AutoModelForCausalLM.from_config(hf.config, attn_implementation="eager").double().eval()
+    eager.load_state_dict(hf.state_dict())
+    patterns = eager(input_ids=tokens_of(here), output_attentions=True).attentions
+    heads = [pattern[:, head, 1:-1] for pattern in patterns for head in range(HEADS)]
+    cosine = torch.stack(
+        [torch.stack([torch.cosine_similarity(a, b, dim=-1).mean(1) for b in heads]) for a in heads]
+    )
+    close(head_cosines(found), cosine.mean(-1), 1e-5)
+    pairs = [(i, j) for i in range(4) for j in range(8, 12)]
+    close(found["layers"][0, 2], torch.stack([cosine[pair] for pair in pairs]).mean(0), 1e-5)
 
 
 def test_cosine_by_distance_and_neighbours():

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -180,26 +181,28 @@ def run_clean(
     return CleanRun(residuals, z, attention_outputs, mlp_outputs, final)
 
 
-@torch.no_grad()
 def carry(
     model: Model,
     replay: Replay,
     clean: CleanRun,
     layer: int,
     delta: Float[Tensor, "variant prompt position d_model"],
+    prompts: Int[Tensor, " prompt"] | None = None,
 ) -> Float[Tensor, "variant prompt position d_model"]:
     """Final residuals after adding each ``delta`` to the attention output of ``layer``; the rest above runs.
 
     All variants run in one batch, variants outermost; what modules see on the way can be had by
-    ``watching`` them (:mod:`selfrepair.engine.hooks`).
+    ``watching`` them (:mod:`selfrepair.engine.hooks`). ``prompts`` are those of the clean run that ``delta``
+    is of, if not all in order. Gradients are recorded where ``delta`` wants them.
     """
     n = delta.shape[0]
+    chosen = slice(None) if prompts is None else prompts
     if model.parallel:
         after = clean.residuals[layer + 1] if layer + 1 < model.n_layers else clean.final_residual
-        residual = (after + delta).flatten(0, 1)
+        residual = (after[chosen] + delta).flatten(0, 1)
     else:
-        below = clean.residuals[layer].expand(n, -1, -1, -1).flatten(0, 1)
-        given = (clean.attention_outputs[layer] + delta).flatten(0, 1)
+        below = clean.residuals[layer][chosen].expand(n, -1, -1, -1).flatten(0, 1)
+        given = (clean.attention_outputs[layer][chosen] + delta).flatten(0, 1)
         residual = replay.block_given_attention(layer, below, given)
     for above in range(layer + 1, model.n_layers):
         residual = replay.block(above, residual)
@@ -220,4 +223,4 @@ def attention_z(
 ) -> Float[Tensor, "row position head d_head"]:
     """``z`` of ``layer`` when ``residual`` is the residual stream before it."""
     parts = residual.split(rows_that_fit(model, residual.shape[1]))
-    return torch.cat([z_reached(model, layer, lambda part=part: replay.block(layer, part)) for part in parts])
+    return torch.cat([z_reached(model, layer, partial(replay.block, layer, part)) for part in parts])

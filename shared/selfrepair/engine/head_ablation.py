@@ -150,7 +150,7 @@ class _Layers:
             found.sigma[first:last] = reading.norm.sigma(final[..., :-1, :])
             return True
 
-        _in_halves(ablate, model.n_heads, self.at_once)
+        in_halves(ablate, model.n_heads, self.at_once)
         return found
 
 
@@ -159,8 +159,12 @@ def _unchanged(change: Float[Tensor, "prompt position head d_head"]) -> Bool[Ten
     return ~change.flatten(3).ne(0).any(-1).any(0).any(0)
 
 
-def _in_halves(work: Callable[[int, int], bool], n: int, at_once: int) -> None:
-    """``work(first, last)`` on ranges that cover ``n``; one too large for the device's memory in halves."""
+def in_halves(work: Callable[[int, int], bool], n: int, at_once: int) -> None:
+    """``work(first, last)`` on ranges that cover ``n``; one too large for the device's memory in halves.
+
+    Raises:
+        torch.OutOfMemoryError: a range of one is too large.
+    """
     pending = [(first, min(first + at_once, n)) for first in range(0, n, at_once)]
     while pending:
         first, last = pending.pop(0)

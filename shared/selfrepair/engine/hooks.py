@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 #: Positional and named arguments of a module.
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -36,19 +37,30 @@ def before(
 
 
 @contextmanager
-def watching(modules: Sequence[nn.Module], see: Callable[[int, Tensor, Tensor], object]) -> Iterator[None]:
+def watching(modules: Sequence[nn.Module], see: Callable[[int, Tensor, Any], object]) -> Iterator[None]:
     """Calls ``see(index, input, output)`` whenever one of ``modules`` has run; returns count as nothing."""
 
-    def hook(index: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        def call(_: nn.Module, positional: tuple[Any, ...], output: Tensor) -> None:
-            see(index, positional[0], output)
+    def hook(index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
+        def call(_: nn.Module, positional: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+            see(index, positional[0] if positional else named["hidden_states"], output)
 
         return call
 
     with ExitStack() as handles:
         for index, module in enumerate(modules):
-            handles.callback(module.register_forward_hook(hook(index)).remove)
+            handles.callback(module.register_forward_hook(hook(index), with_kwargs=True).remove)
         yield
+
+
+@contextmanager
+def eager_attention(hf: PreTrainedModel) -> Iterator[None]:
+    """Inside, attention modules of ``hf`` compute step by step, and give their patterns beside their output."""
+    own = hf.config._attn_implementation
+    hf.config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        hf.config._attn_implementation = own
 
 
 class _Reached(Exception):

@@ -71,9 +71,16 @@ class Reading:
     def _effects(
         self, layer: int, z: Float[Tensor, "*variant prompt some_position head d_head"], positions: slice
     ) -> Float[Tensor, "*variant prompt some_position head"]:
-        z, bias, W_O = self._wide(z, self.model.value_biases[layer], self.model.W_O(layer))
-        along = torch.einsum("pkd,hed->pkhe", self.direction[:, positions], W_O)  # u W_Oᵀ, per head
-        return torch.einsum("...pkhe,pkhe->...pkh", z - bias, along) / self.sigma[:, positions, None]
+        z, bias = self._wide(z, self.model.value_biases[layer])
+        return torch.einsum("...pkhe,pkhe->...pkh", z - bias, self.along(layer, positions))
+
+    @torch.no_grad()
+    def along(
+        self, layer: int, positions: slice = slice(None)
+    ) -> Float[Tensor, "prompt some_position head d_head"]:
+        """``u W_Oᵀ / σ_clean``: its product with ``z − b_V`` of a head is that head's direct effect."""
+        (W_O,) = self._wide(self.model.W_O(layer))
+        return torch.einsum("pkd,hed->pkhe", self.scaled_direction[:, positions], W_O)
 
     @torch.no_grad()
     def output(
