@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from selfrepair.errors import UserError
 from selfrepair.models.checkpoints import find_model, training_metrics, whole_name
@@ -126,6 +126,19 @@ def train(options: argparse.Namespace) -> None:
     print(options.out)
 
 
+def arms(options: argparse.Namespace) -> None:
+    from transformers.utils import logging
+
+    from selfrepair.paths import cache_dir
+    from selfrepair.run.arms import run_arms
+
+    logging.disable_progress_bar()
+    with disk_full_is_said(options.out, options.file.parent, cache_dir()):
+        table = run_arms(options.file, options.text, options.out, options.device)
+    if table is not None:
+        print(table)
+
+
 def evaluate(options: argparse.Namespace) -> None:
     kept = training_metrics(Path(find_model(options.model)))  # the n-gram models' losses among them
     from transformers.utils import logging
@@ -231,7 +244,7 @@ def verify(options: argparse.Namespace) -> None:
 def notebooks(options: argparse.Namespace) -> None:
     if options.jobs < 1:
         raise UserError(f"jobs must be at least 1, not {options.jobs}")
-    parameters = {"profile": whole_profile(options.profile)}
+    parameters: dict[str, Any] = {"profile": whole_profile(options.profile)}
     parameters |= {} if options.model is None else {"model": whole_name(options.model)}
     parameters |= {} if options.out is None else {"out_dir": os.path.abspath(options.out)}
     models = load_profile(options.profile).models

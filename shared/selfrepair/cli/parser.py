@@ -44,6 +44,18 @@ def command_parser() -> argparse.ArgumentParser:
     train.add_argument("--overwrite", action="store_true", help="replace the model folder if it exists")
     train.set_defaults(run="train")
 
+    arms = parsers.add_parser(
+        "arms",
+        help="train and measure the models that notebook 08 compares, and write their table",
+        description="Train and measure models that differ in dropout and seed; resumes if it was interrupted. "
+        "Started several times, the commands share the work.",
+    )
+    arms.add_argument("file", type=Path, help="YAML file of arms, such as shared/models/arms/arms.yaml")
+    arms.add_argument("--text", type=Path, help="folder of .txt or .txt.gz files to train on")
+    arms.add_argument("--out", type=Path, required=True, help="folder for what is trained and measured")
+    arms.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 … (default auto)")
+    arms.set_defaults(run="arms")
+
     evaluate = parsers.add_parser("evaluate", help="loss, recall of planted facts and induction of a model")
     evaluate.add_argument("model", help="embedded name, local folder or hub id")
     evaluate.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 … (default auto)")

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as shown
-from typing import TypeVar, get_type_hints
+from typing import Any, TypeVar, cast, get_type_hints
 
 from selfrepair.errors import UserError
 from selfrepair.yaml_files import read_yaml
@@ -100,31 +100,49 @@ def load_config(path: str | Path) -> TrainingConfig:
     Raises:
         UserError: unreadable file, unknown or missing key, wrong type, or impossible value.
     """
-    path = Path(path)
+    return config_of(load_mapping(path), str(path))
+
+
+def load_mapping(path: str | Path) -> dict[str, object]:
+    """What a YAML file of 'key: value' lines holds.
+
+    Raises:
+        UserError: it cannot be read, or holds something else.
+    """
     try:
-        values = read_yaml(path)
+        values = read_yaml(Path(path))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: must hold 'key: value' lines")
+    return values
+
+
+def config_of(values: dict[str, object], where: str) -> TrainingConfig:
+    """A configuration from its YAML values; ``where`` they stand is said of what is wrong.
+
+    Raises:
+        UserError: unknown or missing key, wrong type, or impossible value.
+    """
     phases = values.get("phases")
     if phases is not None:
         if not isinstance(phases, list) or not phases or not all(isinstance(phase, dict) for phase in phases):
-            raise UserError(f"{path}: phases must be a list of phases, each 'key: value' lines")
-        values["phases"] = tuple(_build(Phase, phase, path, "phases: ") for phase in phases)
-    config = _build(TrainingConfig, values, path)
+            raise UserError(f"{where}: phases must be a list of phases, each 'key: value' lines")
+        built = tuple(_build(Phase, dict(phase), where, "phases: ") for phase in phases)
+        values = {**values, "phases": built}
+    config = _build(TrainingConfig, dict(values), where)
     fault = _fault(config)
     if fault:
-        raise UserError(f"{path}: {fault}")
+        raise UserError(f"{where}: {fault}")
     return config
 
 
-def _build(kind: type[T], values: dict[str, object], path: Path, where: str = "") -> T:
+def _build(kind: type[T], values: dict[str, object], path: str, where: str = "") -> T:
     """``kind(**values)``, if the keys are its fields and the values of their types."""
     hints = get_type_hints(kind)
-    fields = {field.name: field for field in dataclasses.fields(kind)}
+    fields = {field.name: field for field in dataclasses.fields(cast(Any, kind))}
     for key, value in values.items():
         if key not in fields:
             raise UserError(f"{path}: {where}unknown key {shown(key)}; known are {', '.join(fields)}")

@@ -1,0 +1,215 @@
+"""Arms: models that differ in dropout and seed, trained and measured by one command that writes their table."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import xarray as xr
+from filelock import FileLock, Timeout
+
+from selfrepair import __version__
+from selfrepair.analysis.arms import COMPENSATIONS, arms_dataset, arms_table, effects_of_arm
+from selfrepair.errors import UserError
+from selfrepair.measure.layers_over_training import checkpoints
+from selfrepair.models.checkpoints import find_model, model_identity, training_metrics
+from selfrepair.models.devices import resolve_device
+from selfrepair.models.loading import load_hf
+from selfrepair.run.study import Study
+from selfrepair.store.files import write_atomically
+from selfrepair.store.stores import attributes_of, open_store, write_store
+from selfrepair.training.config import TrainingConfig, config_of, load_mapping
+from selfrepair.training.data import prepare
+from selfrepair.training.evaluate import evaluate
+from selfrepair.training.loop import save_model, train
+
+#: What arms are measured on: heads and layers of this profile's text, and planted facts.
+PROFILE = "pocket"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One model of a comparison: to be trained by ``config``, or there already as ``model_name``.
+
+    ``step`` counts training steps of a checkpoint; -1 is the end of training.
+    """
+
+    name: str
+    group: str
+    config: TrainingConfig | None = None
+    model_name: str = ""
+    step: int = -1
+
+    @property
+    def determined_by(self) -> str:
+        """What makes its weights, as JSON."""
+        if self.config is None:
+            return json.dumps({"files": model_identity(self.model_name)})
+        started = {"start": model_identity(self.config.start)} if self.config.start else {}
+        return json.dumps(dataclasses.asdict(self.config) | started, sort_keys=True)
+
+
+def load_arms(path: Path) -> list[Arm]:
+    """The arms of a YAML file: groups that are ``trained``, and groups that are ``given``.
+
+    A trained group has one configuration and values to ``vary`` in it, all combined; a given one names
+    ``models``, or one model with its checkpoints (``checkpoints_of``).
+
+    Raises:
+        UserError: unreadable file, unknown or missing key, or as :func:`config_of`.
+    """
+    values = load_mapping(path)
+    unknown = values.keys() - {"trained", "given"}
+    if unknown:
+        raise UserError(f"{path}: unknown key '{min(unknown)}'; known are trained, given")
+    arms = [arm for group in values.get("trained", []) for arm in _trained(group, path)]
+    arms += [arm for group in values.get("given", []) for arm in _given(group, path)]
+    names = [arm.name for arm in arms]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{path}: two arms are called '{name}'; their groups need other names")
+    return arms
+
+
+def _trained(group: dict[str, object], path: Path) -> Iterator[Arm]:
+    _check_keys(group, ("group", "config", "vary"), path)
+    varied: dict[str, list[object]] = group["vary"]
+    for values in itertools.product(*varied.values()):
+        own = dict(zip(varied, values, strict=True))
+        says = "-".join(f"{key}-{value}" for key, value in own.items())
+        name = f"{group['group']}-{says}".replace(", ", "-").replace(" ", "-")
+        yield Arm(name, group["group"], config_of({**group["config"], **own, "name": name}, str(path)))
+
+
+def _given(group: dict[str, object], path: Path) -> Iterator[Arm]:
+    if "checkpoints_of" in group:
+        _check_keys(group, ("group", "checkpoints_of"), path)
+        of_model = str(group["checkpoints_of"])
+        for saved in checkpoints(of_model):
+            name = f"{of_model}-step-{saved.step}"
+            yield Arm(name, group["group"], model_name=saved.model_name, step=saved.step)
+        return
+    _check_keys(group, ("group", "models"), path)
+    for name in group["models"]:
+        yield Arm(name, group["group"], model_name=name)
+
+
+def _check_keys(group: object, keys: tuple[str, ...], path: Path) -> None:
+    if not isinstance(group, dict) or group.keys() != set(keys):
+        raise UserError(f"{path}: every group must have the keys {', '.join(keys)}, and no other")
+
+
+def run_arms(file: Path, text: Path | None, folder: Path, device: str) -> Path | None:
+    """Makes every arm of ``file`` that is not there yet, and then the table beside it; returns its path.
+
+    The same command started several times shares the work: an arm that another process is making is passed
+    over, and who is last writes the table (others: ``None``). Killed, it goes on where it was. Models, stores
+    and one small store for each arm go into ``folder``.
+
+    Raises:
+        UserError: a model that is missing, text that is needed and not given, or as training and measuring.
+    """
+    arms = load_arms(file)
+    for arm in arms:
+        if arm.config is None:
+            find_model(arm.model_name)
+    rows = {arm.name: folder / "rows" / f"{arm.name}.zarr" for arm in arms}
+    (folder / "rows").mkdir(parents=True, exist_ok=True)
+    others = []
+    for arm in arms:
+        try:
+            with FileLock(rows[arm.name].with_suffix(".lock"), blocking=False):
+                if not _is_done(arm, rows[arm.name]):
+                    print(f"{arm.name}: {'measuring' if arm.config is None else 'training'}", file=sys.stderr)
+                    write_store([_made(arm, text, folder, device)], rows[arm.name], "arm")
+        except Timeout:
+            others.append(arm.name)
+    if others:
+        print(f"{len(others)} arms are being made by another process, {others[0]} first", file=sys.stderr)
+        return None
+    return _write_table(file, [open_store(row) for row in rows.values()])
+
+
+def _is_done(arm: Arm, row: Path) -> bool:
+    attributes = attributes_of(row)
+    return attributes is not None and attributes["determined_by"] == arm.determined_by
+
+
+def _made(arm: Arm, text: Path | None, folder: Path, device: str) -> xr.Dataset:
+    """Of one arm, what :func:`arms_dataset` gives."""
+    model_name = arm.model_name if arm.config is None else str(_train(arm, text, folder, device))
+    study = Study.of(PROFILE, model_name, device=device, out_dir=folder)
+    (sweep,) = study.measured("heads").values()
+    layers = {name: next(iter(study.measured(name).values())) for name in COMPENSATIONS.values()}
+    effects = effects_of_arm(sweep, layers, study.profile.fraction)
+    metrics = training_metrics(Path(find_model(model_name))) if arm.step < 0 else {}
+    if "loss_held_out_prose" not in metrics:
+        hf, tokenizer = load_hf(model_name, resolve_device(device))
+        metrics = evaluate(hf, tokenizer, gazetteer_seed=0)
+    config = metrics.get("config", {})
+    about = {
+        "name": arm.name,
+        "group": arm.group,
+        "step": arm.step,
+        **{key: float(config.get(key, 0)) for key in ("dropout", "head_dropout", "attention_dropout_layer")},
+        "seed": int(config.get("seed", 0)),
+        "start": str(config.get("start", "")),
+        "tokens": int(metrics.get("training_tokens", 0)),
+        "loss_held_out_prose": metrics["loss_held_out_prose"],
+        "fact_recall": metrics["fact_recall_held_out_phrasings"],
+        "weights_sha256": str(sweep.attrs["weights_sha256"])[:16],
+        "made_on": _made_on(device),
+    }
+    made = arms_dataset([(about, effects)])
+    return made.assign_attrs(determined_by=arm.determined_by, version=__version__)
+
+
+def _made_on(device: str) -> str:
+    found = resolve_device(device)
+    name = torch.cuda.get_device_name(found) if found.type == "cuda" else found.type
+    return f"{name}, torch {torch.__version__}"
+
+
+def _train(arm: Arm, text: Path | None, folder: Path, device: str) -> Path:
+    """Trains an arm unless its folder is there already."""
+    out = folder / "trained" / arm.name
+    if training_metrics(out).get("made_from") == arm.determined_by:
+        return out
+    if text is None:
+        raise UserError(f"{arm.name}: must be trained first; give the folder of its text with --text")
+    data = prepare(arm.config, text)
+    work = out.with_name(f"{out.name}.training")
+    model = train(arm.config, data, work, resolve_device(device))
+    save_model(model, data, work / "model")
+    model.eval()
+    metrics = evaluate(model, data.tokenizer, arm.config.gazetteer_seed, arm.config.sequence_length)
+    of_training = {
+        "config": dataclasses.asdict(arm.config),
+        "steps": arm.config.n_steps,
+        "training_tokens": arm.config.n_steps * arm.config.batch_size * arm.config.sequence_length,
+        "made_from": arm.determined_by,
+    }
+    content = json.dumps(of_training | metrics, indent=2) + "\n"
+    (work / "model" / "metrics.json").write_text(content, encoding="utf-8")
+    shutil.copy(work / "curve.csv", work / "model" / "training_curve.csv")
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.move(work / "model", out)
+    shutil.rmtree(work)
+    return out
+
+
+def _write_table(file: Path, rows: list[xr.Dataset]) -> Path:
+    """``arms.csv`` and ``arms.zarr`` beside the file of arms."""
+    loaded = [row.load().drop_attrs() for row in rows]
+    arms = xr.concat(loaded, "arm", data_vars="minimal", coords="minimal", compat="equals", join="exact")
+    write_store([arms], file.with_suffix(".zarr"), "arm", to_be_merged=True)
+    table = file.with_suffix(".csv")
+    write_atomically(table, arms_table(arms).to_csv(index=False, float_format="%.6g").encode())
+    return table
