@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from selfrepair.models.loading import Model
 
 #: Heads that are ablated with their backups: those with the strongest.
-MOST_HEADS = 12
+MOST_HEADS = 8
 #: Pairs of prompts that are run.
 MOST_PAIRS = 64
 
@@ -155,11 +155,10 @@ def ablate_jointly(
     """
     length = tokens.shape[1]
     replay = Replay(model, length)
-    at_once = max(1, min(rows_that_fit(model, length) // 2, pairs_that_fit(model, length)))
     n_runs = len(next(iter(judged)).runs())
     wide = torch.promote_types(torch.float32, model.dtype)
     sums = torch.zeros(2, n_runs, len(judged), len(tokens), dtype=wide)
-    for batch in partner_batches(len(tokens), at_once):
+    for batch in partner_batches(len(tokens), pairs_that_fit(model, length)):
         here = _Batch(model, replay, replacement, on_device(tokens[batch], model.device))
         for number, (trio, mask) in enumerate(judged.items()):
             chosen = torch.from_numpy(mask[batch.numpy()]).to(model.device)
