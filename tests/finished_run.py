@@ -27,11 +27,12 @@ NAME = "pocket-pythia-small"
 #: What a run measures of this model, with two kinds of ablation.
 MEASURED = (
     *("tokens", "facts", "constants-mean", "heads-resample", "heads-mean", "probabilities", "cosines"),
-    *("neurons-resample", "self_feeding-resample", "earlier_input-resample", "alignment"),
+    *("neurons-resample", "self_feeding-resample", "earlier_input-resample", "alignment", "donor_draws"),
     *("layers-resample", "layers_on_prose-resample", "layers_over_training-resample"),
 )
 #: What the run asks for, beside its model.
-PROFILE = {"ablations": ["resample", "mean"], "n_prompts": 8, "prompt_len": 12, "fraction": 0.2}
+AMOUNT = {"n_prompts": 8, "prompt_len": 12, "fraction": 0.2}
+PROFILE = {"ablations": ["resample", "mean"], "donor_draws": 1, **AMOUNT}
 #: Of the one notebook, what is read of it without running it.
 CODE = 'study.measured("heads")\nwrite_heads(table, kind, out)\nstyle.save(figure, out, "01_one")'
 

@@ -57,8 +57,8 @@ def start(out, moment=None):
         task.needed["tokens"].merge([LOADED])
         if moment is not None:
             die_at(moment)
-        real, computed = heads._ablate_pairs, []
-        heads._ablate_pairs = lambda *them: computed.append(0) or real(*them)
+        real, computed = heads.ablate_pairs, []
+        heads.ablate_pairs = lambda *them: computed.append(0) or real(*them)
         store = task.merge([LOADED])
         os.write(writing, json.dumps({"computed": len(computed), "store": str(store)}).encode())
         os._exit(0)

@@ -10,7 +10,7 @@ from selfrepair.text.facts import AskedFact, FactPrompts
 
 def ablate_layers(model, prompts, ablation, seed=0, components=None, positions="last"):
     settings = {"ablation": ablation, "layer_positions": positions, "seed": seed}
-    return layer_ablation.ablate_on_facts(model, of_facts(prompts), settings, components)
+    return layer_ablation.ablate_on_facts(model, of_facts(prompts), settings, {}, components)
 
 
 def made_up_prompts(sizes=((4, 12), (3, 9)), vocab=VOCAB, seed=0):

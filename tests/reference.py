@@ -131,6 +131,10 @@ def read_frozen(hf, written, sigma_clean, tokens):
     return centred_correct_logit(logits, tokens)
 
 
+#: Kinds of ablation that :func:`replaced` knows by name: those that learn from nothing but what is ablated.
+KINDS = ("resample", "mean", "zero")
+
+
 def replaced(kind, clean, nothing):
     """What takes the place of ``clean [prompt, position, what]``; ``nothing [what]`` is left if nothing is added.
 

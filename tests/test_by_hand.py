@@ -7,12 +7,12 @@ import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
 import pytest
+import reference
 import torch
 from families import ALL_FAMILIES, build_family
 from nbclient import NotebookClient
 from transformers import PreTrainedTokenizerFast
 
-from selfrepair.engine.ablations import ABLATIONS
 from selfrepair.paths import MODELS, NOTEBOOKS
 from selfrepair.plots.by_hand import change_against_expected, components, idea, split
 from selfrepair.run.notebooks import WIDGET
@@ -93,7 +93,7 @@ def test_it_holds_for_every_architecture(family, tmp_path, capsys):
     PreTrainedTokenizerFast.from_pretrained(MODELS / "pocket-gpt2").save_pretrained(model)
     profile = tmp_path / "short.yaml"
     profile.write_text("models: [pocket-gpt2]\nablations: [resample]\nn_prompts: 4\nprompt_len: 16\n")
-    ablation = ABLATIONS[ALL_FAMILIES.index(family) % len(ABLATIONS)]
+    ablation = reference.KINDS[ALL_FAMILIES.index(family) % len(reference.KINDS)]
     cells = code_cells(str(model), profile=str(profile), ablation=ablation)
     run_to_the_last_assert(cells, tmp_path / "out")
     assert "all 4 heads of layer 1 agree on 60 tokens" in capsys.readouterr().out

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from selfrepair.engine import head_ablation as ablation
-from selfrepair.engine.ablations import ABLATIONS, find_ablation
+from selfrepair.engine.ablations import find_ablation
 from selfrepair.engine.direct_effect import FinalNorm, token_directions
 from selfrepair.engine.fast import fast_path
 from selfrepair.engine.forward import Replay, run_clean
@@ -48,7 +48,7 @@ def worst(found, wanted, layer, head):
     return max(differences)
 
 
-@pytest.mark.parametrize("kind", ABLATIONS)
+@pytest.mark.parametrize("kind", reference.KINDS)
 @pytest.mark.parametrize("name", ALL_FAMILIES)
 def test_equals_one_full_forward_per_head(family, name, kind):
     model, hf = family(name)

@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GPT2LMH
 
 from selfrepair.cli.main import main
 from selfrepair.engine import batches
-from selfrepair.engine.ablations import ABLATIONS
 from selfrepair.engine.identity_check import IDENTITY_POSITIONS
 from selfrepair.errors import UserError
 from selfrepair.measure import heads as heads_module
@@ -71,7 +70,7 @@ def command(folder, tokens, out, *more):
     ]
 
 
-@pytest.mark.parametrize("kind", ABLATIONS)
+@pytest.mark.parametrize("kind", reference.KINDS)
 def test_store_equals_the_reference_for_every_prompt(tmp_path, folder, measured, kind, monkeypatch):
     monkeypatch.setattr(pairs, "SHARD_PAIRS", 3)
     dataset = measured(tmp_path, kind)
@@ -90,7 +89,7 @@ def test_store_equals_the_reference_for_every_prompt(tmp_path, folder, measured,
             assert np.abs(got.values - wanted[name].numpy()).max() < 1e-4, name
 
 
-@pytest.mark.parametrize("kind", ABLATIONS)
+@pytest.mark.parametrize("kind", reference.KINDS)
 @pytest.mark.slow("numbers do not depend on how many prompts go through a model at once")
 def test_independent_of_the_batch_size(tmp_path, measured, kind, monkeypatch):
     stores = []

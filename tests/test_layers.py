@@ -12,7 +12,6 @@ from made_up_facts import ablate_layers, made_up_prompts
 from transformers import AutoModelForCausalLM
 
 from selfrepair.engine import one_position
-from selfrepair.engine.ablations import ABLATIONS
 from selfrepair.errors import UserError
 from selfrepair.measure import layer_ablation, layers, layers_on_prose
 from selfrepair.measure.facts import of_facts
@@ -205,7 +204,7 @@ def test_other_ablations_equal_full_forward_passes(family, name, ablation, posit
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
-@pytest.mark.parametrize("ablation", ABLATIONS)
+@pytest.mark.parametrize("ablation", reference.KINDS)
 @pytest.mark.parametrize("name", ALL_FAMILIES)
 def test_decomposition_is_exact(family, name, ablation, positions):
     dtype = (
@@ -307,13 +306,13 @@ def test_chunks_do_not_matter(family, monkeypatch, positions):
     xr.testing.assert_allclose(again, whole, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("ablation", ABLATIONS)
+@pytest.mark.parametrize("ablation", reference.KINDS)
 def test_shards_together_are_one_computation(family, ablation):
     """Attention layers and MLPs apart: to the last bit, and all else is the same in both."""
     model, _ = family("neox-sequential")
     facts = of_facts(made_up_prompts(((5, 12), (2, 11), (3, 9))))
     settings = {"ablation": ablation, "layer_positions": "last", "seed": 2}
-    whole = layer_ablation.ablate_on_facts(model, facts, settings)
+    whole = layer_ablation.ablate_on_facts(model, facts, settings, {})
     shards = layers.MEASUREMENT.shards(settings)
     parts = [layers.MEASUREMENT.compute(model, settings, {"facts": facts}, shard) for shard in shards]
     assert len(parts) == 2
@@ -335,7 +334,7 @@ def test_refuses_what_it_cannot_measure(family):
 # ---------------------------------------------------------------- on prose
 
 
-@pytest.mark.parametrize("ablation", ABLATIONS)
+@pytest.mark.parametrize("ablation", reference.KINDS)
 @pytest.mark.parametrize("name", ("gpt2", "neox-parallel"))
 def test_prose_equals_full_forward_passes(family, monkeypatch, name, ablation):
     """A shard's prompts are each other's donors; constants are of all prompts."""

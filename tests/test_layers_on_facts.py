@@ -90,7 +90,7 @@ def test_a_damaged_store_is_measured_again_and_has_a_manifest(facts_run, tmp_pat
 def test_a_store_is_merged_of_its_shards(facts_run):
     run, asked, _ = facts_run
     settings = {"ablation": "resample", "layer_positions": "last", "seed": 0}
-    whole = layer_ablation.ablate_on_facts(load_model(MODEL, "cpu"), asked, settings)
+    whole = layer_ablation.ablate_on_facts(load_model(MODEL, "cpu"), asked, settings, {})
     assert run.effects["made_in_shard"].values.tolist() == [0, 1] * (len(whole["ablated"]) // 2)
     for name, values in whole.variables.items():
         np.testing.assert_allclose(run.effects[name], values, rtol=1e-5, atol=1e-5, err_msg=name)
@@ -178,7 +178,7 @@ def test_over_training(trained, tmp_path):
     assert [saved.step for saved in checkpoints(str(trained))] == [2, 100, 2465]
     assert json.loads((trained / "metrics.json").read_text())["steps"] == 2465
     assert checkpoints(MODEL) == [] == checkpoints("gpt2")
-    assert not layers_over_training.MEASUREMENT.applies_to(MODEL)
+    assert not layers_over_training.MEASUREMENT.applies_to({"model_name": MODEL})
     here = study(tmp_path / "out", model=str(trained), n_facts=10)
     (effects,) = here.measured("layers_over_training").values()
     assert effects["step"].values.tolist() == effects["made_in_shard"].values.tolist() == [2, 100, 2465]
@@ -205,4 +205,4 @@ def test_other_checkpoints_are_another_store(trained, tmp_path):
         names.append(here.task("layers_over_training", str(trained)).path)
     assert len(set(names)) == 4
     shutil.rmtree(trained / "checkpoints")
-    assert not layers_over_training.MEASUREMENT.applies_to(str(trained))
+    assert not layers_over_training.MEASUREMENT.applies_to({"model_name": str(trained)})

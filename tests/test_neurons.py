@@ -22,7 +22,7 @@ from selfrepair.analysis.neurons import ModelNeurons, by_selection, claimed, ove
 from selfrepair.analysis.passages import AFTER, BEFORE
 from selfrepair.analysis.rules import load_claims, load_statistics
 from selfrepair.analysis.words import signed
-from selfrepair.engine.ablations import ABLATIONS, find_ablation
+from selfrepair.engine.ablations import find_ablation
 from selfrepair.engine.head_ablation import ablate_heads
 from selfrepair.engine.sites import HEADS
 from selfrepair.errors import NotMeasurable, UserError
@@ -99,7 +99,7 @@ def dense(effects, shape):
     return found
 
 
-@pytest.mark.parametrize("kind", ABLATIONS)
+@pytest.mark.parametrize("kind", reference.KINDS)
 @pytest.mark.parametrize("name", ALL_FAMILIES)
 def test_every_neuron_equals_a_full_forward_pass(family, name, kind):
     model, hf = family(name)
@@ -162,7 +162,7 @@ def test_gated_neurons_sum_to_the_mlps_direct_effect(family, name):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-9)])
-@pytest.mark.parametrize("kind", ABLATIONS)
+@pytest.mark.parametrize("kind", reference.KINDS)
 @pytest.mark.parametrize("name", ALL_FAMILIES)
 def test_changes_sum_to_the_sweeps_repair_by_mlps(family, name, kind, dtype, tolerance):
     model, _ = family(name, dtype)

@@ -20,7 +20,8 @@ from selfrepair.store.manifest import manifest_of
 from selfrepair.store.stores import open_store
 
 MODEL = "pocket-pythia-small"
-MEASURED = [name for name in measurement_names() if find_measurement(name).applies_to(MODEL)]
+SETTINGS = {"model_name": MODEL, "donor_draws": 2}
+MEASURED = [name for name in measurement_names() if find_measurement(name).applies_to(SETTINGS)]
 
 
 def study(folder, fraction=0.05):
@@ -115,14 +116,37 @@ def test_every_model_that_a_measurement_applies_to_by_its_short_name(tmp_path):
 
 def test_a_measurement_is_made_once_or_for_every_kind_of_ablation():
     whole = Study.of("pocket")
-    kinds = whole.profile.ablations
-    assert len(kinds) == 3 and len(whole.profile.models) == 5
-    assert list(whole.each("heads")) == [(model, kind) for model in whole.profile.models for kind in kinds]
+    kinds, models = whole.profile.ablations, whole.profile.models
+    more = ["pocket-gpt2", MODEL]
+    own = {model: [*kinds, *(["optimal"] if model in more else [])] for model in models}
+    assert len(kinds) == 3 and set(more) < set(models) and whole.profile.kinds == [*kinds, "optimal"]
+    assert list(whole.each("heads")) == [(model, kind) for model in models for kind in own[model]]
+    assert list(whole.each("donor_draws")) == [(model, kinds[0]) for model in more]
     assert list(whole.each("cosines")) == [(model, kinds[0]) for model in whole.profile.models]
     assert list(whole.each("layers_over_training")) == [("pocket-pythia", kinds[0])]
     labels = [task.label for task in whole.tasks(MODEL)]
-    assert len(labels) == len(set(labels)) and {f"heads-{kind}" for kind in kinds} < set(labels)
+    assert len(labels) == len(set(labels)) and {f"heads-{kind}" for kind in own[MODEL]} < set(labels)
     assert not any(find_measurement(label.split("-")[0]).on_demand for label in labels)
+
+
+def test_what_some_models_alone_have_is_measured_of_these(tmp_path, monkeypatch):
+    file = tmp_path / "own.yaml"
+    own = f"{{name: {MODEL}, ablations: [zero, mean], donor_draws: 3}}"
+    file.write_text(
+        f"models: [pocket-gpt2, {own}]\nablations: [zero]\nn_prompts: 4\nprompt_len: 12\nfraction: 0.1\n"
+    )
+    both = Study.of(str(file), out_dir=tmp_path)
+    monkeypatch.setattr(Study, "load", lambda self, name: [])
+    monkeypatch.setattr("selfrepair.measure.task.Task.merge", lambda self, models: self.path)
+    monkeypatch.setattr(study_module, "open_store", lambda path: xr.Dataset())
+    assert list(both.measured("heads", "mean")) == [MODEL]
+    assert list(both.measured("heads", "zero")) == ["pocket-gpt2", MODEL]
+    assert list(both.measured("heads", "resample")) == ["pocket-gpt2", MODEL]  # a kind that none has
+    assert list(both.measured("donor_draws")) == [MODEL] == [model for model, _ in both.each("donor_draws")]
+    assert both.wanted(MODEL, "zero")["donor_draws"] == 3
+    one_kind = Study.of(str(file), ablation="mean", out_dir=tmp_path)
+    assert list(one_kind.measured("heads", "mean")) == ["pocket-gpt2", MODEL]
+    assert one_kind.profile.kinds == ["mean"]
 
 
 def test_the_readers_changes_go_before_the_profile(tmp_path):
@@ -259,7 +283,7 @@ def test_names_of_files_are_resolved_once(tmp_path, monkeypatch):
         ({"seed": -1}, "seed must be a whole number that is not negative, not -1"),
         ({"fraction": "0.1"}, "fraction must be a number above 0 and at most 1, not '0.1'"),
         ({"fraction": 2}, "fraction must be a number above 0 and at most 1, not 2"),
-        ({"ablation": 3}, "ablations must be a list of different ones of resample, mean, zero, not [3]"),
+        ({"ablation": 3}, "ablations must be a list of different ones of resample, mean, zero, optimal, not [3]"),
         ({"ablation": ["zero"]}, "ablations must be a list of different ones of"),
         ({"model": ["pocket-gpt2"]}, "model must be the name of a model, or its folder"),
         ({"model": 3}, "model must be the name of a model, or its folder, not 3"),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import xarray as xr
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from selfrepair.analysis.estimates import Estimate, draws, selected_means
 from selfrepair.analysis.head_table import clipped_floor, select_each_top, with_self_repair
@@ -26,6 +26,10 @@ SUMS = {
     "norm frozen": ("heads", "mlps"),
     "self-repair": PARTS,
 }
+
+
+#: Tokens of a block in which a median is looked for.
+BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -130,8 +134,11 @@ class Breakdown:
 
     @classmethod
     def of_sweep(cls, sweep: xr.Dataset, fraction: float, n_bootstrap: int = 400, seed: int = 0) -> Breakdown:
+        return cls.of_tokens(TokensOfHeads.of_sweep(sweep, fraction, n_bootstrap, seed))
+
+    @classmethod
+    def of_tokens(cls, tokens: TokensOfHeads) -> Breakdown:
         """Tokens whose direct effect is exactly 0 have no ratio: unclipped mean and median leave them out."""
-        tokens = TokensOfHeads.of_sweep(sweep, fraction, n_bootstrap, seed)
         means = tokens.means()
         effect, defined = tokens.direct_effect, tokens.chosen & (tokens.direct_effect != 0)
         shares: dict[str, dict[str, Estimate]] = {way: {} for way in WAYS}
@@ -255,9 +262,26 @@ def _medians(
         prompts, _ = here = np.nonzero(defined[layer, head])
         values = ratio[layer, head][here]
         order = np.argsort(values, kind="stable")
-        if not len(order):
-            continue
-        cumulative = weights[:, prompts[order]].cumsum(1)
-        middle = np.argmax(cumulative >= cumulative[:, -1:] / 2, axis=1)
-        medians[layer, head] = np.where(cumulative[:, -1] > 0, values[order][middle], np.nan)
+        if len(order):
+            middle, total = _middles(prompts[order], weights)
+            medians[layer, head] = np.where(total > 0, values[order][middle], np.nan)
     return medians
+
+
+def _middles(
+    prompts: Int[np.ndarray, " token"], weights: Float[np.ndarray, "draw prompt"]
+) -> tuple[Int[np.ndarray, " draw"], Float[np.ndarray, " draw"]]:
+    """In each draw, the first token with half of the weight up to it, and the whole weight.
+
+    The block of tokens that it lies in is found first: tokens are many, and so are draws.
+    """
+    starts = np.arange(0, len(prompts), BLOCK)
+    counts = np.zeros((len(starts), weights.shape[1]))
+    np.add.at(counts, (np.arange(len(prompts)) // BLOCK, prompts), 1)
+    until = np.cumsum(weights @ counts.T, axis=1)
+    half = until[:, -1:] / 2
+    block = np.argmax(until >= half, axis=1)
+    before = np.where(block > 0, until[np.arange(len(weights)), block - 1], 0)[:, None]
+    tokens = np.minimum(starts[block][:, None] + np.arange(BLOCK), len(prompts) - 1)
+    within = before + np.cumsum(np.take_along_axis(weights, prompts[tokens], axis=1), axis=1)
+    return starts[block] + np.argmax(within >= half, axis=1), until[:, -1]

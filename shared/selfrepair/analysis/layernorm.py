@@ -46,9 +46,15 @@ class ScaleRatios:
 
 
 def by_model(sweeps: Mapping[str, Mapping[str, xr.Dataset]]) -> dict[str, dict[str, xr.Dataset]]:
-    """Kind of ablation → model → sweep, as model → kind of ablation → sweep."""
+    """Kind of ablation → model → sweep, as model → kind of ablation → sweep.
+
+    The first kind has every model, another one may have some.
+    """
     models = next(iter(sweeps.values()))
-    return {model: {kind: of_models[model] for kind, of_models in sweeps.items()} for model in models}
+    return {
+        model: {kind: of_models[model] for kind, of_models in sweeps.items() if model in of_models}
+        for model in models
+    }
 
 
 def scale_ratios(

@@ -30,6 +30,20 @@ class Site(Protocol):
         """What is left at each place if the component adds nothing."""
         ...
 
+    def clean(self, model: Any, tokens: Int[Any, "prompt position"]) -> Any:
+        """The clean run (:class:`selfrepair.engine.forward.CleanRun`) that :meth:`carried` needs."""
+        ...
+
+    def carried(
+        self, model: Any, replay: Any, clean: Any, place: int, first: int, values: Float[Any, "part width"]
+    ) -> Float[Any, "part prompt position d_model"]:
+        """Final residual streams with a constant at all positions, in one part of ``place`` at a time.
+
+        ``values`` are of the parts from number ``first`` on. Parts are what is ablated by itself: the heads
+        of a layer, or the whole of a component. Gradients are recorded if ``values`` want them.
+        """
+        ...
+
 
 @runtime_checkable
 class Replacement(Protocol):
@@ -52,13 +66,18 @@ class Replacement(Protocol):
 
 @runtime_checkable
 class Ablation(Protocol):
-    """A kind of ablation; ``is_fitted`` if it learns :class:`Constants` from all prompts, which are kept."""
+    """A kind of ablation.
+
+    ``is_fitted`` if it learns :class:`Constants`, which are kept: from all prompts, or ``fits_unseen`` from
+    text that is never measured on.
+    """
 
     name: ClassVar[str]
     is_fitted: ClassVar[bool]
+    fits_unseen: ClassVar[bool]
 
     def prepare(self, model: Any, batches: Iterable[Int[Any, "_ _"]], site: Site) -> Replacement:
-        """Made ready for ``site`` of ``model``; ``batches`` are the tokens of all prompts."""
+        """Made ready for ``site`` of ``model``; ``batches`` are the tokens of what it learns from."""
         ...
 
 
@@ -105,6 +124,7 @@ class Resample:
 
     name: ClassVar[str] = "resample"
     is_fitted: ClassVar[bool] = False
+    fits_unseen: ClassVar[bool] = False
 
     def prepare(self, model: Any, batches: Iterable[Int[Any, "_ _"]], site: Site) -> FromDonors:
         return FromDonors()
@@ -115,6 +135,7 @@ class Mean:
 
     name: ClassVar[str] = "mean"
     is_fitted: ClassVar[bool] = True
+    fits_unseen: ClassVar[bool] = False
 
     def prepare(self, model: Any, batches: Iterable[Int[Any, "_ _"]], site: Site) -> Constants:
         totals: list[Any] = []
@@ -131,12 +152,31 @@ class Zero:
 
     name: ClassVar[str] = "zero"
     is_fitted: ClassVar[bool] = False
+    fits_unseen: ClassVar[bool] = False
 
     def prepare(self, model: Any, batches: Iterable[Int[Any, "_ _"]], site: Site) -> Constants:
         return Constants(site.nothing(model))
 
 
-KINDS: dict[str, Ablation] = {kind.name: kind for kind in (Resample(), Mean(), Zero())}
+class Optimal:
+    """By the constant with which the model's loss is least (Li & Janson 2024, arXiv 2409.09951).
+
+    Found by gradient descent from the mean, for each head or component by itself; on text that nothing is
+    measured on, or a constant could be good for just these prompts.
+    """
+
+    name: ClassVar[str] = "optimal"
+    is_fitted: ClassVar[bool] = True
+    fits_unseen: ClassVar[bool] = True
+
+    def prepare(self, model: Any, batches: Iterable[Int[Any, "_ _"]], site: Site) -> Constants:
+        from selfrepair.engine.optimal import least_loss
+
+        batches = list(batches)
+        return Constants(least_loss(model, batches, site, Mean().prepare(model, batches, site).values))
+
+
+KINDS: dict[str, Ablation] = {kind.name: kind for kind in (Resample(), Mean(), Zero(), Optimal())}
 #: Their names, in the order in which they are offered.
 ABLATIONS = tuple(KINDS)
 

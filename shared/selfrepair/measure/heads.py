@@ -51,7 +51,7 @@ class Heads(Measurement):
     def compute(self, model: Model, settings: Settings, inputs: Inputs, shard: int) -> xr.Dataset:
         prompts = prompts_of_shard(inputs, shard)
         tokens = tokens_of(model, inputs, prompts)
-        found = _ablate_pairs(model, tokens, head_replacement(model, settings, inputs))
+        found = ablate_pairs(model, tokens, head_replacement(model, settings, inputs))
         if not all(values.isfinite().all() for values in vars(found).values()):
             raise UserError(
                 f"{model.name}: some effects are not finite; the weights are damaged or {model.dtype} "
@@ -72,7 +72,7 @@ class Heads(Measurement):
 MEASUREMENT = Heads()
 
 
-def _ablate_pairs(
+def ablate_pairs(
     model: Model, tokens: Int[Tensor, "prompt position"], replacement: Replacement
 ) -> HeadAblations:
     """The ablations of prompts whose second half holds the partners of the first, on the host.

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -45,7 +46,8 @@ from selfrepair.engine.identity_check import check_identity
 from selfrepair.engine.one_position import CleanKeys, OnePosition
 from selfrepair.engine.sites import COMPONENTS
 from selfrepair.measure.facts import PromptGroup, prompt_groups
-from selfrepair.measure.measurement import Settings
+from selfrepair.measure.measurement import Inputs, Settings
+from selfrepair.measure.unseen_tokens import learnt_from
 from selfrepair.text.facts import draw_donors
 
 if TYPE_CHECKING:
@@ -62,9 +64,10 @@ def ablate_on_facts(
     model: Model,
     facts: xr.Dataset,
     settings: Settings,
+    inputs: Inputs,
     components: Int[np.ndarray, " ablated"] | None = None,
 ) -> xr.Dataset:
-    """What :func:`ablate_layers` gives on a data set of ``facts``.
+    """What :func:`ablate_layers` gives on a data set of ``facts``; of ``inputs``, what the ablation needs.
 
     Beside it ``answered [prompt]``: whether the most likely token is the answer's first.
 
@@ -74,7 +77,7 @@ def ablate_on_facts(
     ablation, groups = find_ablation(str(settings["ablation"])), prompt_groups(facts)
     answers = facts["answer"].values
     batches = [torch.from_numpy(group.tokens).to(model.device) for group in groups]
-    replacement = ablation.prepare(model, batches, COMPONENTS)
+    replacement = ablation.prepare(model, learnt_from(model, settings, inputs, batches), COMPONENTS)
     positions, seed = str(settings["layer_positions"]), int(settings["seed"])
     measured = ablate_layers(model, groups, answers, replacement, positions, seed, components)
     return measured.assign(answered=("prompt", measured["token"].values == answers))
@@ -192,6 +195,10 @@ class Ready:
     at_once: int
 
 
+def _whichever_rows(replay: Replay, prompts: Int[Tensor, " row"]) -> Replay:
+    return replay
+
+
 def _everywhere(
     model: Model,
     groups: Sequence[PromptGroup],
@@ -208,7 +215,7 @@ def _everywhere(
             clean,
             clean.run.outputs,
             torch.from_numpy(pairs).to(model.device),
-            lambda _, replay=replay: replay,
+            partial(_whichever_rows, replay),
             max(1, TOKENS_AT_ONCE // tokens.shape[1]),
         )
 

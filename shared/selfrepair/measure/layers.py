@@ -10,6 +10,7 @@ import xarray as xr
 
 from selfrepair.measure.layer_ablation import ablate_on_facts
 from selfrepair.measure.measurement import Inputs, Measurement, Settings
+from selfrepair.measure.unseen_tokens import needs_of_fit
 from selfrepair.text.facts import trained_without_dropout
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class Layers(Measurement):
     along: ClassVar[str] = "ablated"
 
     def needs(self, settings: Settings) -> tuple[str, ...]:
-        return ("facts",)
+        return ("facts", *needs_of_fit(settings))
 
     def fingerprint(self, settings: Settings) -> dict[str, object]:
         return {"trained_without_dropout": trained_without_dropout(str(settings["model_name"]))}
@@ -39,7 +40,8 @@ class Layers(Measurement):
         return [ATTENTION, MLP]
 
     def compute(self, model: Model, settings: Settings, inputs: Inputs, shard: int) -> xr.Dataset:
-        return ablate_on_facts(model, inputs["facts"], settings, np.arange(shard, 2 * model.n_layers, 2))
+        chosen = np.arange(shard, 2 * model.n_layers, 2)
+        return ablate_on_facts(model, inputs["facts"], settings, inputs, chosen)
 
 
 MEASUREMENT = Layers()

@@ -15,6 +15,7 @@ from selfrepair.measure.facts import PromptGroup
 from selfrepair.measure.layer_ablation import ablate_layers
 from selfrepair.measure.measurement import Inputs, Measurement, Settings
 from selfrepair.measure.pairs import tokens_of
+from selfrepair.measure.unseen_tokens import learnt_from, needs_of_fit
 from selfrepair.text.facts import trained_without_dropout
 
 if TYPE_CHECKING:
@@ -34,6 +35,9 @@ class LayersOnProse(Measurement):
     name: ClassVar[str] = "layers_on_prose"
     uses: ClassVar[tuple[str, ...]] = ("model_name", "dtype", "ablation", "layer_positions", "seed")
 
+    def needs(self, settings: Settings) -> tuple[str, ...]:
+        return ("tokens", *needs_of_fit(settings))
+
     def fingerprint(self, settings: Settings) -> dict[str, object]:
         return {"trained_without_dropout": trained_without_dropout(str(settings["model_name"]))}
 
@@ -46,7 +50,8 @@ class LayersOnProse(Measurement):
         (members,) = (members for members in _shards(len(every)) if members[0] == shard)
         tokens = tokens_of(model, inputs, every)
         ablation = find_ablation(str(settings["ablation"]))
-        replacement = ablation.prepare(model, batches_that_fit(model, tokens.to(model.device)), COMPONENTS)
+        batches = list(batches_that_fit(model, tokens.to(model.device)))
+        replacement = ablation.prepare(model, learnt_from(model, settings, inputs, batches), COMPONENTS)
         number = np.arange(len(members))
         measured = ablate_layers(
             model,

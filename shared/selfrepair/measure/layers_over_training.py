@@ -12,6 +12,7 @@ from selfrepair.engine.fast import fast_path
 from selfrepair.measure.facts import of_facts
 from selfrepair.measure.layer_ablation import ablate_on_facts
 from selfrepair.measure.measurement import Inputs, Measurement, Settings
+from selfrepair.measure.unseen_tokens import needs_of_fit
 from selfrepair.models.checkpoints import model_folder, model_identity, training_metrics
 from selfrepair.text.facts import choose_prompts, facts_for, facts_identity
 
@@ -37,10 +38,10 @@ class LayersOverTraining(Measurement):
     along: ClassVar[str] = "step"
 
     def needs(self, settings: Settings) -> tuple[str, ...]:
-        return ()
+        return needs_of_fit(settings)
 
-    def applies_to(self, model_name: str) -> bool:
-        return bool(checkpoints(model_name))
+    def applies_to(self, settings: Settings) -> bool:
+        return bool(checkpoints(str(settings["model_name"])))
 
     def fingerprint(self, settings: Settings) -> dict[str, object]:
         model_name = str(settings["model_name"])
@@ -59,7 +60,8 @@ class LayersOverTraining(Measurement):
         (saved,) = (saved.model_name for saved in checkpoints(name) if saved.step == shard)
         at_step = model if saved == name else _load(saved, model)
         with fast_path(at_step, on=model.fast) as at_step:
-            return ablate_on_facts(at_step, of_facts(prompts), settings).expand_dims(step=[shard])
+            measured = ablate_on_facts(at_step, of_facts(prompts), settings, inputs)
+        return measured.expand_dims(step=[shard])
 
 
 MEASUREMENT = LayersOverTraining()

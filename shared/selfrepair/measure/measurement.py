@@ -7,7 +7,7 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import xarray as xr
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 #: JSON values by name; a model's own settings out of a profile, or those that determine one store.
 #: ``model_name`` is for what reads more of the model's folder than the model: training checkpoints, or the
 #: record of its training.
-Settings = Mapping[str, object]
+Settings = Mapping[str, Any]
 #: What a measurement reads, by the names of the measurements that made it.
 Inputs = Mapping[str, xr.Dataset]
 
@@ -50,8 +50,8 @@ class Measurement(ABC):
         """Names of the measurements that it reads, of the same model with the same settings."""
         return ("tokens",)
 
-    def applies_to(self, model_name: str) -> bool:
-        """Whether there is anything to measure of the model."""
+    def applies_to(self, settings: Settings) -> bool:
+        """Whether there is anything to measure; ``settings`` are all that a measurement may use."""
         return True
 
     def fingerprint(self, settings: Settings) -> dict[str, object]:
@@ -95,7 +95,7 @@ def measurement_names() -> tuple[str, ...]:
     return tuple(sorted(name for name, source in sources.items() if "\nMEASUREMENT = " in source))
 
 
-def settings_of(name: str, wanted: Settings) -> dict[str, object]:
+def settings_of(name: str, wanted: Settings) -> dict[str, Any]:
     """Those of ``wanted`` that determine a measurement's numbers: its own, and those of all that it needs."""
     measurement = find_measurement(name)
     chosen = {key: wanted[key] for key in measurement.uses}

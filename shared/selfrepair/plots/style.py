@@ -12,11 +12,14 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from PIL import Image
 
+from selfrepair.store.files import slug
+
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 #: Colour and marker of the embedded models and of those with released numbers: the same in every figure.
 FIXED_LOOKS = {
     "pocket-gpt2": ("#0173b2", "o"),
     "pocket-gpt2-dropout": ("#3a92c9", "s"),
+    "pocket-gpt2-headdrop": ("#6a3d9a", "P"),
     "pocket-pythia": ("#c2700a", "^"),
     "pocket-pythia-small": ("#a0522d", "v"),
     "pocket-llama": ("#029e73", "D"),
@@ -35,6 +38,10 @@ OTHER_LOOKS = (
     *(("#0173b2", "o"), ("#c2700a", "s"), ("#029e73", "^"), ("#d55e00", "D"), ("#b0569f", "v")),
     *(("#a0522d", "P"), ("#3a92c9", "X"), ("#7f7f7f", "o"), ("#8a7500", "s"), ("#1f3b73", "^")),
 )
+#: Of every picture: a dot for a pixel of a page. They are most of what a run adds to the repository; the PDFs
+#: beside them are as sharp as one likes.
+DPI = 96
+COLOURS = 64
 
 
 def use_style() -> None:
@@ -47,8 +54,7 @@ def use_style() -> None:
     sns.set_theme(context="paper", style="ticks", palette="colorblind", font_scale=1.1)
     plt.rcParams.update(
         {
-            "figure.dpi": 110,
-            "savefig.dpi": 200,
+            "figure.dpi": DPI,
             "figure.constrained_layout.use": True,
             "axes.spines.top": False,
             "axes.spines.right": False,
@@ -60,12 +66,12 @@ def use_style() -> None:
 
 
 def small_png(figure: Figure) -> bytes:
-    """A picture at the figure's own resolution, of 256 colours: a third of the bytes of all colours."""
+    """A picture at the figure's own resolution, of ``COLOURS`` colours: a third of the bytes of all of them."""
     drawn, small = BytesIO(), BytesIO()
     figure.savefig(drawn, dpi=figure.dpi, bbox_inches="tight")
     picture = Image.open(drawn).convert("RGB")
     # By what is covered: of few pixels of their own colour, a line's or a point's, that is kept.
-    picture = picture.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
+    picture = picture.quantize(COLOURS, Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
     picture.save(small, "png", optimize=True)
     return small.getvalue()
 
@@ -74,8 +80,13 @@ def save(figure: Figure, out_dir: Path, name: str) -> None:
     """Writes ``figures/<name>.png`` and ``.pdf`` under ``out_dir``."""
     folder = out_dir / "figures"
     folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / f"{name}.png", metadata={"Software": None})
+    (folder / f"{name}.png").write_bytes(small_png(figure))
     figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
+
+
+def save_of_model(figure: Figure, out_dir: Path, name: str, model: str) -> None:
+    """:func:`save` under ``<name>-<model>``, of a figure that every model has one of."""
+    save(figure, out_dir, f"{name}-{slug(model)}")
 
 
 def looks(models: Iterable[str]) -> dict[str, tuple[str, str]]:

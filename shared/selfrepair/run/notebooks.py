@@ -15,18 +15,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import nbformat
 from filelock import FileLock
 
+from selfrepair.analysis.arms import read_arms
 from selfrepair.errors import UserError
-from selfrepair.models.checkpoints import model_identity
+from selfrepair.models.checkpoints import model_identity, short_name
 from selfrepair.paths import HELD_OUT_TEXT, NOTEBOOKS, PACKAGE, PUBLISHED
 from selfrepair.run.marks import mark, say_done
 from selfrepair.run.profiles import whole_profile
 from selfrepair.store.code_identity import code_files, code_version
-from selfrepair.store.files import identity, write_atomically
+from selfrepair.store.files import identity, slug, write_atomically
 from selfrepair.text.corpora import hash_documents, read_documents
 
 if TYPE_CHECKING:
@@ -78,12 +79,19 @@ class Notebook:
         )
         return sorted({str(ast.literal_eval(call.args[0])) for call in asked})
 
-    def files(self, ablations: Sequence[str]) -> list[str]:
-        """What it may leave in a results folder: itself, its claims, figures and tables that cells name."""
+    def files(self, study: Study) -> list[str]:
+        """What it may leave in a results folder: itself, its claims, figures and tables that cells name.
+
+        A figure may be one for each model (:func:`selfrepair.plots.style.save_of_model`).
+        """
         figures = sorted(set(re.findall(rf'"({self.number}_\w+)"', self.code)))
+        if "save_of_model(" in self.code:
+            figures += [
+                f"{name}-{slug(short_name(model))}" for name in figures for model in study.profile.models
+            ]
         tables = sorted(set(re.findall(r'"([\w-]+\.csv)"', self.code)))
         if "write_heads(" in self.code:
-            tables += [f"heads_{ablation}.csv" for ablation in ablations]
+            tables += [f"heads_{ablation}.csv" for ablation in study.profile.ablations]
         return [
             f"notebooks/{self.path.name}",
             f"claims/{self.number}.csv",
@@ -93,7 +101,7 @@ class Notebook:
 
     def left(self, study: Study) -> list[Path]:
         """Of its files, those that are there."""
-        places = (study.out_dir / name for name in self.files(study.profile.ablations))
+        places = (study.out_dir / name for name in self.files(study))
         return [place for place in places if place.is_file()]
 
 
@@ -115,6 +123,7 @@ def _key_of_notebook(study: Study, notebook: Notebook) -> str:
     ]
     code = code_files(source=notebook.code)
     reads_published = PACKAGE / "analysis" / "published.py" in code
+    reads_arms = PACKAGE / "analysis" / "arms.py" in code
     reads_text = PACKAGE / "text" / "corpora.py" in code
     return identity(
         {
@@ -124,6 +133,7 @@ def _key_of_notebook(study: Study, notebook: Notebook) -> str:
             "stores": stores,
             "models": [model_identity(name) for name in study.profile.models],  # for what it computes itself
             "published": _hash_of_published() if reads_published else "",
+            "arms": read_arms().attrs["sha256"] if reads_arms else "",
             "text": hash_documents(read_documents(HELD_OUT_TEXT)) if reads_text else "",
         }
     )
@@ -135,7 +145,7 @@ def _hash_of_published() -> str:
 
 
 def run_notebooks(
-    out_dir: Path, parameters: dict[str, object], jobs: int = 1, only: Sequence[str] = ()
+    out_dir: Path, parameters: dict[str, Any], jobs: int = 1, only: Sequence[str] = ()
 ) -> list[Path]:
     """Executes notebooks (all, or those that begin with one of ``only``) into a results folder.
 
@@ -221,7 +231,7 @@ def _folder_for_sockets() -> str:
 
 
 def _run(
-    source: Path, target: Path, parameters: dict[str, object], kernels: list[AsyncKernelManager]
+    source: Path, target: Path, parameters: dict[str, Any], kernels: list[AsyncKernelManager]
 ) -> str | None:
     """Executes a notebook, noting its kernel; says what failed."""
     import papermill

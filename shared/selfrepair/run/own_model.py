@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,9 +23,11 @@ from selfrepair.analysis.head_means import HeadMeans
 from selfrepair.analysis.head_table import heads_table, with_self_repair
 from selfrepair.engine.ablations import find_ablation
 from selfrepair.engine.fast.switch import fast_path
+from selfrepair.engine.optimal import N_PROMPTS
 from selfrepair.errors import UserError
 from selfrepair.measure.measurement import find_measurement
 from selfrepair.measure.tokens import of_prompts
+from selfrepair.measure.unseen_tokens import of_unseen
 from selfrepair.models.loading import Model, load_model
 from selfrepair.plots.across_models import self_repair_by_depth
 from selfrepair.text.corpora import Prompts, load_tokens
@@ -82,14 +85,15 @@ def measure_heads(
             ``i + n / 2``.
         tokenizer: that of a Hugging Face model, which needs one for text.
         n_prompts: an even number; by default 32, or all that ``text`` or ``tokens`` give.
-        ablation: ``resample``, ``mean`` or ``zero``.
+        ablation: ``resample``, ``mean``, ``zero`` or ``optimal``, which learns from further prompts of the
+            same source.
         fraction: share of the tokens that each head is judged on.
 
     Raises:
         UserError: the model is not supported or cannot be loaded; the prompts are too few, an odd number, too
             long, or not the model's; says what to do.
     """
-    find_ablation(ablation)
+    n_unseen = N_PROMPTS if find_ablation(ablation).fits_unseen else 0
     if not 0 < fraction <= 1:
         raise UserError(f"fraction must lie in (0, 1], not {fraction}")
     if text is not None and tokens is not None:
@@ -97,9 +101,9 @@ def measure_heads(
     if isinstance(model, PreTrainedModel) and tokens is None and tokenizer is None:
         raise UserError("a Hugging Face model needs its tokenizer for text: give tokenizer= or tokens=")
     loaded = _loaded(model, tokenizer, device)
-    prompts = _prompts(tokenizer or loaded.tokenizer, text, tokens, n_prompts, prompt_len)
+    prompts = _prompts(tokenizer or loaded.tokenizer, text, tokens, n_prompts, prompt_len, n_unseen)
     settings = {"ablation": ablation, "n_prompts": len(prompts.tokens)}
-    inputs = {"tokens": of_prompts(prompts)}
+    inputs = {"tokens": of_prompts(prompts), "unseen_tokens": of_unseen(prompts)}
     heads = find_measurement("heads")
     with fast_path(loaded) as fast:
         for name in set(heads.needs(settings)) - set(inputs):
@@ -127,11 +131,12 @@ def _stand_in() -> PreTrainedTokenizerBase:
 
 
 def _prompts(
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: PreTrainedTokenizerBase,
     text: str | Sequence[str] | None,
     tokens: np.ndarray | Tensor | None,
     n_prompts: int | None,
     prompt_len: int,
+    n_unseen: int,
 ) -> Prompts:
     """Read as files of them are.
 
@@ -139,16 +144,18 @@ def _prompts(
         UserError: as :func:`~selfrepair.text.corpora.load_tokens`; the file is called ``text`` or ``tokens``.
     """
     if text is None and tokens is None:
-        return load_tokens(tokenizer, n_prompts=n_prompts or 32, prompt_len=prompt_len)
+        return load_tokens(tokenizer, n_prompts=n_prompts or 32, prompt_len=prompt_len, n_unseen=n_unseen)
     with tempfile.TemporaryDirectory() as folder:
         if tokens is not None:
             kind, file = "tokens", Path(folder) / "tokens.npy"
             np.save(file, torch.as_tensor(tokens).cpu().numpy())
         else:
             kind, file = "text", Path(folder)
-            for number, document in enumerate([text] if isinstance(text, str) else text):
+            for number, document in enumerate([text] if isinstance(text, str) else text or ()):
                 (file / f"{number:06d}.txt").write_text(document, encoding="utf-8")
         try:
-            return load_tokens(tokenizer, **{kind: file}, n_prompts=n_prompts, prompt_len=prompt_len)
+            source: dict[str, Any] = {kind: file}
+            amount = {"n_prompts": n_prompts, "prompt_len": prompt_len, "n_unseen": n_unseen}
+            return load_tokens(tokenizer, **source, **amount)
         except UserError as error:
             raise UserError(str(error).replace(str(file), kind)) from error

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from reprlib import repr as shown
+from typing import Any
 
 from selfrepair.choices import LAYER_POSITIONS, PRECISIONS
 from selfrepair.engine.ablations import ABLATIONS
@@ -17,9 +18,9 @@ from selfrepair.paths import PROFILES, REPOSITORY, RUNS
 from selfrepair.yaml_files import read_yaml
 
 #: By name, what a value must satisfy, and how to say so.
-Possible = Mapping[str, tuple[Callable[[object], bool], str]]
+Possible = Mapping[str, tuple[Callable[[Any], bool], str]]
 #: What an entry of ``models`` may set for its model alone.
-OF_ONE_MODEL = ("n_prompts", "dtype")
+OF_ONE_MODEL = ("n_prompts", "dtype", "ablations", "donor_draws")
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,10 @@ class Profile:
     without it, the held-out prose is measured on.
 
     ``dtype`` is that of the weights; ``tf32`` are float32 weights whose products a GPU computes in TF32.
-    ``per_model`` holds the ``n_prompts`` and ``dtype`` of models that have their own: :meth:`of_model` minds
-    them. ``layer_positions``: where layers are ablated, at the ``last`` position (as published) or at
-    ``all``.
+    ``per_model`` holds what models have of their own (``OF_ONE_MODEL``): :meth:`of_model` minds it. A model's
+    own ``ablations`` are the profile's and more. ``layer_positions``: where layers are ablated, at the
+    ``last`` position (as published) or at ``all``. ``donor_draws``: how often heads are resample-ablated
+    again with other donors.
     """
 
     models: list[str]
@@ -41,7 +43,8 @@ class Profile:
     dataset: str | None = None
     dtype: str = "float32"
     layer_positions: str = "last"
-    per_model: dict[str, dict[str, int | str]] = field(default_factory=dict)
+    donor_draws: int = 0
+    per_model: dict[str, dict[str, Any]] = field(default_factory=dict)
     #: Of its file; not a setting.
     name: str = ""
 
@@ -49,13 +52,19 @@ class Profile:
         """The settings of one model, as a profile of that model alone."""
         return dataclasses.replace(self, models=[model], per_model={}, **self.per_model.get(model, {}))
 
-    def changed(self, **changes: object) -> Profile:
+    def changed(self, **changes: Any) -> Profile:
         """With the reader's changes, which go before what a model has of its own."""
         kept = {
             model: {key: value for key, value in own.items() if key not in changes}
             for model, own in self.per_model.items()
         }
         return dataclasses.replace(self, per_model=kept, **changes)
+
+    @property
+    def kinds(self) -> list[str]:
+        """Every kind of ablation of any model: the profile's, then those that models have beside them."""
+        of_models = (kind for model in self.models for kind in self.of_model(model).ablations)
+        return list(dict.fromkeys([*self.ablations, *of_models]))
 
     @property
     def run_folder(self) -> Path:
@@ -113,8 +122,13 @@ def _profile(values: object, folder: Path) -> Profile:
         raise UserError(f"missing {', '.join(missing)}")
     models, per_model = _models(values["models"], folder)
     for own in ({}, *per_model.values()):
-        settings = {f.name: f.default for f in fields.values()} | values | own
+        settings: dict[str, Any] = {f.name: f.default for f in fields.values()} | values | own
         refuse_impossible({key: settings[key] for key in POSSIBLE}, POSSIBLE)
+        if settings["ablations"][: len(values["ablations"])] != values["ablations"]:
+            raise UserError(
+                f"ablations of a model must begin with the profile's, {', '.join(values['ablations'])}, not "
+                f"be {', '.join(settings['ablations'])}"
+            )
         n_tokens = settings["n_prompts"] * (settings["prompt_len"] - 1)
         if 1 / settings["fraction"] > n_tokens:
             raise UserError(
@@ -190,6 +204,7 @@ POSSIBLE: Possible = {
         lambda value: type(value) in (int, float) and 0 < value <= 1,
         "a number above 0 and at most 1",
     ),
+    "donor_draws": (lambda value: type(value) is int and value >= 0, "a whole number that is not negative"),
     "dataset": (lambda value: value is None or _is_name(value), "a dataset id or pile"),
     "layer_positions": (lambda value: value in LAYER_POSITIONS, f"one of {', '.join(LAYER_POSITIONS)}"),
     "dtype": (lambda value: value in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),

@@ -6,6 +6,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from selfrepair.analysis.claims import read_claims, verdicts
 from selfrepair.analysis.rules import VERDICTS
@@ -46,8 +47,8 @@ def summarise(study: Study, notebooks: Mapping[str, str], key: str = "") -> str:
     stores = _stores_of(study)
     files = set(_files_of(study))
     own = {f"measured/{note['store']}" for note in stores.values()}
-    measured = {f"measured/{store.name}" for store in (out / "measured").glob("*.zarr")}
-    outside = [*sorted(hash_files(out, RESULTS).keys() - files), *sorted(measured - own)]
+    found = {f"measured/{store.name}" for store in (out / "measured").glob("*.zarr")}
+    outside = [*sorted(hash_files(out, RESULTS).keys() - files), *sorted(found - own)]
     made_from = {
         "profile": profile.name,
         "settings": dataclasses.asdict(profile),
@@ -64,7 +65,7 @@ def summarise(study: Study, notebooks: Mapping[str, str], key: str = "") -> str:
     left = {name: digest for name, digest in hash_files(out, RESULTS).items() if name in files}
     add_to_manifest(manifest, files=left)
     measured = [out / "measured" / str(note["store"]) for note in stores.values()]
-    all_left = [manifest, *(out / name for name in left), *measured, *map(manifest_of, measured)]
+    all_left: list[Path] = [manifest, *(out / name for name in left), *measured, *map(manifest_of, measured)]
     say_done(mark(out, "page"), all_left, out, key=key)
     return f"{said}\n{_found(out)}page: {page}\nnext: {NEXT}"
 
@@ -102,13 +103,13 @@ def _refuse_another_run(study: Study, notebooks: Mapping[str, str]) -> None:
 def _files_of(study: Study) -> list[str]:
     """Every file that the run's plan may leave, by its path in the folder."""
     books = all_notebooks()
-    of_books = [file for book in books for file in book.files(study.profile.ablations)]
+    of_books = [file for book in books for file in book.files(study)]
     return [*OF_THE_RUN, *of_books, *(f"notebooks/{book.stem}.html" for book in books)]
 
 
-def _stores_of(study: Study) -> dict[str, dict[str, object]]:
+def _stores_of(study: Study) -> dict[str, dict[str, Any]]:
     """Of each store that the run's plan names, by model and label: its name, and what its manifest says."""
-    found: dict[str, dict[str, object]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for model_name in study.profile.models:
         for task in with_needs(list(study.tasks(model_name))):
             if task.path.is_dir():

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import xarray as xr
 
@@ -29,7 +29,7 @@ from selfrepair.store.stores import open_store
 
 #: Identity of the settings whose results the committed notebooks describe, those of the pocket profile:
 #: nothing is said of them once its file is edited.
-DESCRIBED = "b51991696db9"
+DESCRIBED = "331a5c513f57"
 #: Facts that layers are measured on, unless the reader says how many.
 N_FACTS = 200
 
@@ -92,7 +92,7 @@ class Study:
             "n_facts": n_facts,
         }
         refuse_impossible({name: value for name, value in given.items() if value is not None}, _OF_READERS)
-        changes: dict[str, object] = {}
+        changes: dict[str, Any] = {}
         if model is not None:
             changes["models"] = [whole_name(model)]
         if ablation is not None:
@@ -105,7 +105,7 @@ class Study:
         whole = load_profile(profile).changed(**changes)
         _refuse_equal_names(whole.models)
         facts = os.path.abspath(facts) if facts is not None and os.path.exists(facts) else facts
-        one_head = None if head is None else tuple(head)
+        one_head = None if head is None else (head[0], head[1])
         if out_dir is not None:
             return cls(whole, seed, device, Path(out_dir), one_head, facts, n_facts)
         beside = {"seed": seed or None, "head": head, "facts": facts, "n_facts": n_facts}
@@ -123,7 +123,7 @@ class Study:
         """The same of the profile's first model alone."""
         return dataclasses.replace(self, profile=self.profile.of_model(self.profile.models[0]))
 
-    def wanted(self, model_name: str, ablation: str) -> dict[str, object]:
+    def wanted(self, model_name: str, ablation: str) -> dict[str, Any]:
         """Every setting that a measurement of the model may use."""
         own = self.profile.of_model(model_name)
         return {
@@ -137,6 +137,7 @@ class Study:
             "fraction": own.fraction,
             "ablation": ablation,
             "layer_positions": own.layer_positions,
+            "donor_draws": own.donor_draws,
             "head": None if self.head is None else list(self.head),
             "facts": self.facts,
             "n_facts": N_FACTS if self.n_facts is None else self.n_facts,
@@ -156,13 +157,19 @@ class Study:
 
     def each(self, name: str) -> Iterator[tuple[str, str]]:
         """``(model, ablation)`` of every store of a measurement in a run of the profile."""
-        measurement = find_measurement(name)
-        for model_name in self.profile.models:
-            if measurement.applies_to(model_name):
-                for ablation in (
-                    self.profile.ablations if measurement.every_ablation else self.profile.ablations[:1]
-                ):
-                    yield model_name, ablation
+        for model_name in self._measurable(name):
+            kinds = self.profile.of_model(model_name).ablations
+            for ablation in kinds if find_measurement(name).every_ablation else kinds[:1]:
+                yield model_name, ablation
+
+    def _measurable(self, name: str) -> list[str]:
+        """The models that there is something to measure of."""
+        applies_to, first = find_measurement(name).applies_to, self.profile.ablations[0]
+        return [
+            model
+            for model in self.profile.models
+            if applies_to({**self.wanted(model, first), "model_name": model})
+        ]
 
     def tasks(self, model_name: str) -> Iterator[Task]:
         """Everything that a run of the profile measures of a model."""
@@ -172,9 +179,14 @@ class Study:
                     yield self.task(name, model_name, ablation)
 
     def measured(self, name: str, ablation: str | None = None) -> dict[str, xr.Dataset]:
-        """What was measured of every model that has it, by short name; measured now if need be."""
-        applies = find_measurement(name).applies_to
-        tasks = {model: self.task(name, model, ablation) for model in self.profile.models if applies(model)}
+        """What was measured of every model that has it, by short name; measured now if need be.
+
+        A kind of ``ablation`` that some models have beside the profile's is measured of these alone.
+        """
+        own = {model: self.profile.of_model(model).ablations for model in self.profile.models}
+        is_own = ablation in self.profile.kinds
+        models = [m for m in self._measurable(name) if not is_own or ablation in own[m]]
+        tasks = {model: self.task(name, model, ablation) for model in models}
         for model_name, task in tasks.items():
             if not task.is_done():
                 task.merge(self.load(model_name))
@@ -204,7 +216,7 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str | os.PathLike) and str(value) != ""
 
 
-def _is_head(value: object) -> bool:
+def _is_head(value: Any) -> bool:
     is_pair = isinstance(value, list | tuple) and len(value) == 2
     return is_pair and all(type(number) is int and number >= 0 for number in value)
 
@@ -238,7 +250,7 @@ def model_slug(model_name: str) -> str:
     return slug(short_name(model_name))
 
 
-def _folder_by_hand(profile: str, name: str, changes: Mapping[str, object]) -> Path:
+def _folder_by_hand(profile: str, name: str, changes: Mapping[str, Any]) -> Path:
     """``results/by-hand/<name>``; with a hash of the changes where there are any, so that none meet."""
     made = {key: value for key, value in changes.items() if value is not None}
     if Path(whole_profile(profile)).parent not in (Path(), PROFILES):

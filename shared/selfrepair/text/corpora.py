@@ -104,7 +104,8 @@ def pack(documents: Iterable[Sequence[int]], bos: int, length: int) -> np.ndarra
     A ``bos`` also marks every document's start inside a row; one that falls on the first column
     serves as the row's own. Every token comes once, in order; the incomplete last row is dropped.
     """
-    stream = np.concatenate([np.asarray([bos, *document], dtype=np.int64) for document in documents] or [[]])
+    packed = [np.asarray([bos, *document], dtype=np.int64) for document in documents]
+    stream = np.concatenate(packed or [np.zeros(0, dtype=np.int64)])
     rows, position = [], 0
     while True:
         own = 0 if position < len(stream) and stream[position] == bos else 1
@@ -124,11 +125,13 @@ class Prompts:
     """Token ids ``[prompt, position]`` to measure on, and where they come from.
 
     ``last_row_left_out``: all rows of a token file were wanted, and the last of them has no partner.
+    ``unseen``: so many other prompts of the same source as were asked for.
     """
 
     tokens: Int[np.ndarray, "prompt position"]
     source: str
     last_row_left_out: bool = False
+    unseen: Int[np.ndarray, "other position"] | None = None
 
     @property
     def sha256(self) -> str:
@@ -145,6 +148,7 @@ def load_tokens(
     n_prompts: int | None = None,
     prompt_len: int = 128,
     seed: int = 0,
+    n_unseen: int = 0,
 ) -> Prompts:
     """``n_prompts`` prompts from the held-out prose (default), a text file or folder, a dataset of the
     Hugging Face hub (``pile`` is its Pile sample), or an ``.npy`` of token ids ``[n_prompts, prompt_len]``.
@@ -152,11 +156,11 @@ def load_tokens(
     Documents are concatenated and cut into prompts that each begin with BOS; which are taken, and in
     which order, is drawn from ``seed``. The rows of a token file are taken from the first on, in the file's
     order, so that the donor of row ``i`` of ``n`` is row ``i + n/2``. Without ``n_prompts``, all of them (one
-    fewer if odd).
+    fewer if odd) but ``n_unseen``: that many are drawn besides, of a token file from its next rows.
 
     Raises:
-        UserError: more than one source; ``n_prompts`` odd, negative or more than there are; missing or
-            malformed file.
+        UserError: more than one source; ``n_prompts`` odd, negative or, with ``n_unseen``, more than there
+            are; missing or malformed file.
     """
     if sum(source is not None for source in (text, dataset, tokens)) > 1:
         raise UserError("give one of a token file, a text or a dataset, not several")
@@ -169,23 +173,30 @@ def load_tokens(
         raise UserError(f"prompt_len must be from 2 to {LONGEST_PROMPT}, not {prompt_len}")
     if tokens is not None:
         rows, source = _load_ids(Path(tokens)), str(tokens)
+        further = rows[:0]
     elif dataset is not None:
         source = PILE_SAMPLE if dataset == "pile" else dataset
-        rows = _pack_until(_dataset_documents(source), tokenizer, prompt_len, n_prompts)
+        documents = _dataset_documents(source)
+        rows = _pack_until(documents, tokenizer, prompt_len, n_prompts)
+        further = _pack_until(documents, tokenizer, prompt_len, n_unseen) if n_unseen else rows[:0]
     else:
         path = HELD_OUT_TEXT if text is None else Path(text)
         source = "held-out prose" if text is None else str(text)
         rows = _pack_until(iter(read_documents(path)), tokenizer, prompt_len, None)
-    available = len(rows) - len(rows) % 2
+        further = rows[:0]
+    found = len(rows) + len(further)
+    available = (found - n_unseen) // 2 * 2
     if available < max(2, n_prompts or 2):
+        beside = f" and {n_unseen} others that nothing is measured on" if n_unseen else ""
         raise UserError(
-            f"{source}: gives {len(rows)} prompts of {rows.shape[1]} tokens; {n_prompts or 2} were asked "
-            "for: lower n_prompts or add text"
+            f"{source}: gives {found} prompts of {rows.shape[1]} tokens; {n_prompts or 2}{beside} were "
+            "asked for: lower n_prompts or add text"
         )
     drawn = np.random.Generator(np.random.PCG64(seed)).permutation(len(rows))
     order = np.arange(len(rows)) if tokens is not None else drawn
-    left_out = tokens is not None and n_prompts is None and len(rows) % 2 == 1
-    return Prompts(rows[order[: n_prompts or available]], source, left_out)
+    left_out = tokens is not None and n_prompts is None and (found - n_unseen) % 2 == 1
+    taken, rest = np.split(rows[order], [n_prompts or available])
+    return Prompts(taken, source, left_out, np.concatenate([further, rest])[:n_unseen])
 
 
 def hash_documents(documents: Iterable[str]) -> str:
