@@ -1,0 +1,104 @@
+"""Is a head's backup worth more once the head is gone? Costs of ablating two heads, alone and together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from selfrepair.analysis.estimates import Estimate, draws
+
+#: What is counted, and the sign with which more of it is a cost.
+QUANTITIES = {"loss": 1, "logit": -1}
+UNITS = {"loss": "nats per token", "logit": "logits"}
+#: The other head: the run with it alone, and with both.
+OTHERS = {"backup": "both", "middling": "both with middling"}
+
+
+@dataclass(frozen=True)
+class JointCosts:
+    """Mean costs over each head's top tokens, of runs against the clean one.
+
+    ``heads``: names of the ablated head, the backup and the one of middling growth, a row for each head that
+    is ablated; ``costs [run, trio]`` by quantity, samples draw prompts of odd number.
+    """
+
+    model: str
+    heads: pd.DataFrame
+    runs: Sequence[str]
+    costs: dict[str, Estimate]
+
+    @classmethod
+    def of(cls, joint: xr.Dataset, n_bootstrap: int = 1000) -> JointCosts:
+        """Of what the measurement ``joint_ablation`` gives."""
+        read = joint.isel(prompt=joint["prompt"].values % 2 == 1)
+        weights = draws(read.sizes["prompt"], n_bootstrap).T
+        count = Estimate(read["count"].transpose("trio", "prompt").values @ weights)
+        costs = {}
+        for quantity, sign in QUANTITIES.items():
+            sums = read[quantity].transpose("run", "trio", "prompt").values.astype(np.float64)
+            costs[quantity] = Estimate((sums - sums[:1]) @ weights) / count * float(sign)
+        heads = {who: [f"L{layer}H{head}" for layer, head in joint[who].values] for who in ("head", *OTHERS)}
+        return cls(str(joint.attrs["model"]), pd.DataFrame(heads), list(joint.attrs["runs"]), costs)
+
+    def of_run(self, quantity: str, run: str) -> Estimate:
+        """``[trio]``"""
+        return self.costs[quantity][self.runs.index(run)]
+
+    def sum_of_both(self, quantity: str, other: str) -> Estimate:
+        """What the head and the other cost alone, added up: ``[trio]``."""
+        return self.of_run(quantity, "head") + self.of_run(quantity, other)
+
+    def together(self, quantity: str, other: str) -> Estimate:
+        """What they cost when ablated together: ``[trio]``."""
+        return self.of_run(quantity, OTHERS[other])
+
+    def excess(self, quantity: str, other: str) -> Estimate:
+        """Cost together less the sum: mean over the heads."""
+        return (self.together(quantity, other) - self.sum_of_both(quantity, other)).nanmean()
+
+    def statistics(self) -> dict[str, Estimate]:
+        """By ids of ``statistics.yaml``."""
+        found = {}
+        for quantity in QUANTITIES:
+            found[f"joint-{quantity}-excess"] = self.excess(quantity, "backup")
+            found[f"joint-{quantity}-excess-middling"] = self.excess(quantity, "middling")
+        return found
+
+    def table(self, quantity: str) -> pd.DataFrame:
+        """A row for each head and other head: costs alone, their sum, together, and the excess."""
+        rows = []
+        for other in OTHERS:
+            together, alone = self.together(quantity, other), self.sum_of_both(quantity, other)
+            excess = together - alone
+            rows.append(
+                pd.DataFrame(
+                    {
+                        "model": self.model,
+                        "head": self.heads["head"],
+                        "with": self.heads[other],
+                        "kind": other,
+                        "head alone": self.of_run(quantity, "head").value,
+                        "other alone": self.of_run(quantity, other).value,
+                        "sum": alone.value,
+                        "together": together.value,
+                        "excess": excess.value,
+                        "low": excess.interval().low,
+                        "high": excess.interval().high,
+                    }
+                )
+            )
+        return pd.concat(rows, ignore_index=True)
+
+
+def excess_table(found: Sequence[JointCosts], quantity: str) -> pd.DataFrame:
+    """Mean excess of every model, with its 95% interval: with the backup, and with the middling head."""
+    tables = [
+        one.excess(quantity, other).table({}, model=one.model, **{"with": other})
+        for one in found
+        for other in OTHERS
+    ]
+    return pd.concat(tables, ignore_index=True).rename(columns={"estimate": "excess"})

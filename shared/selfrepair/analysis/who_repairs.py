@@ -1,0 +1,65 @@
+"""What the claims about backup heads are about, and tables that sum models up (notebook 09)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pandas as pd
+import xarray as xr
+
+from selfrepair.analysis.cosines import head_cosines
+from selfrepair.analysis.estimates import Estimate
+from selfrepair.analysis.head_growth import PairGrowth
+from selfrepair.analysis.joint_ablation import JointCosts
+
+
+def resemblances(
+    growths: Mapping[str, PairGrowth], outputs: Mapping[str, xr.Dataset], patterns: Mapping[str, xr.Dataset]
+) -> dict[str, dict[str, Estimate]]:
+    """By model and id of ``statistics.yaml``: do backups write and attend as the ablated head, are they shared?
+
+    ``same-head`` beside them: how far a head's own growth repeats (no statistic of a claim).
+    """
+    found = {}
+    for model, growth in growths.items():
+        of_model: dict[str, Estimate] = {}
+        for kind, cosines in (("output", outputs[model]), ("pattern", patterns[model])):
+            name = f"backups-{kind}-cosine"
+            of_model[name], of_model[f"{name}-same-distance"] = growth.resemblance(head_cosines(cosines))
+        of_model["same-backups"], of_model["same-head"] = growth.shared()
+        found[model] = of_model
+    return found
+
+
+def who_repairs_statistics(
+    growths: Mapping[str, PairGrowth],
+    costs: Mapping[str, JointCosts],
+    alike: Mapping[str, Mapping[str, Estimate]],
+) -> dict[str, dict[str, Estimate]]:
+    """By model, then by ids of ``statistics.yaml``; ``alike`` is what :func:`resemblances` gives."""
+    return {
+        model: {"growth-of-strongest-tenth": growth.share_of_strongest()}
+        | costs[model].statistics()
+        | {name: estimate for name, estimate in alike[model].items() if name != "same-head"}
+        for model, growth in growths.items()
+    }
+
+
+def counted_pairs(growths: Mapping[str, PairGrowth], pairs: pd.DataFrame) -> pd.DataFrame:
+    """How many pairs surely grow or shrink, on top tokens and on control tokens; ``pairs`` has all of them.
+
+    Surely: the 95% interval lies above or below 0, which chance alone does on 2.5% of the pairs each. Beside
+    them what the strongest tenth, and all pairs together, carry of the positive growth.
+    """
+    rows = []
+    for model, growth in growths.items():
+        here = pairs[pairs["model"] == model]
+        share, net = growth.share_of_strongest(), growth.net()
+        row = {"model": model, "pairs": len(here), "strongest tenth carries": float(share.value)}
+        row |= {"low": float(share.interval().low), "high": float(share.interval().high)}
+        row["all pairs together"] = float(net.value)
+        for prefix, tokens in (("", "top tokens"), ("control_", "control tokens")):
+            row[f"grow, {tokens}"] = float((here[f"{prefix}low"] > 0).mean())
+            row[f"shrink, {tokens}"] = float((here[f"{prefix}high"] < 0).mean())
+        rows.append(row)
+    return pd.DataFrame(rows)

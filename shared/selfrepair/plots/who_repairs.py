@@ -1,0 +1,152 @@
+"""Figures of notebook 09: growth of every pair of heads, how few carry it, whom backups resemble, joint costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from selfrepair.analysis.estimates import Estimate
+from selfrepair.analysis.head_growth import CONTROL, STRONGEST, TOP, PairGrowth, gaussian_cumulative
+from selfrepair.analysis.joint_ablation import JointCosts
+from selfrepair.analysis.words import signed
+from selfrepair.plots.panels import grid, label_left, legend_below, say
+from selfrepair.plots.style import looks
+
+#: What panels of matrices are of.
+SELECTIONS = {TOP: "where the head mattered", CONTROL: "control: where it did not"}
+#: Colour, marker and filling of the other head that is ablated, and what it is called.
+OTHERS = {
+    "backup": ("C0", "o", "C0", "with its strongest backup"),
+    "middling": ("0.35", "s", "white", "with a later head of middling growth"),
+}
+#: By panel: the statistic, its control, and labels of the panel and of both.
+ALIKE = (
+    ("backups-output-cosine", "backups-output-cosine-same-distance", "cosine of outputs"),
+    ("backups-pattern-cosine", "backups-pattern-cosine-same-distance", "cosine of attention patterns"),
+    ("same-backups", "same-head", "rank correlation of growth"),
+)
+
+
+def growth_matrices(growths: Sequence[PairGrowth]) -> Figure:
+    """Mean growth (logits) by ablated head (down) and later head (across): two panels for each model.
+
+    Heads in order of layer and number; lines are between layers. Grey: the other head is not later.
+    """
+    figure, axes = grid(2 * len(growths), 4, 2.7, 2.75)
+    matrices = [one.matrix(selection) for one in growths for selection in SELECTIONS]
+    limit = float(np.nanquantile(np.abs(np.concatenate([m.ravel() for m in matrices[::2]])), 0.995))
+    colours = plt.get_cmap("RdBu_r").with_extremes(bad="0.9")
+    panels = [(one, label) for one in growths for label in SELECTIONS.values()]
+    for axis, matrix, (one, label) in zip(axes, matrices, panels, strict=True):
+        image = axis.imshow(matrix, cmap=colours, vmin=-limit, vmax=limit, interpolation="nearest")
+        _layers_as_ticks(axis, one)
+        axis.set_title(f"{one.model}\n{label}", fontsize=9)
+        axis.set_xlabel("layer of the later head", fontsize=9)
+    label_left(axes, 4, "layer of the ablated head")
+    figure.colorbar(
+        image, ax=list(axes), extend="both", shrink=0.5, label="mean change of direct effect (logits)"
+    )
+    say(
+        figure,
+        "every row is a head that is ablated, every column a head of a later layer; red: it writes more of "
+        f"the correct token, blue: less; grey: it is not later; {_prompts(growths)} prompts",
+    )
+    return figure
+
+
+def _layers_as_ticks(axis: Axes, one: PairGrowth) -> None:
+    for edge in range(1, one.n_layers):
+        axis.axhline(edge * one.n_heads - 0.5, color="0.6", lw=0.4)
+        axis.axvline(edge * one.n_heads - 0.5, color="0.6", lw=0.4)
+    ticks = np.arange(0, one.n_layers, -(-one.n_layers // 12))
+    places = (ticks + 0.5) * one.n_heads - 0.5
+    axis.set(xticks=places, yticks=places, xticklabels=ticks, yticklabels=ticks)
+    axis.tick_params(length=0)
+    sns.despine(ax=axis, left=True, bottom=True)
+
+
+def concentration(growths: Sequence[PairGrowth]) -> Figure:
+    """Growth that the pairs that grow most carry together, against how many of all pairs they are, up to half."""
+    figure, axis = plt.subplots(figsize=(5.4, 4.2))
+    for one in growths:
+        colour, _ = looks([other.model for other in growths])[one.model]
+        share = np.arange(1, len(one.later) + 1) / len(one.later)
+        axis.plot(share, one.cumulative(), color=colour, lw=1.6, label=one.model)
+        axis.plot(share, one.cumulative(CONTROL), color=colour, lw=1, ls=":")
+    axis.plot([], [], color="0.4", lw=1, ls=":", label="control tokens")
+    shares = np.linspace(0, 1, 201)
+    axis.plot(shares, gaussian_cumulative(shares), color="0", lw=1, ls="--", label="Gaussian growth around 0")
+    axis.axhline(0, color="0.6", lw=0.7, zorder=0)
+    axis.plot([STRONGEST, STRONGEST, 0], [0, 0.5, 0.5], color="0.6", lw=0.8, zorder=0)
+    axis.set(
+        xlim=(0, 0.5),
+        ylim=(-0.05, 1.1),
+        xlabel="share of the pairs, those that grow most first",
+        ylabel="share of the positive growth",
+    )
+    axis.legend(frameon=False, fontsize=8, loc="center right")
+    axis.set_title("order by prompts of even number, growth by those of odd number", fontsize=9)
+    return figure
+
+
+def alike(found: Mapping[str, Mapping[str, Estimate]]) -> Figure:
+    """Three panels, a row for each model: the statistic and its control, with 95% intervals."""
+    figure, axes = plt.subplots(1, 3, figsize=(10.4, 0.36 * len(found) + 1.9), sharey=True)
+    labels = (
+        ("head and its backups", "all heads as far apart"),
+        ("head and its backups", "all heads as far apart"),
+        ("after another head", "ceiling: after the same head"),
+    )
+    for axis, (own, control, title), names in zip(axes, ALIKE, labels, strict=True):
+        axis.axvline(0, color="0.6", lw=0.7, zorder=0)
+        for row, (_, estimates) in enumerate(found.items()):
+            for name, colour, marker, filling, up in (
+                (own, "C0", "o", "C0", -0.12),
+                (control, "0.35", "s", "white", 0.12),
+            ):
+                estimate = estimates[name]
+                axis.plot(estimate.interval(), [row + up] * 2, color=colour, lw=1.2)
+                label = names[name == control] if row == 0 else None
+                look = {"color": colour, "marker": marker, "mfc": filling, "ms": 5, "ls": "none"}
+                axis.plot(estimate.value, row + up, label=label, **look)
+        axis.set_xlabel(title)
+        axis.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1))
+    axes[0].set(yticks=range(len(found)), yticklabels=list(found), ylim=(len(found) - 0.5, -0.5))
+    return figure
+
+
+def joint_excess(found: Sequence[JointCosts]) -> Figure:
+    """Loss (nats per token) of two heads ablated together, less the sum of what each costs, against the sum."""
+    figure, axes = grid(len(found), 3, 3.2, 2.8)
+    for axis, one in zip(axes, found, strict=True):
+        axis.axhline(0, color="0.3", ls="--", lw=0.9, zorder=0)
+        for other, (colour, marker, filling, label) in OTHERS.items():
+            alone = one.sum_of_both("loss", other)
+            excess = one.together("loss", other) - alone
+            bars = np.abs(np.stack(excess.interval()) - excess.value)
+            axis.errorbar(
+                *(alone.value, excess.value, bars),
+                **{"fmt": marker, "ms": 5, "mfc": filling, "color": colour, "elinewidth": 0.8},
+                label=label,
+            )
+        means = [signed(float(one.excess("loss", other).value)) for other in OTHERS]
+        axis.set_title(f"{one.model}\nmean {means[0]}, control {means[1]}", fontsize=9)
+        axis.set_xlabel("sum of what each costs alone")
+    label_left(axes, 3, "cost together less the sum")
+    legend_below(figure, axes[0], columns=2)
+    say(
+        figure,
+        "rise of the loss (nats per token) on the ablated head's top tokens, prompts of odd number; bars: "
+        "95% intervals over prompts; dashed: together as much as the sum",
+    )
+    return figure
+
+
+def _prompts(growths: Sequence[PairGrowth]) -> str:
+    amounts = sorted({len(one.is_even) for one in growths})
+    return " or ".join(map(str, amounts))
