@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import io
 import warnings
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,8 +22,10 @@ from nbgrader.preprocessors import ClearSolutions
 
 from selfrepair.course import checks, examples
 from selfrepair.course.checks import largest_distance
-from selfrepair.course.plain import PlainModel
+from selfrepair.course.plain import PlainModel, PlainRun
 from selfrepair.course.seed import COURSE, VARIABLE
+from selfrepair.engine import head_ablation
+from selfrepair.models.loading import Model
 
 #: What stands in a release in the place of a solution: nbgrader's own words, which raise an error.
 LEFT_OUT = ClearSolutions().code_stub["python"]
@@ -91,10 +94,13 @@ class Graded(NamedTuple):
 SHOWN = ("whole_model", "figure")
 
 
-def grade(notebook: NotebookNode, seed: str = SEED, skip: Collection[str] = SHOWN) -> Graded:
+def grade(notebook: NotebookNode, seed: str = SEED) -> Graded:
     """Runs the code cells in order; a test cell has all its points or, if it raises or warns, none.
 
-    Models are those of earlier runs as long as nothing changed them: what a new kernel would make.
+    :data:`SHOWN` are left out: ``test_grading.py`` runs the solutions with them.
+
+    Models, and what they give on some tokens, are those of earlier runs as long as nothing changed the
+    models: what a new kernel would make.
     """
     points, said, close = {}, {}, []
     names = {"__name__": "__main__"}
@@ -112,31 +118,57 @@ def grade(notebook: NotebookNode, seed: str = SEED, skip: Collection[str] = SHOW
         patch.setattr(checks, "_check_distance", decides)
         for name in ("_random_model", "_pocket_model"):
             patch.setattr(examples, name, functools.partial(_kept, name))
+        patch.setattr(PlainModel, "run", _run_once)
+        patch.setattr(head_ablation, "ablate_heads", _ablate_once)
         for number, cell in enumerate(notebook.cells):
             about = cell.metadata.get("nbgrader", {})
             name = about.get("grade_id", f"cell {number}")
-            if cell.cell_type != "code" or name in skip:
+            if cell.cell_type != "code" or name in SHOWN:
                 continue
             complaint = _run(cell.source, names)
             if complaint:
                 said[name] = complaint
             if about.get("grade"):
                 points[name] = 0 if complaint else about["points"]
-    for key in [key for key, (model, state) in _KEPT.items() if not _is_in(model, state)]:
+    for key in [key for key, kept in _KEPT.items() if not kept.is_unchanged()]:
         del _KEPT[key]
     return Graded(points, said, close)
 
 
+@dataclass
+class Kept:
+    """A model, what it was when it was made, and what it gave since."""
+
+    model: PlainModel
+    tensors: dict[str, torch.Tensor]
+    forwards: list[object]
+    given: dict[tuple, object] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: PlainModel) -> Kept:
+        tensors = {name: tensor.clone() for name, tensor in _tensors(model).items()}
+        return cls(model, tensors, [vars(part).get("forward") for part in model.hf.modules()])
+
+    def is_unchanged(self) -> bool:
+        """Whether it has these weights, runs this code and has no hooks."""
+        parts = list(self.model.hf.modules())
+        if any(part._forward_hooks or part._forward_pre_hooks for part in parts):
+            return False
+        now = _tensors(self.model)
+        return [vars(part).get("forward") for part in parts] == self.forwards and all(
+            torch.equal(now[name], tensor) for name, tensor in self.tensors.items()
+        )
+
+
 _MAKE = {name: getattr(examples, name).__wrapped__ for name in ("_random_model", "_pocket_model")}
-_KEPT: dict[tuple, tuple[PlainModel, dict[str, torch.Tensor]]] = {}
+_KEPT: dict[tuple, Kept] = {}
 
 
 def _kept(name: str, *arguments: object) -> PlainModel:
     key = name, *arguments
     if key not in _KEPT:
-        model = _MAKE[name](*arguments)
-        _KEPT[key] = model, {name: tensor.clone() for name, tensor in _tensors(model).items()}
-    return _KEPT[key][0]
+        _KEPT[key] = Kept.of(_MAKE[name](*arguments))
+    return _KEPT[key].model
 
 
 def _tensors(model: PlainModel) -> dict[str, torch.Tensor]:
@@ -144,11 +176,32 @@ def _tensors(model: PlainModel) -> dict[str, torch.Tensor]:
     return plain | dict(model.hf.state_dict())
 
 
-def _is_in(model: PlainModel, state: dict[str, torch.Tensor]) -> bool:
-    """Whether it has these weights and no hooks."""
-    hooks = any(module._forward_hooks or module._forward_pre_hooks for module in model.hf.modules())
-    now = _tensors(model)
-    return not hooks and all(torch.equal(now[name], tensor) for name, tensor in state.items())
+def _once(kept: Kept | None, key: tuple, compute: Callable[[], object]) -> object:
+    """A copy of what an unchanged model has given before, else what it gives now."""
+    if kept is None or not kept.is_unchanged():
+        return compute()
+    if key not in kept.given:
+        kept.given[key] = compute()
+    return copy.deepcopy(kept.given[key])
+
+
+_RUN, _ABLATE_HEADS = PlainModel.run, head_ablation.ablate_heads
+
+
+def _run_once(model: PlainModel, tokens: torch.Tensor) -> PlainRun:
+    kept = next((kept for kept in _KEPT.values() if kept.model is model), None)
+    return _once(kept, ("run", _bytes(tokens)), lambda: _RUN(model, tokens))
+
+
+def _ablate_once(library: Model, tokens: torch.Tensor, replacement: object, *more: object) -> object:
+    kept = next((kept for kept in _KEPT.values() if kept.model.library is library), None)
+    constants = [_bytes(values) for values in getattr(replacement, "values", ())]
+    key = "ablate_heads", _bytes(tokens), type(replacement), *constants, *more
+    return _once(kept, key, lambda: _ABLATE_HEADS(library, tokens, replacement, *more))
+
+
+def _bytes(tensor: torch.Tensor) -> tuple:
+    return tensor.dtype, tensor.shape, tensor.numpy().tobytes()
 
 
 def _run(code: str, names: dict[str, object]) -> str:

@@ -20,15 +20,19 @@ from selfrepair.course.submissions import restored, unreadable
 from selfrepair.paths import SHARED
 
 A = "A1"
-PATIENCE = "40"  # seconds that an endless loop gets; imports take some on a busy machine
+PATIENCE = 10  # seconds that the cell with an endless loop gets
 
 
-def nbgrader(*arguments, folder, status=0):
+def nbgrader(*arguments, folder):
     """What one of nbgrader's commands prints in a folder."""
+    return python("-m", "nbgrader", *arguments, folder=folder)
+
+
+def python(*arguments, folder):
     environment = os.environ | {VARIABLE: SEED, "PYTHONPATH": str(SHARED), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "nbgrader", *map(str, arguments)]
+    command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == status, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
@@ -154,6 +158,11 @@ def course(tmp_path_factory):
     folder = tmp_path_factory.mktemp("school") / "course"
     shutil.copytree(COURSE / "source" / A, folder / "source" / A)
     shutil.copy(COURSE / "nbgrader_config.py", folder)
+    with (folder / "nbgrader_config.py").open("a", encoding="utf-8") as file:
+        file.write(
+            "config.Execute.timeout_func = lambda cell: "
+            f"{PATIENCE} if cell.metadata.get('nbgrader', {{}}).get('grade_id') == 'sigma_layernorm' else 120\n"
+        )
     nbgrader("generate_assignment", A, folder=folder)
     released = nbformat.read(folder / "release" / A / f"{A}.ipynb", as_version=4)
     handed_in = {
@@ -172,7 +181,7 @@ def course(tmp_path_factory):
     problems = unreadable(folder, A)
     for student in ("damaged", "renamed"):
         shutil.rmtree(folder / "submitted" / student)
-    said = nbgrader("autograde", A, f"--Execute.timeout={PATIENCE}", folder=folder)
+    said = nbgrader("autograde", A, folder=folder)
     with Gradebook(f"sqlite:///{folder / 'gradebook.db'}") as gradebook:
         grade = gradebook.find_grade("why_centring", A, A, "right")
         grade.manual_score, grade.needs_manual_grade = 8, False
@@ -241,22 +250,34 @@ def test_feedback_in_a_browser(course, tmp_path):
     assert "direction_by_hand" in text
 
 
-@pytest.mark.slow("nbgrader's own check passes on every solution")
-@pytest.mark.parametrize("assignment", ASSIGNMENTS)
-def test_nbgrader_validates_the_solution(assignment):
-    file = Path("source") / assignment / f"{assignment}.ipynb"
-    assert "Success" in nbgrader("validate", file, folder=COURSE)
+@pytest.mark.slow("nbgrader's own check passes on every solution, on whole models too")
+def test_nbgrader_validates_the_solutions():
+    """Tests, and all other cells: none raises, none writes to the error stream."""
+    files = [Path("source") / assignment / f"{assignment}.ipynb" for assignment in ASSIGNMENTS]
+    said = nbgrader("validate", "--Validator.validate_all=True", *files, folder=COURSE)
+    assert said.count("Success") == len(ASSIGNMENTS), said
 
 
 # --- the release as ./run_all.sh --course makes it
+
+
+#: nbgrader's command for several assignments, with one start.
+GENERATE = """
+import sys
+from nbgrader.apps import GenerateAssignmentApp
+for assignment in sys.argv[1:]:
+    app = GenerateAssignmentApp()
+    app.initialize([assignment])
+    app.start()
+"""
 
 
 @pytest.mark.slow("one source makes what students get")
 def test_releases_are_made_by_nbgrader(tmp_path):
     folder = tmp_path / "course"
     shutil.copytree(COURSE, folder, ignore=shutil.ignore_patterns("release", "gradebook.db", "seed"))
+    python("-c", GENERATE, *ASSIGNMENTS, folder=folder)
     for assignment in ASSIGNMENTS:
-        nbgrader("generate_assignment", assignment, folder=folder)
         text = (folder / "release" / assignment / f"{assignment}.ipynb").read_text(encoding="utf-8")
         assert "SOLUTION" not in text and "HIDDEN" not in text and '"output_type"' not in text
         assert all(line in text for line in (*LEFT_OUT.splitlines(), "YOUR ANSWER HERE"))
