@@ -1,0 +1,232 @@
+"""Notebook 07's numbers: points of the multiverse and slopes by plain loops, claims on sweeps whose repair is known."""
+
+import math
+import statistics
+
+import numpy as np
+import pandas as pd
+import pytest
+import xarray as xr
+from fake_sweeps import FRACTION, HEADS, LAYERS, PROMPTS, counted, fake_sweep, floor, tokens_of
+
+from selfrepair.analysis import breakdown, counting, mirror
+from selfrepair.analysis.breakdown import SUMS, WAYS
+from selfrepair.analysis.claims import claims_table
+from selfrepair.analysis.estimates import draws
+from selfrepair.paths import PUBLISHED
+
+LATER = range(LAYERS // 2, LAYERS)
+
+
+def with_sums(rows):
+    return [row | {name: sum(row[part] for part in parts) for name, parts in SUMS.items()} for row in rows]
+
+
+def by_loops(sweep, prompts=range(PROMPTS)):
+    """Every part each way: means over the heads of the later layers, ratio of means over all their tokens."""
+    of_heads = [with_sums(tokens_of(sweep, layer, head, prompts)) for layer in LATER for head in range(HEADS)]
+    together = [row for rows in of_heads for row in rows]
+    found = {}
+    for part in SUMS:
+        for way in WAYS[:-1]:
+            found[part, way] = statistics.fmean(counted(rows, part)[way] for rows in of_heads)
+        found[part, WAYS[-1]] = counted(together, part)[WAYS[-1]]
+        found[part, "floor"] = statistics.fmean(floor(rows, part) for rows in of_heads)
+    return found
+
+
+def test_points_are_those_of_plain_loops():
+    wanted = by_loops(sweep := fake_sweep())
+    table = counting.points(sweep, [FRACTION], n_bootstrap=20)
+    assert len(table) == len(SUMS) * len(WAYS) and (table["fraction"] == FRACTION).all()
+    for row in table.itertuples():
+        assert row.estimate == pytest.approx(wanted[row.part, row.way], rel=1e-9), (row.part, row.way)
+        assert row.floor == pytest.approx(wanted[row.part, "floor"] if row.way == "clipped" else 0)
+        assert row.low <= row.high
+
+
+def test_every_kind_and_fraction_is_there_once():
+    kinds = {"resample": fake_sweep(0), "optimal": fake_sweep(1, ablation="optimal")}
+    table = counting.multiverse(kinds)
+    combinations = table.groupby(["kind", "fraction", "way", "part"]).size()
+    assert len(combinations) == 2 * len(counting.FRACTIONS) * len(WAYS) * len(SUMS) == len(table)
+    assert (combinations == 1).all()
+
+
+def test_medians_of_many_tokens_are_those_of_repeated_tokens():
+    """In every draw, to the last bit: the lower of two middle values."""
+    rng = np.random.default_rng(0)
+    ratio = rng.normal(size=(1, 3, 5, 200)).round(2)
+    defined = rng.random(ratio.shape) < [[[[1.0]], [[0.3]], [[0.0]]]]
+    weights = draws(5, 30, seed=1)
+    found = breakdown._medians(ratio, defined, weights)
+    for head in (0, 1):
+        for draw, counts in enumerate(weights.astype(int)):
+            values = [ratio[0, head, p][defined[0, head, p]] for p in range(5) for _ in range(counts[p])]
+            assert found[0, head, draw] == statistics.median_low(np.concatenate(values))
+    assert np.isnan(found[0, 2]).all()
+
+
+def test_main_effects_by_hand():
+    one, two = np.array([0.0, 3.0, 6.0]), np.array([-1.0, 1.0])
+    added = one[:, None] + two
+    assert counting.main_effects(added) == pytest.approx([36 / 42, 6 / 42])
+    assert counting.main_effects(np.array([[1.0, -1.0], [-1.0, 1.0]])) == [0, 0]
+    assert np.isnan(counting.main_effects(np.ones((2, 2)))).all()
+    assert np.isnan(counting.main_effects(np.array([[1.0, np.nan], [0, 2]]))).all()
+
+
+def test_variance_is_of_all_combinations_in_whatever_order():
+    effect = {"fraction": {0.01: 0, 1: 5}, "way": {"a": -2, "b": 2}, "kind": {"x": 0, "y": 0}}
+    rows = [
+        {"part": part, "fraction": f, "way": w, "kind": k, "estimate": number * (of_f + of_w + of_k)}
+        for number, part in enumerate(SUMS, start=1)
+        for f, of_f in effect["fraction"].items()
+        for w, of_w in effect["way"].items()
+        for k, of_k in effect["kind"].items()
+    ]
+    table = pd.DataFrame(rows).sample(frac=1, random_state=0)
+    found = counting.variance_explained(table, counting.CHOICES).set_index("part")
+    for number, part in enumerate(SUMS, start=1):
+        row = found.loc[part]
+        assert row[list(counting.CHOICES.values())].tolist() == pytest.approx([25 / 41, 16 / 41, 0])
+        assert row["choices together"] == pytest.approx(0) and row["largest"] == 7 * number
+    few = counting.variance_explained(table, counting.CHOICES, most=0.5).set_index("part")
+    assert few.loc["heads"].tolist()[:3] == pytest.approx([0, 1, 0])
+    one_kind = counting.variance_of_models({"m": table[table["kind"] == "x"]})
+    assert one_kind["kind of ablation"].isna().all() and one_kind["way of counting"].notna().all()
+
+
+def fake_draws(repairs):
+    """Sweeps of one layer and head, by draw; what they repair by heads on each token."""
+    dims = ("layer", "head", "prompt", "position")
+    effect = np.ones(np.shape(repairs)[1:])
+    zero = np.zeros_like(effect)
+    sweeps = {}
+    for draw, repair in enumerate(repairs):
+        values = {"direct_effect": effect, "ablated_direct_effect": zero, "self_repair_mlps": zero}
+        values |= {"logit_change": repair - effect, "self_repair_heads": repair}
+        sweeps[draw] = xr.Dataset({name: (dims, value[None, None]) for name, value in values.items()})
+        sweeps[draw].attrs["model"] = "fake"
+    return sweeps
+
+
+def test_what_hangs_on_donors_by_hand():
+    """Two draws of two tokens: of the sum of squares 20 around the mean 3, 2 + 2 lies within tokens."""
+    sweeps = fake_draws(np.array([[[0.0, 4.0]], [[2.0, 6.0]]]))
+    found = counting.donors_matter(sweeps, 1)
+    assert found["model"] == pytest.approx(2.0)
+    assert found["tokens"] == pytest.approx(2 / (20 / 3))
+    same = fake_draws(np.array([[[0.0, 4.0]], [[0.0, 4.0]]]))
+    assert counting.donors_matter(same, 1) == {"model": 0, "tokens": 0}
+    table = counting.donors_table({"a": sweeps, "b": {}}, 1)
+    assert table["model"].tolist() == ["a"] and table["draws"].tolist() == [2]
+
+
+def test_other_donors_stand_beside_the_own_on_the_same_prompts():
+    sweep = fake_sweep().assign_coords(prompt=range(PROMPTS))
+    again = xr.concat([sweep.isel(prompt=[0, 1])] * 2, "draw").assign_coords(draw=[1, 2])
+    found = counting.with_draws({"resample": sweep}, again)
+    assert list(found) == [0, 1, 2] and all(one.sizes["prompt"] == 2 for one in found.values())
+    xr.testing.assert_equal(found[0], sweep.isel(prompt=[0, 1]))
+    assert list(counting.with_draws({"zero": sweep}, again)) == [1, 2]
+    assert counting.with_draws({"resample": sweep}, None) == {}
+    assert counting.multiverse_of_draws({}) is None
+    table = counting.multiverse_of_draws(found)
+    assert table["low"].isna().all() and sorted(table["draw"].unique()) == [0, 1, 2]
+
+
+def test_released_points_are_the_files():
+    table = counting.released_points().set_index(["model", "fraction", "way", "part"])["estimate"]
+    rows = pd.read_csv(PUBLISHED / "published_head_breakdown_top2pct.csv").query("model == 'gpt2-small'")
+    later = rows[rows["layer"] >= 6]
+    assert table["gpt2-small", 0.02, "clipped", "heads"] == pytest.approx(later["clipped_share_heads"].mean())
+    both = (later["self_repair_heads"] + later["self_repair_mlps"]).sum() / later["direct_effect"].sum()
+    assert table["gpt2-small", 0.02, "ratio of means", "norm frozen"] == pytest.approx(both)
+    assert ("gpt2-small", 1, "clipped", "heads") not in table.index
+    assert ("pythia-160m", 1, "ratio of means", "mlps") in table.index
+
+
+def test_the_bottom_is_the_most_negative_tokens():
+    sweep = fake_sweep()
+    ends = mirror.both_ends({"fake": sweep}, FRACTION, 10).set_index(["part", "end"])["estimate"]
+    rows = [with_sums(tokens_of(mirror.mirrored(sweep), i, h)) for i in LATER for h in range(HEADS)]
+    for row in (row for of_head in rows for row in of_head):
+        assert row["direct_effect"] > 0  # reversed: the head hurts there
+    lowest = []
+    for layer in LATER:
+        for head in range(HEADS):
+            effect = sweep["direct_effect"].values[layer, head].ravel()
+            chosen = np.argsort(effect)[: math.ceil(FRACTION * effect.size)]
+            repair = sweep["self_repair_mlps"].values[layer, head].ravel()[chosen]
+            lowest.append((repair.sum(), effect[chosen].sum()))
+    repair, effect = np.sum(lowest, axis=0)
+    assert effect < 0 and ends["mlps", mirror.BOTTOM] == pytest.approx(repair / effect)
+    logits = mirror.logits_at_both_ends({"fake": sweep}, FRACTION).set_index("end")
+    n_heads, n_tokens = len(lowest), math.ceil(FRACTION * sweep["direct_effect"][0, 0].size)
+    assert logits.loc["bottom", "mlps"] == pytest.approx(repair / n_heads / n_tokens)
+    assert logits.loc["bottom", "direct effect"] < 0 < logits.loc["top", "direct effect"]
+
+
+def test_slopes_are_least_squares_head_by_head():
+    """The value, and each sample: prompts that are drawn twice count twice."""
+    sweep = fake_sweep()
+    found = mirror.slopes(sweep, n_bootstrap=5, seed=2)
+    weights = draws(PROMPTS, 5, 2).astype(int)
+    for draw, counts in enumerate(weights):
+        prompts = np.repeat(np.arange(PROMPTS), counts)
+        of_heads = []
+        for layer in LATER:
+            for head in range(HEADS):
+                here = sweep.isel(layer=layer, head=head, prompt=prompts)
+                lost = (here["direct_effect"] - here["ablated_direct_effect"]).values.ravel()
+                repair = (here["self_repair_heads"] + here["self_repair_mlps"]).values.ravel()
+                of_heads.append(np.polyfit(lost, repair, 1)[0])
+        assert found["norm frozen"].drawn[draw] == pytest.approx(np.mean(of_heads))
+
+
+def planted(norm, others, seed=0):
+    """A sweep in which the norm's part and that of heads are these functions of the lost direct effect."""
+    rng = np.random.default_rng(seed)
+    shape = (4, 2, 12, 60)
+    effect, noise = rng.normal(0.05, 1, shape), rng.normal(0, 0.05, (2, *shape))
+    heads, layernorm = others(effect) + noise[0], norm(effect) + noise[1]
+    values = {"direct_effect": effect, "ablated_direct_effect": 0 * effect, "self_repair_heads": heads}
+    values |= {"self_repair_mlps": 0 * effect, "logit_change": heads + layernorm - effect}
+    dims = ("layer", "head", "prompt", "position")
+    return xr.Dataset({name: (dims, of) for name, of in values.items()}, attrs={"model": "planted"})
+
+
+SHUFFLED = np.random.default_rng(5)
+
+
+@pytest.mark.parametrize(
+    ("norm", "others", "judged"),
+    [
+        (lambda lost: 0.3 * lost, lambda lost: 0.2 * lost, ("yes", "yes", "yes")),
+        (lambda lost: 0.3 + 0 * lost, lambda lost: -0.2 * lost, ("yes", "no", "no")),
+        (
+            lambda lost: 0.3 * SHUFFLED.permuted(lost, axis=-1),
+            lambda lost: SHUFFLED.permuted(lost, axis=-1),
+            ("no", "open", "open"),
+        ),
+    ],
+    ids=("repairs", "amplifies", "is of other tokens"),
+)
+def test_claims_hold_where_they_were_planted(norm, others, judged):
+    table = claims_table("07", mirror.claimed({"planted": planted(norm, others)}, 0.1))
+    assert table["claim"].tolist() == ["clipped-above-floor", "repairs-both-ways", "repair-proportional"]
+    assert tuple(table["holds"]) == judged
+
+
+def test_table_of_both_ends_and_slopes():
+    sweeps = {name: fake_sweep(seed) for seed, name in enumerate("ba")}
+    ends, slopes = mirror.both_ends(sweeps, FRACTION, 5), mirror.slopes_table(sweeps)
+    table = mirror.ratio_and_slope(ends, slopes)
+    assert table["model"].tolist() == ["b", "b", "a", "a"]
+    row = table.iloc[3]
+    assert row["part"] == "norm frozen"
+    assert row["slope"] == pytest.approx(mirror.slopes(sweeps["a"], 5)["norm frozen"].value)
+    assert row["top"] == pytest.approx(
+        ends.query("model == 'a' and part == 'norm frozen'")["estimate"].iloc[0]
+    )
