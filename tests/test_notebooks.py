@@ -247,6 +247,7 @@ def test_a_widget_is_not_kept_and_the_picture_that_it_changes_is(tmp_path, monke
 
 def test_what_a_notebook_left_is_its_own(tmp_path):
     code = 'table.to_csv(out / "one.csv")\nstyle.save(figure, out, "03_a")\nwrite_heads(table, kind, out)'
+    code += '\nstyle.save_of_model(figure, out, "03_m", name)'
     written(tmp_path, {"03_one": code})
     (tmp_path / "out").mkdir()
     for name in (
@@ -261,7 +262,8 @@ def test_what_a_notebook_left_is_its_own(tmp_path):
     ):
         (tmp_path / "out" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "out" / name).touch()
-    for name in ("03_a.png", "03_a.pdf", "03_of_before.png", "04_a.png", "claims.csv"):
+    of_models = ("03_m-pocket-gpt2.png", "03_m-of_before.png")
+    for name in ("03_a.png", "03_a.pdf", *of_models, "03_of_before.png", "04_a.png", "claims.csv"):
         (tmp_path / "out" / "figures").mkdir(exist_ok=True)
         (tmp_path / "out" / "figures" / name).touch()
     left = {
@@ -277,6 +279,7 @@ def test_what_a_notebook_left_is_its_own(tmp_path):
         "heads_zero.csv",
         "figures/03_a.png",
         "figures/03_a.pdf",
+        "figures/03_m-pocket-gpt2.png",
     }
 
 

@@ -119,7 +119,7 @@ def test_steps_are_those_of_adam_written_out(family, monkeypatch):
             first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
             ahead = first / (1 - 0.9 ** (step + 1)), second / (1 - 0.999 ** (step + 1))
             rate = optimal.FIRST_STEP * (1 - step / 3)
-            theta = theta - rate * ahead[0] / (ahead[1].sqrt() + 1e-8)
+            theta = theta - rate * ahead[0] / (ahead[1].sqrt() + optimal.EPSILON)
         torch.testing.assert_close(found[layer], mean[layer] + spread * theta, rtol=1e-9, atol=1e-9)
 
 

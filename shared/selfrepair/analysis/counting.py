@@ -47,7 +47,7 @@ def points(
     rows = []
     for fraction in fractions:
         tokens = TokensOfHeads.of_sweep(later_layers(sweep), fraction, n_bootstrap, seed)
-        sums = {name: sum(tokens.parts[part] for part in parts) for name, parts in SUMS.items()}
+        sums = {name: np.sum([tokens.parts[part] for part in parts], axis=0) for name, parts in SUMS.items()}
         found = Breakdown.of_tokens(dataclasses.replace(tokens, parts=sums))
         for part in SUMS:
             floors = dict.fromkeys(WAYS, 0.0) | {WAYS[0]: float(found.floor(part)[FLOOR].value)}

@@ -79,7 +79,8 @@ def slopes(sweep: xr.Dataset, n_bootstrap: int = 400, seed: int = 0) -> dict[str
 
     found = {}
     for name, parts in SUMS.items():
-        repair = sum(whole[f"self_repair_{part}"].values.astype(np.float64) for part in parts)
+        of_parts = [whole[f"self_repair_{part}"].values.astype(np.float64) for part in parts]
+        repair = np.sum(of_parts, axis=0)
         found[name] = (together(lost, repair) / together(lost, lost)).nanmean((0, 1))
     return found
 

@@ -27,6 +27,8 @@ N_STEPS, PROMPTS_A_STEP = 24, 1
 N_PROMPTS = N_STEPS * PROMPTS_A_STEP
 #: Size of Adam's first step, in standard deviations of what is replaced; it falls linearly to 0.
 FIRST_STEP = 0.15
+#: Adam's ε, in nats per standard deviation: of gradients that are smaller, rounding would decide the step.
+EPSILON = 1e-5
 #: Parts times prompts in one pass: logits of the whole vocabulary are held for so many.
 ROWS_AT_ONCE = 8
 
@@ -63,7 +65,7 @@ def least_loss(
     first = [values.to(dtype).reshape(-1, values.shape[-1]) for values in start]
     spread = _spread(model, batches, site, first)
     moved = [torch.zeros_like(values) for values in first]
-    adam = torch.optim.Adam(moved, lr=FIRST_STEP)
+    adam = torch.optim.Adam(moved, lr=FIRST_STEP, eps=EPSILON)
     for step, chosen in enumerate(itertools.islice(itertools.cycle(order), N_STEPS)):
         here = Prepared.of(model, few[chosen], site)
         for place, theta in enumerate(moved):

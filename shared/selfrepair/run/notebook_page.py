@@ -55,8 +55,9 @@ def write_notebook_pages(out_dir: Path) -> list[Path]:
 
 
 def caption(figure: str) -> str:
-    """What a figure shows, by its name: ``01_self_repair_by_depth``."""
-    return re.sub(r"^\d\d_", "", figure).replace("_", " ").capitalize()
+    """What a figure shows, by its name: ``01_self_repair_by_depth``, or with a model ``07_multiverse-gpt2``."""
+    name, _, model = re.sub(r"^\d\d_", "", figure).partition("-")
+    return name.replace("_", " ").capitalize() + (f" of {model}" if model else "")
 
 
 def _read(path: Path) -> nbformat.NotebookNode:
