@@ -29,6 +29,7 @@ MEASURED = (
     *("tokens", "facts", "constants-mean", "heads-resample", "heads-mean", "probabilities", "cosines"),
     *("neurons-resample", "self_feeding-resample", "earlier_input-resample", "alignment", "donor_draws"),
     *("layers-resample", "layers_on_prose-resample", "layers_over_training-resample"),
+    *("head_growth-resample", "joint_ablation-resample", "attention_cosines"),
 )
 #: What the run asks for, beside its model.
 AMOUNT = {"n_prompts": 8, "prompt_len": 12, "fraction": 0.2}

@@ -6,7 +6,8 @@
 What the notebooks ask is in ``head_table`` and ``head_means`` (01), ``token_variation``, ``token_shares``
 and ``examples`` (02), ``breakdown`` and ``layernorm`` (03), ``neurons``, ``neuron_repair`` and
 ``neuron_examples`` (04), ``self_feeding``, ``earlier_input``, ``cosines`` and ``iterative`` (05),
-``layers``, ``layer_means`` and ``worked_prompt`` (06).
+``layers``, ``layer_means`` and ``worked_prompt`` (06), ``head_growth``, ``joint_ablation`` and
+``who_repairs`` (09).
 """
 
 import lazy_loader
@@ -18,9 +19,11 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "claims": ["Statistics", "claims_table", "read_claims", "verdicts", "write_claims"],
         "comparison": ["compare_with_published"],
         "estimates": ["Estimate", "draws", "mean_over_prompts", "selected_means"],
+        "head_growth": ["PairGrowth"],
         "head_means": ["HeadMeans", "head_statistics"],
         "head_table": ["heads_of_models", "heads_table", "strongest_head", "write_heads"],
         "iterative": ["iterative_statistics"],
+        "joint_ablation": ["JointCosts"],
         "layer_means": ["LayerMeans"],
         "layernorm": ["ScaleRatios", "layernorm_statistics"],
         "layers": ["LayerRun"],
@@ -30,5 +33,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "rules": ["Claim", "Statistic", "judge", "load_claims", "load_statistics", "verdict"],
         "self_feeding": ["self_feeding_table"],
         "token_variation": ["TokenNoise"],
+        "who_repairs": ["who_repairs_statistics"],
     },
 )

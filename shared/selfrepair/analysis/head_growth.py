@@ -130,6 +130,16 @@ class PairGrowth:
         """Growth of all pairs together over the positive growth: below 0 where later heads write less in all."""
         return self._total(np.ones(len(self.later), dtype=bool)) / self._total(self.chosen_by > 0)
 
+    def by_erasers(self) -> tuple[Estimate, float]:
+        """Of the growth of :meth:`strongest`, the share of later heads that lower the token in the clean run.
+
+        Such a head grows by lowering it less. Beside it how many of all pairs have such a later head; both
+        by effects on prompts of even number.
+        """
+        lowers = self.effects[0] @ self.draws_of_half(even=True)[0] < 0
+        strongest = self.strongest()
+        return self._total(strongest & lowers) / self._total(strongest), float(lowers.mean())
+
     def _total(self, chosen: Bool[np.ndarray, " pair"], selection: str = TOP) -> Estimate:
         """Growth of the chosen pairs together, on prompts of odd number."""
         weights = self.draws_of_half(even=False).T

@@ -63,3 +63,14 @@ def counted_pairs(growths: Mapping[str, PairGrowth], pairs: pd.DataFrame) -> pd.
             row[f"shrink, {tokens}"] = float((here[f"{prefix}high"] < 0).mean())
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def erasers_table(growths: Mapping[str, PairGrowth]) -> pd.DataFrame:
+    """:meth:`PairGrowth.by_erasers` of every model, with its 95% interval."""
+    rows = []
+    for model, growth in growths.items():
+        share, of_all = growth.by_erasers()
+        row = {"model": model, "of the growth": float(share.value)}
+        row |= {"low": float(share.interval().low), "high": float(share.interval().high)}
+        rows.append(row | {"of all pairs": of_all})
+    return pd.DataFrame(rows)

@@ -2,7 +2,7 @@
 
 ``style`` holds what all share, ``panels`` what figures of one panel per model do; ``by_hand`` (00),
 ``across_models``, ``token_variation``, ``layernorm``, ``neurons``, ``self_feeding`` and ``iterative`` (05),
-``layers`` and ``layer_compensation`` (06) draw what :mod:`selfrepair.analysis` gives.
+``layers`` and ``layer_compensation`` (06), ``who_repairs`` (09) draw what :mod:`selfrepair.analysis` gives.
 ``tokens_in_context`` colours text.
 """
 
@@ -65,5 +65,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "spread",
             "within_and_between",
         ],
+        "who_repairs": ["alike", "concentration", "growth_matrices", "joint_excess"],
     },
 )

@@ -1,0 +1,221 @@
+"""Backup heads: how few carry the growth, whether chosen pairs are luck, whom they resemble, joint costs by hand."""
+
+import numpy as np
+import pytest
+import xarray as xr
+from readings import cosines_of
+
+from selfrepair.analysis.head_growth import CONTROL, TOP, PairGrowth, all_pairs, gaussian_cumulative
+from selfrepair.analysis.joint_ablation import JointCosts, excess_table
+from selfrepair.analysis.rules import load_statistics
+from selfrepair.analysis.who_repairs import (
+    counted_pairs,
+    erasers_table,
+    resemblances,
+    who_repairs_statistics,
+)
+from selfrepair.measure.joint_ablation import Trio
+from selfrepair.measure.judged_tokens import SELECTED
+
+LAYERS, HEADS, PROMPTS = 3, 2, 12
+PLACES = (LAYERS, HEADS, LAYERS, HEADS)
+RUNS = list(Trio((0, 0), (1, 0), (1, 1)).runs())
+
+
+def grown(growth, count=2, clean_effect=1.0, control=0.0, prompts=PROMPTS):
+    """As measured: mean ``growth [layer, head, later layer, later head(, prompt)]`` of ``count`` tokens each."""
+    growth = np.asarray(growth, dtype=float)
+    growth = growth if growth.ndim == 5 else np.repeat(growth[..., None], prompts, -1)
+    n_layers, n_heads = growth.shape[:2]
+    values = count * np.stack([growth, np.full_like(growth, control)])
+    effects = np.broadcast_to(np.asarray(clean_effect, dtype=float), growth.shape[:4])
+    ablated, other = ("ablated_layer", "ablated_head"), ("layer", "head")
+    return xr.Dataset(
+        {
+            "growth": (("selection", *ablated, *other, "prompt"), values),
+            "clean_effect": (
+                (*ablated, *other, "prompt"),
+                count * np.repeat(effects[..., None], prompts, -1),
+            ),
+            "count": (("selection", *ablated, "prompt"), np.full((2, n_layers, n_heads, prompts), count)),
+        },
+        {"prompt": np.arange(prompts)},
+        {"model": "made up", "selections": list(SELECTED)},
+    )
+
+
+def numbered():
+    """A different growth for each pair."""
+    return np.arange(np.prod(PLACES), dtype=float).reshape(PLACES) / 100
+
+
+def noise(n_layers=4, n_heads=5, prompts=PROMPTS, seed=0):
+    return np.random.default_rng(seed).normal(size=(n_layers, n_heads, n_layers, n_heads, prompts))
+
+
+def test_pairs_are_of_later_layers_alone():
+    found = PairGrowth.of(grown(numbered()), 10)
+    matrix = found.matrix().reshape(PLACES)
+    for layer in range(LAYERS):
+        assert np.isnan(matrix[layer, :, : layer + 1]).all()
+        np.testing.assert_allclose(matrix[layer, :, layer + 1 :], numbered()[layer, :, layer + 1 :])
+    assert len(found.later) == 12 and set(found.layers_apart.tolist()) == {1, 2}
+    assert found.largest() == ((1, 1), (2, 1))
+
+
+def test_growth_is_per_token_however_many_a_prompt_has():
+    made = grown(numbered())
+    made["growth"][0, 0, 0, 1, 0] = np.arange(PROMPTS)
+    made["count"][0, 0, 0] = np.arange(PROMPTS) % 3
+    found = PairGrowth.of(made, 10)
+    assert found.matrix()[0, 2] == pytest.approx(sum(range(PROMPTS)) / sum(i % 3 for i in range(PROMPTS)))
+
+
+def test_one_pair_that_carries_everything():
+    growth = np.zeros(PLACES)
+    growth[0, 1, 2, 0] = 0.5
+    found = PairGrowth.of(grown(growth), 10)
+    share = found.share_of_strongest()
+    assert share.value == 1 and (share.samples == 1).all() and found.net().value == 1
+    assert found.cumulative()[0] == 1 and (found.cumulative(CONTROL) == 0).all()
+
+
+def test_luck_does_not_carry_over_to_the_other_half():
+    """Growth that is noise: chosen and read on the same prompts its largest would be far above 0."""
+    made = noise(prompts=40)
+    found = PairGrowth.of(grown(made, prompts=40), 10)
+    n = found.n_strongest
+    even, odd = (found.growth(found.draws_of_half(half)[0]) for half in (True, False))
+    same, other = even[found.strongest()].mean(), odd[found.strongest()].mean()
+    assert n == 15 and same > 0.2 and abs(other) < 0.1
+
+
+def test_gaussian_pairs_carry_what_the_control_says():
+    """By the formula, and by many pairs whose measured growth has as much noise again."""
+    control = load_statistics()["growth-of-strongest-tenth"].control
+    assert gaussian_cumulative(np.array([0.1]))[0] == pytest.approx(control, abs=0.001)
+    true = noise(5, 20, 1, seed=1) + np.zeros(16)
+    found = PairGrowth.of(grown(true + noise(5, 20, 16, seed=2) * np.sqrt(8), prompts=16), 10)
+    assert found.share_of_strongest().value == pytest.approx(control, abs=0.03)
+
+
+def test_heads_that_shrink_outweigh():
+    growth = np.full(PLACES, -1.0)
+    growth[0, 0, 1] = 2.0
+    assert PairGrowth.of(grown(growth), 10).net().value == pytest.approx((4 - 10) / 4)
+
+
+def test_resemblance_of_the_strongest_pairs_against_pairs_as_far_apart():
+    """Two of twelve pairs are the tenth: one layer apart, where one other pair is alike too."""
+    growth = np.zeros(PLACES)
+    growth[0, 0, 1, 1], growth[1, 0, 2, 0] = 3, 2
+    cosine = np.zeros((6, 6))
+    cosine[0, 3], cosine[2, 4], cosine[1, 2] = 0.8, 0.4, 0.4
+    own, control = PairGrowth.of(grown(growth), 10).resemblance(cosine)
+    assert own.value == pytest.approx(0.6) and control.value == pytest.approx(1.6 / 8)
+    assert own.samples == pytest.approx(0.6) and control.samples == pytest.approx(0.2)
+
+
+def test_samples_of_a_choice_lie_around_the_value():
+    made = noise(prompts=20)
+    made[0, 0, 1] += 1
+    cosine = np.random.default_rng(3).normal(size=(20, 20))
+    for estimate in PairGrowth.of(grown(made, prompts=20), 50).resemblance(cosine):
+        assert estimate.samples.mean() == pytest.approx(estimate.value) and estimate.samples.std() > 0
+
+
+def test_backups_that_are_shared_by_all_heads_and_by_none():
+    common = np.random.default_rng(4).normal(size=(4, 5))
+    shared, same = PairGrowth.of(grown(np.broadcast_to(common, (4, 5, 4, 5))), 10).shared()
+    assert shared.value == pytest.approx(1) and same.value == pytest.approx(1)
+    own = np.repeat(noise(3, 12, 1), PROMPTS, -1)
+    shared, same = PairGrowth.of(grown(own), 10).shared()
+    assert abs(shared.value) < 0.05 and same.value == pytest.approx(1)
+    reversed_order = np.zeros((3, 2, 3, 2))
+    reversed_order[:, 0, :, 0] = reversed_order[:, 1, :, 1] = 1
+    assert PairGrowth.of(grown(reversed_order), 10).shared()[0].value == pytest.approx(-1)
+
+
+def test_a_head_without_tokens_shares_nothing():
+    made = grown(np.broadcast_to(np.random.default_rng(5).normal(size=(4, 5)), (4, 5, 4, 5)))
+    made["count"][:, 0, :2], made["growth"][:, 0, :2] = 0, 0
+    found = PairGrowth.of(made, 10)
+    assert found.shared()[0].value == pytest.approx(1)
+    assert np.isnan(found.matrix()[:2]).all() and np.isfinite(found.share_of_strongest().value)
+
+
+def test_growth_of_heads_that_lower_the_token():
+    growth, effect = np.zeros(PLACES), np.ones(PLACES)
+    growth[0, 0, 1, 1], growth[1, 0, 2, 0] = 3, 1
+    effect[0, 0, 1, 1] = effect[0, 0, 1, 0] = effect[0, 0, 2, 0] = -1
+    found = PairGrowth.of(grown(growth, clean_effect=effect), 10)
+    share, of_all = found.by_erasers()
+    assert share.value == 0.75 and of_all == 3 / 12
+    assert erasers_table({"m": found})[["of the growth", "of all pairs"]].values.tolist() == [[0.75, 0.25]]
+
+
+def test_table_of_pairs_has_the_strongest_first():
+    made = grown(numbered(), control=-0.1, clean_effect=0.5)
+    found = PairGrowth.of(made, 20)
+    first = found.table().iloc[0]
+    assert (first["ablated"], first["later"]) == ("L1H1", "L2H1")
+    wanted = {"growth": 0.23, "low": 0.23, "high": 0.23, "share": 0.46, "control": -0.1, "later_effect": 0.5}
+    assert {name: first[name] for name in wanted} == pytest.approx(wanted)
+    counted = counted_pairs({"made up": found}, all_pairs([found])).iloc[0]
+    assert counted["grow, top tokens"] == counted["shrink, control tokens"] == 1
+    assert counted["shrink, top tokens"] == counted["grow, control tokens"] == 0
+
+
+def jointly(loss, logit):
+    """``loss`` and ``logit [run, trio]`` of every token; a prompt of number ``n`` has ``n`` tokens."""
+    count = np.tile(np.arange(4.0), (2, 1))
+    made = {
+        name: np.array(of_runs, dtype=float)[..., None] * count
+        for name, of_runs in (("loss", loss), ("logit", logit))
+    }
+    made["loss"][..., 0::2] = 1e6  # prompts of even number are not read
+    heads = {"head": [[0, 0], [0, 1]], "backup": [[1, 0], [2, 1]], "middling": [[1, 1], [1, 0]]}
+    return xr.Dataset(
+        {name: (("run", "trio", "prompt"), values) for name, values in made.items()}
+        | {"count": (("trio", "prompt"), count)}
+        | {name: (("trio", "place"), places) for name, places in heads.items()},
+        {"prompt": np.arange(4)},
+        {"model": "made up", "runs": RUNS},
+    )
+
+
+def test_costs_together_and_alone():
+    loss = [[2, 3], [2.5, 3.1], [2.1, 3.3], [2.9, 3.4], [2.2, 3.2], [2.7, 3.3]]
+    logit = [[5, 5], [4, 4], [4.5, 4.5], [3, 3.5], [4.5, 5], [3.5, 4]]
+    found = JointCosts.of(jointly(loss, logit), 20)
+    assert found.heads.values.tolist() == [["L0H0", "L1H0", "L1H1"], ["L0H1", "L2H1", "L1H0"]]
+    np.testing.assert_allclose(found.sum_of_both("loss", "backup").value, [0.6, 0.4])
+    np.testing.assert_allclose(found.together("loss", "backup").value, [0.9, 0.4])
+    wanted = {
+        "joint-loss-excess": 0.15,
+        "joint-loss-excess-middling": 0.0,
+        "joint-logit-excess": 0.25,
+        "joint-logit-excess-middling": 0.0,
+    }
+    statistics = found.statistics()
+    assert {name: estimate.value for name, estimate in statistics.items()} == pytest.approx(wanted)
+    table = excess_table([found], "loss")
+    assert table[["model", "with"]].values.tolist() == [["made up", "backup"], ["made up", "middling"]]
+    np.testing.assert_allclose(table["excess"], [0.15, 0], atol=1e-12)
+
+
+def test_statistics_are_those_that_are_registered():
+    """All of notebook 09, and no others."""
+    growth = PairGrowth.of(grown(noise(3, 4)), 10)
+    cosines = cosines_of(np.zeros((3, 3, 2)), np.eye(12)[None])
+    alike = resemblances({"m": growth}, {"m": cosines}, {"m": cosines})
+    costs = JointCosts.of(jointly(np.ones((6, 2)), np.ones((6, 2))), 10)
+    found = who_repairs_statistics({"m": growth}, {"m": costs}, alike)["m"]
+    known = load_statistics()
+    assert found.keys() <= known.keys() and "same-head" in alike["m"]
+    controls = {statistic.control for name, statistic in known.items() if name in found}
+    assert {control for control in controls if isinstance(control, str)} <= found.keys()
+
+
+def test_names_of_selections_are_those_of_the_measurement():
+    assert SELECTED == (TOP, CONTROL)
