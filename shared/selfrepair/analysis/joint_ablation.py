@@ -95,10 +95,15 @@ class JointCosts:
 
 
 def excess_table(found: Sequence[JointCosts], quantity: str) -> pd.DataFrame:
-    """Mean excess of every model, with its 95% interval: with the backup, and with the middling head."""
-    tables = [
-        one.excess(quantity, other).table({}, model=one.model, **{"with": other})
-        for one in found
-        for other in OTHERS
-    ]
+    """Mean excess of every model, with its 95% interval: with the backup, and with the middling head.
+
+    ``other alone`` is what the other head costs alone, ``of that`` the excess as a share of it: how much more
+    it costs once the first head is gone.
+    """
+    tables = []
+    for one in found:
+        for other in OTHERS:
+            excess, alone = one.excess(quantity, other), float(one.of_run(quantity, other).nanmean().value)
+            table = excess.table({}, model=one.model, **{"with": other})
+            tables.append(table.assign(**{"other alone": alone, "of that": table["estimate"] / alone}))
     return pd.concat(tables, ignore_index=True).rename(columns={"estimate": "excess"})
