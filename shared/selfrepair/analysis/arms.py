@@ -72,13 +72,15 @@ def effects_of_arm(
     """:data:`QUANTITIES` of one model, from its heads' sweep and its layers' measurements by name.
 
     Shares are ratios of sums over all heads (:meth:`PartMeans.restored`), each over its top ``fraction`` of
-    tokens; compensation is :meth:`LayerMeans.compensation_share`.
+    tokens; compensation is :meth:`LayerMeans.compensation_share`, NaN where layers could not be measured.
     """
     means = PartMeans.of_sweep(sweep, fraction, N_BOOTSTRAP)
     found = {name: means.restored(parts) for name, parts in SHARES.items()}
     for name, measurement in COMPENSATIONS.items():
-        of_layers = LayerMeans.of(layers[measurement], n_bootstrap=N_BOOTSTRAP)
-        found[name] = of_layers.compensation_share()
+        found[name] = Estimate(np.full(1 + N_BOOTSTRAP, np.nan))
+        if measurement in layers:
+            of_layers = LayerMeans.of(layers[measurement], n_bootstrap=N_BOOTSTRAP)
+            found[name] = of_layers.compensation_share()
     return found
 
 
@@ -138,8 +140,7 @@ def against_control(arms: xr.Dataset, control: xr.Dataset, quantity: str) -> Est
         [int(np.flatnonzero(some["seed"].values == seed)[0]) for seed in seeds] for some in (arms, control)
     ]
     treated, untreated = (
-        effect_of(some, quantity).drawn[chosen]
-        for some, chosen in zip((arms, control), order, strict=True)
+        effect_of(some, quantity).drawn[chosen] for some, chosen in zip((arms, control), order, strict=True)
     )
     return over_seeds(treated - untreated)
 

@@ -44,7 +44,9 @@ def dose_curves(curves: Mapping[str, pd.DataFrame], arms: xr.Dataset) -> Figure:
         for name, curve in curves.items():
             colour, marker = CURVE_LOOKS[name]
             points = _arms_of_curve(table, name)
-            axis.scatter(*points[["dose", quantity]].to_numpy().T, s=7, color=colour, alpha=0.45, linewidths=0)
+            axis.scatter(
+                *points[["dose", quantity]].to_numpy().T, s=7, color=colour, alpha=0.45, linewidths=0
+            )
             if quantity in QUANTITIES:
                 line = curve[curve["quantity"] == quantity]
                 axis.fill_between(line["dose"], line["low"], line["high"], color=colour, alpha=0.15, lw=0)
@@ -60,7 +62,8 @@ def dose_curves(curves: Mapping[str, pd.DataFrame], arms: xr.Dataset) -> Figure:
         axis.set_ylabel("share of the direct effect")
     axes[len(panels) - 1].set_ylabel("nats per token")
     legend_below(figure, axes[0], columns=4)
-    say(figure, "Given back of the direct effect: of heads (first five panels) and of attention layers (next two)")
+    says = "Given back of the direct effect: of heads (first five panels), of attention layers (next two)"
+    say(figure, f"{says}; bands: 95% intervals over prompts and seeds, points: single models")
     return figure
 
 

@@ -8,6 +8,7 @@ from io import BytesIO
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import seaborn as sns
 from matplotlib.figure import Figure
 from PIL import Image
@@ -38,10 +39,11 @@ OTHER_LOOKS = (
     *(("#0173b2", "o"), ("#c2700a", "s"), ("#029e73", "^"), ("#d55e00", "D"), ("#b0569f", "v")),
     *(("#a0522d", "P"), ("#3a92c9", "X"), ("#7f7f7f", "o"), ("#8a7500", "s"), ("#1f3b73", "^")),
 )
-#: Of every picture: a dot for a pixel of a page. They are most of what a run adds to the repository; the PDFs
-#: beside them are as sharp as one likes.
-DPI = 96
-COLOURS = 64
+#: Of every picture: about a dot for a pixel of a page. Pictures are most of what a run adds to the repository;
+#: the PDFs beside them are as sharp as one likes.
+DPI = 90
+#: How far (of 255) fewer colours may change areas of one colour: those of heat maps are read.
+MAY_DIFFER = 8
 
 
 def use_style() -> None:
@@ -66,14 +68,25 @@ def use_style() -> None:
 
 
 def small_png(figure: Figure) -> bytes:
-    """A picture at the figure's own resolution, of ``COLOURS`` colours: a third of the bytes of all of them."""
+    """A picture at the figure's own resolution, of few colours: a third of the bytes of all of them."""
     drawn, small = BytesIO(), BytesIO()
     figure.savefig(drawn, dpi=figure.dpi, bbox_inches="tight")
-    picture = Image.open(drawn).convert("RGB")
-    # By what is covered: of few pixels of their own colour, a line's or a point's, that is kept.
-    picture = picture.quantize(COLOURS, Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
-    picture.save(small, "png", optimize=True)
+    _of_few_colours(Image.open(drawn).convert("RGB")).save(small, "png", optimize=True)
     return small.getvalue()
+
+
+def _of_few_colours(picture: Image.Image) -> Image.Image:
+    """With the smallest palette that leaves areas of one colour as they are; the largest if none does."""
+    pixels = np.asarray(picture, dtype=int)
+    here = pixels[1:, 1:]
+    flat = (here == pixels[:-1, 1:]).all(-1) & (here == pixels[1:, :-1]).all(-1)
+    for colours in (32, 64, 128, 256):
+        # By what is covered: of few pixels of their own colour, a line's or a point's, that is kept.
+        found = picture.quantize(colours, Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
+        change = np.abs(np.asarray(found.convert("RGB"), dtype=int)[1:, 1:] - here)
+        if change[flat].max(initial=0) <= MAY_DIFFER:
+            break
+    return found
 
 
 def save(figure: Figure, out_dir: Path, name: str) -> None:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import xarray as xr
@@ -17,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from selfrepair import __version__
 from selfrepair.analysis.arms import COMPENSATIONS, arms_dataset, arms_table, effects_of_arm
-from selfrepair.errors import UserError
+from selfrepair.errors import NotMeasurable, UserError
 from selfrepair.measure.layers_over_training import checkpoints
 from selfrepair.models.checkpoints import find_model, model_identity, training_metrics
 from selfrepair.models.devices import resolve_device
@@ -78,32 +79,31 @@ def load_arms(path: Path) -> list[Arm]:
     return arms
 
 
-def _trained(group: dict[str, object], path: Path) -> Iterator[Arm]:
-    _check_keys(group, ("group", "config", "vary"), path)
-    varied: dict[str, list[object]] = group["vary"]
-    for values in itertools.product(*varied.values()):
-        own = dict(zip(varied, values, strict=True))
+def _trained(group: object, path: Path) -> Iterator[Arm]:
+    known = _checked(group, ("group", "config", "vary"), path)
+    for values in itertools.product(*known["vary"].values()):
+        own = dict(zip(known["vary"], values, strict=True))
         says = "-".join(f"{key}-{value}" for key, value in own.items())
-        name = f"{group['group']}-{says}".replace(", ", "-").replace(" ", "-")
-        yield Arm(name, group["group"], config_of({**group["config"], **own, "name": name}, str(path)))
+        name = f"{known['group']}-{says}".replace(", ", "-").replace(" ", "-")
+        yield Arm(name, known["group"], config_of({**known["config"], **own, "name": name}, str(path)))
 
 
-def _given(group: dict[str, object], path: Path) -> Iterator[Arm]:
-    if "checkpoints_of" in group:
-        _check_keys(group, ("group", "checkpoints_of"), path)
-        of_model = str(group["checkpoints_of"])
-        for saved in checkpoints(of_model):
-            name = f"{of_model}-step-{saved.step}"
-            yield Arm(name, group["group"], model_name=saved.model_name, step=saved.step)
+def _given(group: object, path: Path) -> Iterator[Arm]:
+    if isinstance(group, dict) and "checkpoints_of" in group:
+        known = _checked(group, ("group", "checkpoints_of"), path)
+        for saved in checkpoints(known["checkpoints_of"]):
+            name = f"{known['checkpoints_of']}-step-{saved.step}"
+            yield Arm(name, known["group"], model_name=saved.model_name, step=saved.step)
         return
-    _check_keys(group, ("group", "models"), path)
-    for name in group["models"]:
-        yield Arm(name, group["group"], model_name=name)
+    known = _checked(group, ("group", "models"), path)
+    for name in known["models"]:
+        yield Arm(name, known["group"], model_name=name)
 
 
-def _check_keys(group: object, keys: tuple[str, ...], path: Path) -> None:
+def _checked(group: object, keys: tuple[str, ...], path: Path) -> dict[str, Any]:
     if not isinstance(group, dict) or group.keys() != set(keys):
         raise UserError(f"{path}: every group must have the keys {', '.join(keys)}, and no other")
+    return group
 
 
 def run_arms(file: Path, text: Path | None, folder: Path, device: str) -> Path | None:
@@ -147,7 +147,12 @@ def _made(arm: Arm, text: Path | None, folder: Path, device: str) -> xr.Dataset:
     model_name = arm.model_name if arm.config is None else str(_train(arm, text, folder, device))
     study = Study.of(PROFILE, model_name, device=device, out_dir=folder)
     (sweep,) = study.measured("heads").values()
-    layers = {name: next(iter(study.measured(name).values())) for name in COMPENSATIONS.values()}
+    layers = {}
+    for name in COMPENSATIONS.values():
+        try:
+            (layers[name],) = study.measured(name).values()
+        except NotMeasurable as why:  # a model that answers no facts
+            print(f"{arm.name}: {why}", file=sys.stderr)
     effects = effects_of_arm(sweep, layers, study.profile.fraction)
     metrics = training_metrics(Path(find_model(model_name))) if arm.step < 0 else {}
     if "loss_held_out_prose" not in metrics:

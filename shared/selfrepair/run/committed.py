@@ -52,11 +52,23 @@ def update_committed(study: Study, summarise: Callable[[], object]) -> None:
 
 
 def findings_table(claims: Path) -> str:
-    """The verdicts on each claim of a long table, in Markdown: on our models, and on published numbers."""
-    lines = ["| | claim | pocket models | published |", "| --- | --- | --- | --- |"]
+    """The verdicts on each claim of a long table, in Markdown: on our models, and on published numbers.
+
+    A claim that is judged on prose too, as ``<id>-prose``, has one row with both verdicts on our models.
+    """
+    verdicts: dict[str, list[str]] = {}
+    rows = []
     for result in results(read_claims(claims)):
         claim = result.claim
-        cells = (claim.notebook, f"{claim.claim} ({claim.source})", result.verdict, result.published_verdict)
+        if (same := claim.id.removesuffix("-prose")) in verdicts:
+            verdicts[same].append(f"on prose: {result.verdict}")
+            continue
+        verdicts[claim.id] = [result.verdict]
+        rows.append((claim, result.published_verdict))
+    lines = ["| | claim | pocket models | published |", "| --- | --- | --- | --- |"]
+    for claim, published in rows:
+        said = f"{claim.claim} ({claim.source})"
+        cells = (claim.notebook, said, "<br>".join(verdicts[claim.id]), published)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 

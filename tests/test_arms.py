@@ -1,0 +1,241 @@
+"""Arms: models trained alike but for dropout and seed; their table, and what notebook 08 says of it."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from fake_sweeps import FRACTION, HEADS, LAYERS, fake_sweep, tokens_of
+from filelock import FileLock
+
+from selfrepair.analysis import arms as analysis
+from selfrepair.analysis.estimates import Estimate
+from selfrepair.cli.main import main
+from selfrepair.errors import UserError
+from selfrepair.models.loading import load_model
+from selfrepair.paths import HELD_OUT_TEXT, MODELS
+from selfrepair.run import arms as running
+from selfrepair.run.arms import load_arms, run_arms
+
+CONFIG = {
+    "architecture": "gpt2", "n_layers": 4, "n_heads": 2, "d_model": 16, "d_mlp": 32, "vocab_size": 512,
+    "batch_size": 4, "precision": "float32", "phases": [{"tokens": 4 * 128 * 3, "gazetteer_share": 0.25}],
+}  # fmt: skip
+TWO = {"trained": [{"group": "tiny, a", "config": CONFIG, "vary": {"head_dropout": [0.0, 0.5], "seed": [3]}}]}
+
+
+def write(folder, values):
+    file = folder / "arms.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+# ------------------------------------------------------------------------------------------------ the file
+
+
+def test_all_combinations_of_what_varies_are_arms(tmp_path):
+    vary = {"head_dropout": [0.0, 0.25], "seed": [1, 2, 3]}
+    arms = load_arms(write(tmp_path, {"trained": [{"group": "g", "config": CONFIG, "vary": vary}]}))
+    found = {(arm.config.head_dropout, arm.config.seed) for arm in arms}
+    assert found == {(p, s) for p in (0.0, 0.25) for s in (1, 2, 3)}
+    assert len({arm.name for arm in arms}) == 6
+    assert all(arm.config.name == arm.name and arm.group == "g" for arm in arms)
+
+
+def test_checkpoints_of_a_model_are_arms_in_order(tmp_path):
+    arms = load_arms(write(tmp_path, {"given": [{"group": "g", "checkpoints_of": "pocket-pythia"}]}))
+    steps = [arm.step for arm in arms]
+    assert steps == sorted(steps) and steps[0] == 0 and len(steps) == 8
+    assert arms[-1].model_name == "pocket-pythia"
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"trainde": []}, "unknown key 'trainde'; known are trained, given"),
+        ({"trained": [{"group": "g", "config": CONFIG}]}, "must have the keys group, config, vary"),
+        ({"trained": ["g"]}, "must have the keys group, config, vary"),
+        ({"trained": [{"group": "g", "config": {}, "vary": {"seed": [1]}}]}, "missing architecture"),
+        (
+            {"trained": [{"group": "g", "config": CONFIG, "vary": {"head_dropout": [1.5]}}]},
+            "head_dropout must lie in [0, 1)",
+        ),
+        ({"given": [{"group": "g", "models": ["a/b", "a/b"]}]}, "two arms are called 'a/b'"),
+    ],
+)
+def test_a_wrong_file_is_one_line(tmp_path, values, says):
+    with pytest.raises(UserError) as error:
+        load_arms(write(tmp_path, values))
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_arms_must_be_trained_on_a_text(tmp_path, capsys):
+    assert main(["arms", str(write(tmp_path, TWO)), "--out", str(tmp_path / "out")]) == 1
+    assert "give the folder of its text with --text" in capsys.readouterr().err
+
+
+def test_a_missing_model_is_said_before_anything_is_made(tmp_path):
+    file = write(tmp_path, TWO | {"given": [{"group": "g", "models": [str(tmp_path / "none")]}]})
+    with pytest.raises(UserError, match="no such folder"):
+        run_arms(file, HELD_OUT_TEXT, tmp_path / "out", "cpu")
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------------------- the command
+
+
+@pytest.mark.slow(
+    "models are trained and measured, and their table written, by one command that can be killed"
+)
+def test_the_command_trains_measures_and_goes_on(tmp_path, own_cache, monkeypatch):
+    file, out = write(tmp_path, TWO), tmp_path / "out"
+    trained = []
+    train = running.train
+
+    def watched(config, *arguments):
+        trained.append(config.name)
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        return train(config, *arguments)
+
+    monkeypatch.setattr(running, "train", watched)
+    with pytest.raises(KeyboardInterrupt):
+        run_arms(file, HELD_OUT_TEXT, out, "cpu")
+    assert not (tmp_path / "arms.csv").exists()
+    first, second = (arm.name for arm in load_arms(file))
+    with FileLock(out / "rows" / f"{second}.lock"):  # another process makes the second
+        assert run_arms(file, HELD_OUT_TEXT, out, "cpu") is None
+    assert run_arms(file, HELD_OUT_TEXT, out, "cpu") == tmp_path / "arms.csv"
+    assert trained == [first, second, second]
+    table = pd.read_csv(tmp_path / "arms.csv")
+    assert list(table["name"]) == [first, second] and list(table["head_dropout"]) == [0.0, 0.5]
+    assert (table["tokens"] == 4 * 128 * 3).all() and (table["seed"] == 3).all()
+    assert np.isfinite(table[[*analysis.SHARES, "compensation-prose"]].to_numpy()).all()
+    assert table["compensation-facts"].isna().all()  # it answers none
+    # What the row says is what the ordinary measurement of the folder gives.
+    arms = analysis.read_arms(tmp_path)
+    model = load_model(str(out / "trained" / second), torch.device("cpu"))
+    assert model.weights_sha256.startswith(table["weights_sha256"][1])
+    assert arms["weights_sha256"].values[1] == table["weights_sha256"][1]
+    metrics = json.loads((out / "trained" / second / "metrics.json").read_text())
+    assert metrics["config"]["head_dropout"] == 0.5
+    assert metrics["loss_held_out_prose"] == pytest.approx(table["loss_held_out_prose"][1], abs=1e-5)
+    # Nothing is made again, unless the configuration changes.
+    assert run_arms(file, None, out, "cpu") and len(trained) == 3
+    changed = CONFIG | {"lr_other": 0.001}
+    write(tmp_path, {"trained": [TWO["trained"][0] | {"config": changed}]})
+    with pytest.raises(UserError, match="must be trained first"):
+        run_arms(file, None, out, "cpu")
+
+
+# ------------------------------------------------------------------------------------------------- analysis
+
+
+def test_shares_are_ratios_of_sums_over_heads():
+    sweep = fake_sweep()
+    sweep["direct_effect"] = abs(sweep["direct_effect"])
+    found = analysis.PartMeans.of_sweep(sweep, FRACTION, 0)
+    effect, given = 0.0, dict.fromkeys(("heads", "mlps", "layernorm"), 0.0)
+    for layer in range(LAYERS):
+        for head in range(HEADS):
+            tokens = tokens_of(sweep, layer, head)
+            effect += sum(token["direct_effect"] for token in tokens) / len(tokens)
+            for part in given:
+                given[part] += sum(token[part] for token in tokens) / len(tokens)
+    for parts in analysis.SHARES.values():
+        expected = sum(given[part] for part in parts) / effect
+        assert found.restored(parts).value == pytest.approx(expected, rel=1e-6)
+
+
+def some_arms(values, **known):
+    """Arms with these values of every quantity, ``[arm, draw]``, and what is known of them."""
+    rows = []
+    for number, drawn in enumerate(values):
+        about = {name: kind("" if kind is str else 0) for name, kind in _kinds().items()}
+        about |= {"name": f"arm-{number}"} | {name: of_arms[number] for name, of_arms in known.items()}
+        rows.append((about, {name: Estimate(np.array(drawn, dtype=float)) for name in analysis.QUANTITIES}))
+    return analysis.arms_dataset(rows)
+
+
+def _kinds():
+    return {name: str if kind is object else kind for name, kind in analysis.KNOWN.items()}
+
+
+def test_an_arm_is_compared_with_the_control_of_its_own_seed():
+    """By hand: seeds 1 and 2 gain 0.3 and 0.1, seed 9 has no control."""
+    arms = some_arms(
+        [[0.1, 0.1], [0.5, 0.5], [0.4, 0.4], [0.6, 0.6], [7.0, 7.0]],
+        seed=[1, 2, 1, 2, 9], head_dropout=[0.0, 0.0, 0.5, 0.5, 0.5],
+    )  # fmt: skip
+    treated, control = analysis.where(arms, head_dropout=0.5), analysis.where(arms, head_dropout=0.0)
+    gain = analysis.against_control(treated, control, "non-norm")
+    assert gain.value == pytest.approx(0.2)
+    assert any(gain.samples == pytest.approx(value) for value in (0.1, 0.2, 0.3))
+
+
+def test_samples_of_a_gain_draw_seeds():
+    rng = np.random.default_rng(0)
+    seeds = list(range(1, 6))
+    base = rng.normal(size=(5, 401)) * 0.01
+    gains = np.array([0.0, 0.1, 0.2, 0.3, 0.4])
+    arms = some_arms(
+        np.concatenate([base, base + gains[:, None]]), seed=seeds * 2, head_dropout=[0.0] * 5 + [0.5] * 5
+    )
+    treated, control = analysis.where(arms, head_dropout=0.5), analysis.where(arms, head_dropout=0.0)
+    low, high = analysis.against_control(treated, control, "heads").interval()
+    # Of five gains, a mean's standard error is √2 · 0.1 / √5; noise that both arms share goes out.
+    assert low == pytest.approx(0.2 - 1.96 * 0.0632, abs=0.03)
+    assert high == pytest.approx(0.2 + 1.96 * 0.0632, abs=0.03)
+
+
+def test_a_dose_curve_has_the_means_over_seeds():
+    arms = some_arms([[0.0], [0.2], [1.0]], seed=[1, 2, 1], head_dropout=[0.0, 0.0, 0.5])
+    curve = analysis.dose_curve(arms, "head_dropout")
+    rows = curve[curve["quantity"] == "mlps"].set_index("dose")
+    assert rows["estimate"].to_dict() == pytest.approx({0.0: 0.1, 0.5: 1.0})
+    assert rows["n_seeds"].to_dict() == {0.0: 2, 0.5: 1}
+
+
+# --------------------------------------------------------------------------------------- what is committed
+
+
+def test_the_committed_table_is_that_of_the_committed_store():
+    arms = analysis.read_arms()
+    expected = analysis.arms_table(arms).to_csv(index=False, float_format="%.6g")
+    assert (MODELS / "arms" / "arms.csv").read_text() == expected
+
+
+def test_the_committed_arms_are_those_of_their_file():
+    arms, file = analysis.read_arms(), load_arms(MODELS / "arms" / "arms.yaml")
+    assert arms["name"].values.tolist() == [arm.name for arm in file]
+    for name, kind in (("seed", int), ("head_dropout", float), ("attention_dropout_layer", float)):
+        wanted = [kind(getattr(arm.config, name)) for arm in file if arm.config]
+        assert arms[name].values[: len(wanted)].tolist() == wanted
+
+
+@pytest.mark.parametrize("name", ["pocket-gpt2", "pocket-gpt2-headdrop"])
+def test_a_shipped_model_is_the_one_in_the_table(name):
+    table = analysis.arms_table(analysis.where(analysis.read_arms(), group=analysis.SHIPPED)).set_index(
+        "name"
+    )
+    model = load_model(name, torch.device("cpu"))
+    assert model.weights_sha256.startswith(table.loc[name, "weights_sha256"])
+
+
+def test_arms_that_stand_beside_each_other_were_trained_alike():
+    """Nothing but dropout and seed differs between the arms of a curve, but for what its group starts from."""
+    by_group = {}
+    for arm in load_arms(MODELS / "arms" / "arms.yaml"):
+        if arm.config:
+            by_group.setdefault(arm.group, []).append(arm.config)
+    for group, dose, control in analysis.CURVES.values():
+        configs = by_group[group] + [c for c in by_group[control] if c.head_dropout == 0]
+        same = {
+            dataclasses.replace(c, name="", seed=0, head_dropout=0.0, attention_dropout_layer=0.0)
+            for c in configs
+        }
+        assert len(same) == 1, group
+        assert len({getattr(c, dose) for c in configs}) > 1
