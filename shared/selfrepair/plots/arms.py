@@ -89,7 +89,7 @@ def over_training(arms: xr.Dataset) -> Figure:
     left.axhline(0, color="0.6", lw=0.7, zorder=0)
     left.set_ylabel("share of the direct effect")
     right.plot(table["step"], table["loss_held_out_prose"], color="0.2", marker="o", ms=3.5, lw=1.3)
-    right.set_ylabel("loss on held-out prose (nats per token)")
+    right.set_ylabel("loss (nats per token)")
     for axis in (left, right):
         _log_steps(axis, table["step"].to_numpy())
     legend_below(figure, left, columns=4)
@@ -99,6 +99,7 @@ def over_training(arms: xr.Dataset) -> Figure:
 def _log_steps(axis: Axes, steps: np.ndarray) -> None:
     """Training steps on a logarithmic axis that begins with step 0."""
     axis.set_xscale("symlog", linthresh=max(1, int(steps[steps > 0].min())))
+    axis.set_xlim(-1, 1.2 * steps.max())
     axis.set_xticks(steps, [str(step) for step in steps], rotation=45, fontsize=7)
     axis.minorticks_off()
     axis.set_xlabel("training step")
