@@ -3,6 +3,7 @@
 import math
 import statistics
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,6 +15,7 @@ from selfrepair.analysis.breakdown import SUMS, WAYS
 from selfrepair.analysis.claims import claims_table
 from selfrepair.analysis.estimates import draws
 from selfrepair.paths import PUBLISHED
+from selfrepair.plots import counting as plots
 
 LATER = range(LAYERS // 2, LAYERS)
 
@@ -77,7 +79,7 @@ def test_main_effects_by_hand():
 
 
 def test_variance_is_of_all_combinations_in_whatever_order():
-    effect = {"fraction": {0.01: 0, 1: 5}, "way": {"a": -2, "b": 2}, "kind": {"x": 0, "y": 0}}
+    effect = {"fraction": {0.01: 0.0, 1: 5.0}, "way": {"a": -2, "b": 2}, "kind": {"x": 0, "y": 0}}
     rows = [
         {"part": part, "fraction": f, "way": w, "kind": k, "estimate": number * (of_f + of_w + of_k)}
         for number, part in enumerate(SUMS, start=1)
@@ -189,7 +191,7 @@ def planted(norm, others, seed=0):
     """A sweep in which the norm's part and that of heads are these functions of the lost direct effect."""
     rng = np.random.default_rng(seed)
     shape = (4, 2, 12, 60)
-    effect, noise = rng.normal(0.05, 1, shape), rng.normal(0, 0.05, (2, *shape))
+    effect, noise = rng.normal(0, 1, shape), rng.normal(0, 0.05, (2, *shape))
     heads, layernorm = others(effect) + noise[0], norm(effect) + noise[1]
     values = {"direct_effect": effect, "ablated_direct_effect": 0 * effect, "self_repair_heads": heads}
     values |= {"self_repair_mlps": 0 * effect, "logit_change": heads + layernorm - effect}
@@ -204,7 +206,7 @@ SHUFFLED = np.random.default_rng(5)
     ("norm", "others", "judged"),
     [
         (lambda lost: 0.3 * lost, lambda lost: 0.2 * lost, ("yes", "yes", "yes")),
-        (lambda lost: 0.3 + 0 * lost, lambda lost: -0.2 * lost, ("yes", "no", "no")),
+        (lambda lost: 0.6 + 0 * lost, lambda lost: -0.2 * lost, ("yes", "no", "no")),
         (
             lambda lost: 0.3 * SHUFFLED.permuted(lost, axis=-1),
             lambda lost: SHUFFLED.permuted(lost, axis=-1),
@@ -230,3 +232,43 @@ def test_table_of_both_ends_and_slopes():
     assert row["top"] == pytest.approx(
         ends.query("model == 'a' and part == 'norm frozen'")["estimate"].iloc[0]
     )
+
+
+@pytest.fixture
+def drawn():
+    """Figures that the test makes are closed after it."""
+    yield
+    plt.close("all")
+
+
+def test_multiverse_figure_shows_every_point(drawn):
+    table = counting.multiverse({"resample": fake_sweep(0), "another kind": fake_sweep(1)})
+    draws_of_donors = counting.multiverse_of_draws({0: fake_sweep(2), 1: fake_sweep(3)})
+    figure = plots.multiverse_figure(table, draws_of_donors)
+    panels = np.array(figure.axes).reshape(len(SUMS), len(WAYS))
+    for row, part in zip(panels, SUMS, strict=True):
+        for axis, way in zip(row, WAYS, strict=True):
+            here = table[(table["part"] == part) & (table["way"] == way)]
+            lines = {line.get_label(): line.get_ydata() for line in axis.get_lines()}
+            shown = {one.get_label(): one.lines[0].get_ydata() for one in axis.containers}
+            for kind, rows in here.groupby("kind"):
+                np.testing.assert_allclose(shown[kind], rows.sort_values("fraction")["estimate"])
+            assert ("floor: signs at random (0 where not clipped)" in lines) == (way == "clipped")
+            assert "resample with other donors, some of the prompts" in lines
+
+
+def test_released_figure_says_what_was_not_released(drawn):
+    figure = plots.released_figure(counting.released_points())
+    said = [text.get_text() for axis in figure.axes for text in axis.texts]
+    assert said == ["not released"] * 2
+
+
+def test_both_ends_figure_shows_top_bottom_and_slopes(drawn):
+    sweeps = {name: fake_sweep(seed) for seed, name in enumerate("ba")}
+    ends, slopes = mirror.both_ends(sweeps, FRACTION, 5), mirror.slopes_table(sweeps)
+    figure = plots.both_ends_figure(ends, slopes)
+    tables = [ends[ends["end"] == mirror.TOP], ends[ends["end"] == mirror.BOTTOM], slopes]
+    for axis, table in zip(figure.axes, tables, strict=True):
+        points = sorted(line.get_xdata()[0] for line in axis.get_lines() if line.get_marker() != "None")
+        np.testing.assert_allclose(points, np.sort(table["estimate"]))
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["b", "a"]

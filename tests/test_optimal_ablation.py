@@ -9,7 +9,7 @@ from tasks import wanted_settings
 from transformers import AutoModelForCausalLM
 
 import selfrepair
-from selfrepair.engine import optimal
+from selfrepair.engine import optimal, sites
 from selfrepair.engine.ablations import Mean, find_ablation
 from selfrepair.engine.fast import fast_path
 from selfrepair.engine.sites import COMPONENTS, HEADS
@@ -62,10 +62,10 @@ def test_loss_and_gradient_are_those_of_the_whole_model(family, name, site, path
     tokens = random_tokens(3)
     start = Mean().prepare(model, [tokens], site).values
     with fast_path(model, on=path == "fast") as model, torch.no_grad():
-        here = optimal.Prepared.of(model, tokens, site)
+        here = site.prepared(model, tokens)
         for place, mean in enumerate(start):
             values = mean.float().reshape(-1, mean.shape[-1]) * 0.5
-            losses, gradients = optimal.loss_gradient(model, site, here, place, values)
+            losses, gradients = site.loss_gradient(model, here, place, values)
             for part in {0, len(values) - 1}:
                 constant = values[part].double().requires_grad_()
                 with torch.enable_grad():
@@ -80,9 +80,9 @@ def test_loss_and_gradient_are_those_of_the_whole_model(family, name, site, path
 def test_float64_gradients_agree_to_1e_9(family):
     model, hf = family("neox-sequential", torch.float64)
     tokens = random_tokens(2)
-    here = optimal.Prepared.of(model, tokens, HEADS)
+    here = HEADS.prepared(model, tokens)
     values = here.clean.z[1].mean((0, 1))
-    _, gradients = optimal.loss_gradient(model, HEADS, here, 1, values)
+    _, gradients = HEADS.loss_gradient(model, here, 1, values)
     constant = values[2].clone().requires_grad_()
     loss = plain_loss(hf, tokens, *in_the_plain_model(hf, 1, HEADS, 2), constant)
     (wanted,) = torch.autograd.grad(loss, constant)
@@ -91,11 +91,11 @@ def test_float64_gradients_agree_to_1e_9(family):
 
 def test_a_pass_holds_few_rows_and_gives_the_same(family, monkeypatch):
     model, _ = family("gpt2")
-    here = optimal.Prepared.of(model, random_tokens(2), HEADS)
+    here = HEADS.prepared(model, random_tokens(2))
     values = here.clean.z[0].mean((0, 1))
-    whole = optimal.loss_gradient(model, HEADS, here, 0, values)
-    monkeypatch.setattr(optimal, "ROWS_AT_ONCE", 2)
-    for some, one in zip(whole, optimal.loss_gradient(model, HEADS, here, 0, values), strict=True):
+    whole = HEADS.loss_gradient(model, here, 0, values)
+    monkeypatch.setattr(sites, "ROWS_AT_ONCE", 2)
+    for some, one in zip(whole, HEADS.loss_gradient(model, here, 0, values), strict=True):
         torch.testing.assert_close(some, one, rtol=1e-4, atol=1e-6)
 
 
@@ -112,10 +112,8 @@ def test_steps_are_those_of_adam_written_out(family, monkeypatch):
         spread = (z[layer] - mean[layer]).square().mean((0, 1, 3)).sqrt()[:, None]
         theta, first, second = (torch.zeros_like(mean[layer]) for _ in range(3))
         for step, prompt in enumerate([order[0], order[1], order[0]]):
-            here = optimal.Prepared.of(model, tokens[prompt : prompt + 1], HEADS)
-            gradient = (
-                optimal.loss_gradient(model, HEADS, here, layer, mean[layer] + spread * theta)[1] * spread
-            )
+            here = HEADS.prepared(model, tokens[prompt : prompt + 1])
+            gradient = HEADS.loss_gradient(model, here, layer, mean[layer] + spread * theta)[1] * spread
             first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
             ahead = first / (1 - 0.9 ** (step + 1)), second / (1 - 0.999 ** (step + 1))
             rate = optimal.FIRST_STEP * (1 - step / 3)
@@ -185,14 +183,11 @@ def test_it_costs_less_than_the_mean_on_unseen_text():
     model = load_model("pocket-pythia-small", "cpu")
     prompts = load_tokens(model.tokenizer, n_prompts=16, n_unseen=optimal.N_PROMPTS)
     unseen, judged = (torch.from_numpy(tokens) for tokens in (prompts.unseen, prompts.tokens))
-    here = optimal.Prepared.of(model, judged, HEADS)
+    here = HEADS.prepared(model, judged)
 
     def losses(kind):
         values = find_ablation(kind).prepare(model, [unseen], HEADS).values
-        found = [
-            optimal.loss_gradient(model, HEADS, here, layer, own.float())[0]
-            for layer, own in enumerate(values)
-        ]
+        found = [HEADS.loss_gradient(model, here, layer, own.float())[0] for layer, own in enumerate(values)]
         return torch.stack(found)
 
     gain = losses("mean") - losses("optimal")

@@ -1,4 +1,4 @@
-"""Notebook 07: the tokens on which heads hurt, repair against what was lost, and what the claims are about."""
+"""Notebook 07: the tokens on which heads hurt, repair against what was lost, what claims are about."""
 
 from __future__ import annotations
 

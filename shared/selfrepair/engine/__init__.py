@@ -2,7 +2,7 @@
 
 | module | holds |
 | --- | --- |
-| ``ablations`` | what takes the place of an ablated activation: resample, mean, zero, optimal (add kinds here) |
+| ``ablations`` | what takes the place of an ablated activation: resample, mean, zero, optimal (add here) |
 | ``optimal`` | the constants with which the loss is least |
 | ``sites`` | the places that can be ablated: heads, whole attention layers and MLPs |
 | ``direct_effect`` | the final norm and each correct token's direction, along which everything is read |
@@ -40,7 +40,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "hooks": ["before", "input_of", "standing_in", "watching"],
         "identity_check": ["check_identity", "check_tokens"],
         "one_position": ["CleanKeys", "OnePosition"],
-        "optimal": ["least_loss", "loss_gradient"],
+        "optimal": ["least_loss"],
         "reading": ["Reading"],
         "sites": ["COMPONENTS", "HEADS", "batches_that_fit"],
     },

@@ -30,17 +30,17 @@ class Site(Protocol):
         """What is left at each place if the component adds nothing."""
         ...
 
-    def clean(self, model: Any, tokens: Int[Any, "prompt position"]) -> Any:
-        """The clean run (:class:`selfrepair.engine.forward.CleanRun`) that :meth:`carried` needs."""
+    def prepared(self, model: Any, tokens: Int[Any, "prompt position"]) -> Any:
+        """Prompts made ready for :meth:`loss_gradient`."""
         ...
 
-    def carried(
-        self, model: Any, replay: Any, clean: Any, place: int, first: int, values: Float[Any, "part width"]
-    ) -> Float[Any, "part prompt position d_model"]:
-        """Final residual streams with a constant at all positions, in one part of ``place`` at a time.
+    def loss_gradient(
+        self, model: Any, here: Any, place: int, values: Float[Any, "part width"]
+    ) -> tuple[Float[Any, " part"], Float[Any, "part width"]]:
+        """Mean next-token loss (nats) with a constant at all positions, and its gradient by that.
 
-        ``values`` are of the parts from number ``first`` on. Parts are what is ablated by itself: the heads
-        of a layer, or the whole of a component. Gradients are recorded if ``values`` want them.
+        Of each part of ``place``, which is what is ablated by itself: the heads of a layer, or the whole of a
+        component.
         """
         ...
 

@@ -36,6 +36,8 @@ class FittedConstants(Measurement):
         check_tokens(model, tokens, str(inputs["tokens"].attrs["corpus"]))
         ablation = find_ablation(str(settings["ablation"]))
         batches = learnt_from(model, settings, inputs, list(batches_that_fit(model, tokens)))
+        if ablation.fits_unseen:
+            check_tokens(model, batches[0], str(inputs["tokens"].attrs["corpus"]))
         constants = ablation.prepare(model, batches, HEADS)
         z = torch.stack(list(cast(Constants, constants).values)).double().cpu().numpy()
         return xr.Dataset({"z": (("layer", "head", "d_head"), z)})

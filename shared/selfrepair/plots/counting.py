@@ -126,7 +126,7 @@ def _line(
 def _thin(axis: Axes, rows: pd.DataFrame, limits: tuple[float, float]) -> None:
     for number, (_, of_draw) in enumerate(rows.groupby("draw")):
         of_draw = of_draw.sort_values("fraction")
-        label = None if number else "resample with other donors, half of the prompts"
+        label = None if number else "resample with other donors, some of the prompts"
         shown = of_draw["estimate"].clip(*limits)
         axis.plot(of_draw["fraction"], shown, color="0.45", lw=0.8, zorder=1, label=label)
 
