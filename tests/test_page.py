@@ -2,6 +2,7 @@
 shows it as meant."""
 
 import base64
+import dataclasses
 import io
 import json
 import re
@@ -13,6 +14,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+import vl_convert
 from browser import PROGRAM, Page
 from PIL import Image
 
@@ -20,6 +22,7 @@ from selfrepair.analysis.claims import COLUMNS, LEGEND, write_claims
 from selfrepair.analysis.rules import load_claims, load_statistics
 from selfrepair.errors import UserError
 from selfrepair.paths import NOTEBOOKS
+from selfrepair.plots import forest
 from selfrepair.run.page import HEADINGS, MARKS, write_page
 
 HOSTILE = (
@@ -97,6 +100,23 @@ CLAIMS = [
 ]
 
 
+#: One passage for every head of two of the models, with a text that could be taken for an element.
+TOKENS = {
+    model: {
+        f"L{layer}H{head}": [
+            {
+                "tokens": [["<b>The", None, None], [" cat", 1.5, -0.4], ["\n<img>", 0.2, 0.8]],
+                "marked": 1,
+                "prompt": 7,
+            }
+        ]
+        for layer in range(2)
+        for head in range(12)
+    }
+    for model in ("pocket-a", HOSTILE)
+}
+
+
 def long_table():
     """Claims as notebooks keep them, with the verdicts that ``CLAIMS`` names."""
     rows = []
@@ -128,8 +148,13 @@ def results(tmp_path):
     for _, table in long_table().groupby("notebook"):
         write_claims(table, folder)
     for seed, ablation in enumerate(("mean", "resample", "zero")):
-        tables = [heads("pocket-a", seed=seed), heads(HOSTILE, n_heads=2, seed=seed), heads("NA", n_heads=3)]
+        tables = [
+            heads("pocket-a", seed=seed),
+            heads(HOSTILE, n_heads=2, seed=seed),
+            heads("NA", n_heads=3, seed=10 + seed),
+        ]
         pd.concat(tables).to_csv(folder / f"heads_{ablation}.csv", index=False, float_format="%.6g")
+    (folder / "head_tokens.json").write_text(json.dumps({"ablation": "mean", "models": TOKENS}))
     comparison = [
         {
             "model": "gpt2",
@@ -172,7 +197,8 @@ def test_is_well_formed(page):
     assert page.faults == []
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(set(ids)) == len(ids)
-    assert {link["href"] for link in page.all("a")} == {f"#{id}" for id in ids}
+    sections = [section["id"] for section in page.all("section")]
+    assert [link["href"] for link in page.all("a")] == [f"#{id}" for id in sections]
 
 
 def test_every_figure_is_there_pixel_by_pixel_under_its_notebook(page, results):
@@ -187,7 +213,7 @@ def test_every_figure_is_there_pixel_by_pixel_under_its_notebook(page, results):
             Image.open(results / "figures" / f"{name}.png") as drawn,
         ):
             assert np.array_equal(shown.convert("RGBA"), drawn)
-            assert (int(image["width"]), int(image["height"])) == (drawn.width // 2, drawn.height // 2)
+            assert (int(image["width"]), int(image["height"])) == drawn.size
     order = [
         page.text.index(caption)
         for caption in ("Self repair by depth", "Effect against change", "Ways of counting", "Of no notebook")
@@ -217,7 +243,7 @@ def test_a_notebooks_text_is_shown_as_text_with_emphasis(results, tmp_path, monk
         nbformat.v4.new_code_cell(f'"{FIGURES[0]}"'),
     ]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "01_x.ipynb")
-    monkeypatch.setattr("selfrepair.run.page.NOTEBOOKS", tmp_path)
+    monkeypatch.setattr("selfrepair.run.page_figures.NOTEBOOKS", tmp_path)
     page = Elements(write_page(results).read_text())
     assert page.faults == []
     assert len(page.all("em")) == 1 + LEGEND.count("*") // 2
@@ -245,8 +271,8 @@ def test_every_claim_is_there(page):
         for mark in (span.get("class") or "").split()
         if mark in MARKS.values()
     )
-    assert marks == {"yes": 3, "partly": 2, "no": 2, "untested": 2}, (
-        "each verdict in its row and in the tally"
+    assert marks == {"yes": 5, "partly": 3, "no": 3, "untested": 2}, (
+        "each verdict in its row, in the tally and, if it has a number, beside its strip"
     )
 
 
@@ -275,7 +301,7 @@ def test_comparison_and_manifest_are_there(page):
 def test_names_are_shown_as_text(page):
     assert f"{HOSTILE}: 4 heads" in page.text
     assert "NA: 6 heads" in page.text
-    assert len(page.all("script")) == 1
+    assert len(page.all("script")) == 5, "the page's own, Vega's, the explorer's, its data and its charts"
     assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
 
 
@@ -289,7 +315,8 @@ def test_nothing_is_fetched(page, results):
     assert addresses
     assert all(address.startswith(("data:", "#")) for address in addresses)
     source = (results / "index.html").read_text()
-    own = "".join(re.findall(r"<(?:style|script)>(.*?)</(?:style|script)>", source, flags=re.DOTALL))
+    written = re.findall(r"<(?:style|script)>(.*?)</(?:style|script)>", source, flags=re.DOTALL)
+    own = "".join(text for text in written if text != vl_convert.javascript_bundle())
     assert own
     assert not re.search(r"url\(|@import|https?:|fetch|XMLHttpRequest|WebSocket|import\(", own)
     policy = next(
@@ -360,7 +387,10 @@ def test_nothing_to_show_is_one_line(tmp_path, made):
 )
 @pytest.mark.parametrize(
     "name",
-    [f"figures/{FIGURES[0]}.png", "figures/claims.csv", "heads_mean.csv", "comparison.csv", "manifest.json"],
+    [
+        *(f"figures/{FIGURES[0]}.png", "figures/claims.csv", "heads_mean.csv", "comparison.csv"),
+        *("manifest.json", "head_tokens.json"),
+    ],
 )
 def test_a_damaged_file_is_named_in_one_line(results, name, content):
     (results / "index.html").write_text("of an earlier run")
@@ -518,12 +548,138 @@ def test_a_figure_is_enlarged_and_put_away(shown):
     assert shown.run("document.querySelector('dialog[open]')") is None
 
 
+def test_every_claim_with_a_number_has_a_strip(page, results):
+    """With every estimate, interval, control and published number under the pointer."""
+    shown = [
+        claim
+        for claim, (_, measured, _) in zip(load_claims(), CLAIMS, strict=False)
+        if measured[0][1] == measured[0][1]
+    ]
+    (figure,) = [of for of in page.all("figure") if of.get("class") == "forest"]
+    assert figure
+    strips = [of for of in page.all("svg") if of.get("role") == "img"]
+    assert len(strips) == len(shown)
+    assert all(
+        part in page.text for part in ("pocket-a: 0.068 [0.055, 0.079]", "gpt2-small, published: 0.25")
+    )
+    assert f"{HOSTILE}: -0.09 [-0.1, 0.1]" in page.text
+
+
+def test_a_strip_places_numbers_on_its_scale():
+    claim, *_ = load_claims()
+    numbers = {"source": "measured", "low": 1.0, "high": 3.0, "control": 0.0}
+    rows = pd.DataFrame(
+        [{"model": "a", "estimate": 2.0, **numbers}, {"model": "b", "estimate": 3.0, **numbers}]
+    )
+    looks = {"a": ("#111111", "o"), "b": ("#222222", "s")}
+    drawn = str(forest.strip(dataclasses.replace(claim, at_least=0.0, at_most=4.0), rows, looks))
+    left, right = forest.MARGIN, forest.WIDTH - forest.MARGIN
+    middle = (left + right) / 2
+    assert f'class="range" d="M{left:.1f} 0H{right:.1f}' in drawn, "0 to 4 is the whole scale"
+    assert f'fill="#111111" transform="translate({middle:.1f} ' in drawn
+    assert f'stroke="#222222" stroke-width="1.6" d="M{left + (right - left) / 4:.1f} ' in drawn
+    assert drawn.count(f'class="control" transform="translate({left:.1f} ') == 2
+
+
+def test_the_committed_page_says_where_the_explorer_is(results, tmp_path):
+    small = write_page(results, tmp_path / "committed" / "index.html")
+    page = Elements(small.read_text(encoding="utf-8"))
+    assert "results/pocket/index.html" in page.text
+    assert "zero ablation" not in page.text and "the page of a run has mean, zero too" in page.text
+    assert len(page.all("script")) == 1
+    assert small.stat().st_size < 0.15 * write_page(results).stat().st_size
+
+
+@pytest.fixture
+def explorer(shown):
+    shown.wait_for("document.getElementById('explorer').dataset.ready")
+    return shown
+
+
+def choose(browser, name, value):
+    """Chooses an option of a list, as a keyboard does."""
+    browser.run(
+        f"(list => {{ list.focus(); list.value = {json.dumps(value)}; "
+        f"list.dispatchEvent(new Event('change')); }})(document.getElementById('explorer-{name}'))"
+    )
+
+
+POINTS = "document.querySelectorAll('#explorer-chart path[aria-roledescription=point]')"
+
+
+@needs_browser
+def test_a_click_on_a_head_shows_what_repairs_it_and_its_tokens(explorer, results):
+    table = pd.read_csv(results / "heads_resample.csv", keep_default_na=False).query("model == 'pocket-a'")
+    choose(explorer, "model", "pocket-a")
+    assert explorer.run(f"{POINTS}.length") == len(table)
+    assert explorer.run("document.getElementById('explorer-detail').checkVisibility()") is False
+    outermost = table.loc[table["self_repair"].idxmax()]  # nothing lies over it
+    place = f"L{outermost['layer']}H{outermost['head']}"
+    number = table.index.get_loc(outermost.name)
+    explorer.run(f"{POINTS}[{number}].id = 'one'")
+    explorer.click("#one")
+    assert (
+        explorer.run("document.getElementById('explorer-name').innerText")
+        == f"pocket-a, {place}, resample ablation"
+    )
+    said = explorer.run("document.getElementById('explorer-numbers').innerText")
+    assert f"self-repair {outermost['self_repair']:.3f}" in said
+    bars = explorer.run("document.querySelectorAll('#explorer-split path[aria-roledescription=bar]').length")
+    assert bars == 3
+    assert explorer.run("document.querySelector('#explorer-split svg').clientWidth") > 300
+    assert explorer.run("document.querySelector('.passage mark').innerText").strip() == "cat"
+    assert "<b>The cat↵<img>" in explorer.run("document.querySelector('.passage').innerText")
+    assert (
+        explorer.run("document.querySelector('.passage mark').title")
+        == "direct effect 1.5, self-repair -0.4 (logits)"
+    )
+    assert (explorer.complaints, explorer.requests) == ([], [])
+
+
+@needs_browser
+def test_pointing_at_a_head_shows_its_numbers(explorer):
+    choose(explorer, "model", HOSTILE)
+    explorer.run(f"{POINTS}[0].id = 'one'")
+    explorer.click("#one")
+    explorer.wait_for("document.querySelector('#vg-tooltip-element.visible')")
+    text = explorer.run("document.getElementById('vg-tooltip-element').innerText")
+    assert "direct effect" in text and "<script>alert(1)" in text
+    assert explorer.run("document.querySelectorAll('#vg-tooltip-element :is(script, img)').length") == 0
+    assert (explorer.complaints, explorer.requests) == ([], [])
+
+
+@needs_browser
+def test_lists_filter_and_choose_without_a_mouse(explorer):
+    everything = explorer.run(f"{POINTS}.length")
+    assert everything == 24 + 4 + 6
+    choose(explorer, "model", "NA")
+    assert explorer.run(f"{POINTS}.length") == 6
+    heads = explorer.run("[...document.getElementById('explorer-head').options].map(one => one.text)")
+    assert heads == ["choose a head", *(f"NA L{layer}H{head}" for layer in range(2) for head in range(3))]
+    explorer.run("document.getElementById('explorer-head').focus()")
+    for _ in range(2):
+        explorer.press("ArrowDown", 40)
+    name = "document.getElementById('explorer-name').innerText"
+    assert explorer.run(name) == "NA, L0H1, resample ablation"
+    assert explorer.run("document.querySelectorAll('.passage').length") == 0, "this model has no tokens"
+    before = explorer.run("document.getElementById('explorer-numbers').innerText")
+    choose(explorer, "kind", "zero")
+    assert explorer.run(name) == "NA, L0H1, zero ablation", "the head stays chosen"
+    assert explorer.run("document.getElementById('explorer-numbers').innerText") != before
+    choose(explorer, "model", "pocket-a")
+    assert explorer.run("document.getElementById('explorer-detail').checkVisibility()") is False
+    assert (explorer.complaints, explorer.requests) == ([], [])
+
+
 @needs_browser
 @pytest.mark.parametrize("width", [360, 820, 1280])
 @pytest.mark.parametrize("dark", [False, True])
 def test_only_tables_scroll_sideways(shown, results, width, dark):
     shown.open(results / "index.html", width, 740, dark)
     shown.run("document.querySelectorAll('details').forEach(details => details.open = true)")
+    shown.wait_for("document.getElementById('explorer').dataset.ready")
+    choose(shown, "head", f"{HOSTILE} L1H0")
+    assert shown.run("document.querySelector('#explorer-chart svg').clientWidth") <= width
     assert shown.run(
         "[innerWidth, document.documentElement.scrollWidth - document.documentElement.clientWidth]"
     ) == [width, 0]

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from selfrepair.paths import MODELS, PUBLISHED
-from selfrepair.plots.style import FIXED_LOOKS, OTHER_LOOKS, looks, small_png
+from selfrepair.plots.style import FIXED_LOOKS, MAY_DIFFER, OTHER_LOOKS, looks, save, small_png
 
 
 def contrast_with_white(colour):
@@ -56,6 +56,30 @@ def test_pictures_in_notebooks_are_small_and_look_the_same():
     assert len(small) < 0.6 * len(whole.getvalue())
     wanted, found = (np.asarray(Image.open(data).convert("RGB"), float) for data in (whole, BytesIO(small)))
     assert found.shape == wanted.shape and abs(found - wanted).max(-1).mean() < 3
+
+
+def test_saved_pictures_are_those_of_notebooks(tmp_path):
+    figure, axis = plt.subplots(figsize=(3, 2))
+    axis.plot([1, 2])
+    save(figure, tmp_path, "01_a")
+    assert (tmp_path / "figures" / "01_a.png").read_bytes() == small_png(figure)
+    assert (tmp_path / "figures" / "01_a.pdf").read_bytes().startswith(b"%PDF")
+    plt.close(figure)
+
+
+def test_areas_of_a_heat_map_keep_their_colours():
+    """Beside so many points that a small palette would be theirs; weak values are not taken for none."""
+    figure, (cells, points) = plt.subplots(1, 2, figsize=(6, 3), dpi=90)
+    cells.imshow(np.linspace(-0.2, 1, 49).reshape(7, 7), cmap="RdBu", vmin=-1, vmax=1)
+    points.scatter(*np.random.default_rng(0).normal(size=(2, 300)), c=np.linspace(0, 1, 300), cmap="hsv")
+    whole = BytesIO()
+    figure.savefig(whole, dpi=90, bbox_inches="tight")
+    wanted, found = (
+        np.asarray(Image.open(data).convert("RGB"), int) for data in (whole, BytesIO(small_png(figure)))
+    )
+    plt.close(figure)
+    flat = (wanted[1:, 1:] == wanted[:-1, 1:]).all(-1) & (wanted[1:, 1:] == wanted[1:, :-1]).all(-1)
+    assert abs(found - wanted)[1:, 1:][flat].max() <= MAY_DIFFER
 
 
 def test_a_notebook_shows_these_pictures(tmp_path):

@@ -12,9 +12,12 @@ from selfrepair.store.stores import is_whole, state_of
 
 #: What a finished run leaves for readers, by pattern; what was measured has checksums and manifests of its
 #: own.
-RESULTS = ("*.csv", "figures/*", "claims/*.csv", "notebooks/*.ipynb", "notebooks/*.html", "index.html")
+RESULTS = (
+    *("*.csv", "figures/*", "claims/*.csv", "notebooks/*.ipynb", "notebooks/*.html"),
+    *("index.html", "head_tokens.json"),
+)
 #: What a run leaves beside what its notebooks do.
-OF_THE_RUN = ("index.html", "comparison.csv", "figures/claims.csv", "figures/claims.md")
+OF_THE_RUN = ("index.html", "head_tokens.json", "comparison.csv", "figures/claims.csv", "figures/claims.md")
 #: What a run's manifest repeats of each store's own.
 OF_A_STORE = (
     *("model", "measurement", "ablation", "dtype", "weights_sha256", "code", "sha256"),

@@ -11,6 +11,7 @@ import nbformat
 from jinja2 import pass_context
 from jinja2.runtime import Context
 from latex2mathml.converter import convert
+from markupsafe import Markup
 from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from pygments.formatters import HtmlFormatter
@@ -55,7 +56,7 @@ def write_notebook_pages(out_dir: Path) -> list[Path]:
 
 
 def caption(figure: str) -> str:
-    """What a figure shows, by its name: ``01_self_repair_by_depth``, or with a model ``07_multiverse-gpt2``."""
+    """What a figure shows, by its name: ``01_self_repair_by_depth``, or of a model ``07_multiverse-gpt2``."""
     name, _, model = re.sub(r"^\d\d_", "", figure).partition("-")
     return name.replace("_", " ").capitalize() + (f" of {model}" if model else "")
 
@@ -130,6 +131,11 @@ class _Exporter(HTMLExporter):
     def markdown2html(self, context: Context, source: str) -> str:
         attachments = context.get("cell", {}).get("attachments", {})
         return MarkdownWithMath(_Renderer(escape=False, attachments=attachments)).render(source)
+
+
+def html_of(markdown: str) -> Markup:
+    """Markdown with formulas as HTML for another page: links are their text, and HTML in it is shown as text."""
+    return Markup(re.sub(r"</?a\b[^>]*>", "", MarkdownWithMath(_Renderer(escape=True)).render(markdown)))
 
 
 def _mathml(tex: str, display: str) -> str:

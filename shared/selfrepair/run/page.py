@@ -4,30 +4,24 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import json
-import os
-import re
 from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 import jinja2
-import nbformat
 import pandas as pd
-from markupsafe import Markup, escape
-from PIL import Image
 
 from selfrepair.analysis.claims import LEGEND, ClaimResult, join_claims, read_claims, results
 from selfrepair.analysis.comparison import report
 from selfrepair.analysis.rules import VERDICTS
 from selfrepair.engine.ablations import ABLATIONS
 from selfrepair.errors import UserError
-from selfrepair.paths import NOTEBOOKS
-from selfrepair.run.notebook_page import caption
+from selfrepair.plots import forest
+from selfrepair.run.explorer import TOKENS, explorer
+from selfrepair.run.page_figures import damaged, figure, sections, with_emphasis
 from selfrepair.store.files import write_atomically
 
 if TYPE_CHECKING:
@@ -62,31 +56,6 @@ HEADINGS = {
 
 
 @dataclass(frozen=True)
-class Figure:
-    """An image of ``width`` × ``height`` pixels; ``uri`` holds it, or names the file beside the page."""
-
-    name: str
-    uri: str
-    width: int
-    height: int
-
-    @property
-    def caption(self) -> str:
-        return caption(self.name)
-
-
-@dataclass(frozen=True)
-class Section:
-    """The figures of one notebook, grouped under its headings, and where to read it."""
-
-    number: str
-    title: str
-    question: Markup
-    groups: dict[str, list[Figure]]
-    notebook: str | None
-
-
-@dataclass(frozen=True)
 class Table:
     """Cells as they are shown; columns (heading → whether its cells are numbers) can be sorted."""
 
@@ -99,19 +68,21 @@ def write_page(out_dir: Path, target: Path | None = None) -> Path:
     """Writes the page of a results folder, as ``index.html`` in it.
 
     What is not there is left out, and what the folder's manifest says to be outside the run's plan. In
-    another place (``target``) the page is one of the repository: it links the notebooks there, not those of
-    the run as HTML, and the figures beside it instead of holding them.
+    another place (``target``) the page is one of the repository, and small: it links the notebooks there, not
+    those of the run as HTML, and the figures beside it instead of holding them; it has tables of heads of the
+    first kind of ablation alone, and no explorer.
 
     Raises:
         UserError: nothing to show, or a file that cannot be read.
     """
-    manifest = _manifest(out_dir / "manifest.json")
+    manifest = _read_json(out_dir / "manifest.json")
     outside = {out_dir / str(name) for name in manifest.get("outside_the_plan", [])}
     paths = sorted({*(out_dir / "figures").glob("*.png")} - outside)
-    figures = [_figure(path, held=target is None) for path in paths]
-    claims = _claims(out_dir / "figures" / "claims.csv")
-    models = _heads({*out_dir.glob("heads_*.csv")} - outside)
-    if not (figures or claims or models):
+    figures = [figure(path, held=target is None) for path in paths]
+    table = read_claims(file) if (file := out_dir / "figures" / "claims.csv").is_file() else None
+    claims = [] if table is None else results(table)
+    heads = _heads({*out_dir.glob("heads_*.csv")} - outside)
+    if not (figures or claims or heads):
         raise UserError(
             f"{out_dir}: holds no figures, claims or tables of heads; run 'selfrepair notebooks' into "
             f"it first"
@@ -120,11 +91,14 @@ def write_page(out_dir: Path, target: Path | None = None) -> Path:
     page = {
         "name": out_dir.resolve().name,
         "claims": claims,
-        "legend": _with_emphasis(LEGEND),
+        "forest": None if table is None else _forest(table, claims),
+        "legend": with_emphasis(LEGEND),
         "tally": {verdict: verdicts[verdict] for verdict in VERDICTS if verdicts[verdict]},
-        "sections": _sections(figures, out_dir, target),
+        "sections": sections(figures, out_dir, target),
         "comparison": _comparison(out_dir / "comparison.csv"),
-        "models": models,
+        "models": _tables(heads if target is None else dict([*heads.items()][:1])),
+        "kinds": list(heads),
+        "explorer": explorer(heads, _read_json(out_dir / TOKENS)) if heads and target is None else None,
         "manifest": manifest,
         "images": "data:" if target is None else "'self' file: data:",
     }
@@ -163,75 +137,29 @@ def _csp_hash(source: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'"
 
 
-def _figure(path: Path, held: bool) -> Figure:
-    """The image, if it is ``held`` as lossless WebP: the same pixels in a third of the bytes."""
-    content = io.BytesIO()
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            if not held:
-                return Figure(path.stem, quote(path.name), width, height)
-            image.save(content, "WEBP", lossless=True)
-    except Exception as error:  # Pillow raises many types for a damaged image
-        raise _damaged(path, error) from error
-    return Figure(
-        path.stem, f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}", width, height
-    )
+def _forest(table: pd.DataFrame, claims: list[ClaimResult]) -> dict[str, object]:
+    """A forest plot of the long table of claims: its legend, and a strip for each claim that has a number."""
+    models = forest.models_of(table)
+    strips = [
+        (found, forest.strip(found.claim, table[table["claim"] == found.claim.id], models))
+        for found in claims
+    ]
+    return {"legend": forest.legend(models), "strips": [(found, strip) for found, strip in strips if strip]}
 
 
-def _sections(figures: list[Figure], out_dir: Path, target: Path | None) -> list[Section]:
-    """Figures by the notebook that draws them, in the order in which it does; the others last."""
-    left = {figure.name: figure for figure in figures}
-    sections = []
-    for path in sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb")):
-        title = heading = question = ""
-        groups: dict[str, list[Figure]] = {}
-        for cell in nbformat.read(path, as_version=4).cells:
-            if cell.cell_type == "markdown":
-                lines = cell.source.splitlines()
-                title = title or _after("# ", lines)
-                question = question or _after("**Question.** ", lines)
-                heading = _after("## ", lines) or heading
-                continue
-            for name in [name for name in left if f'"{name.partition("-")[0]}"' in cell.source]:
-                groups.setdefault(heading, []).append(left.pop(name))
-        link = _link(path, out_dir, target)
-        if groups or link:
-            sections.append(Section(path.name[:2], title, _with_emphasis(question), groups, link))
-    if left:
-        sections.append(Section("other", "Other figures", Markup(""), {"": list(left.values())}, None))
-    return sections
-
-
-def _link(notebook: Path, out_dir: Path, target: Path | None) -> str | None:
-    """Where a page finds a notebook: its HTML beside the page of its run, if it was made."""
-    if target is not None:
-        return Path(os.path.relpath(notebook, target.parent)).as_posix()
-    beside = Path("notebooks", f"{notebook.stem}.html")
-    return beside.as_posix() if (out_dir / beside).is_file() else None
-
-
-def _after(beginning: str, lines: list[str]) -> str:
-    """The rest of the first line that begins so."""
-    return next((line.removeprefix(beginning) for line in lines if line.startswith(beginning)), "")
-
-
-def _with_emphasis(markdown: str) -> Markup:
-    return Markup(re.sub(r"\*(.+?)\*", r"<em>\1</em>", str(escape(markdown))))
-
-
-def _claims(path: Path) -> list[ClaimResult]:
-    return results(read_claims(path)) if path.is_file() else []
-
-
-def _heads(files: Collection[Path]) -> dict[str, list[Table]]:
-    """Model → its tables of heads, one per kind of ablation."""
+def _heads(files: Collection[Path]) -> dict[str, pd.DataFrame]:
+    """Kind of ablation → its table of heads."""
     paths = {path.stem.removeprefix("heads_"): path for path in sorted(files)}
+    kinds = (*(kind for kind in ABLATIONS if kind in paths), *sorted(paths.keys() - set(ABLATIONS)))
+    return {kind: _read(paths[kind], ("model", "layer", "head"), dtype={"model": str}) for kind in kinds}
+
+
+def _tables(heads: dict[str, pd.DataFrame]) -> dict[str, list[Table]]:
+    """Model → its tables of heads, one per kind of ablation."""
     models: dict[str, list[Table]] = {}
-    for ablation in (*(kind for kind in ABLATIONS if kind in paths), *sorted(paths.keys() - set(ABLATIONS))):
-        table = _read(paths[ablation], ("model", "layer", "head"), dtype={"model": str})
-        for model, heads in table.groupby("model", sort=False):
-            models.setdefault(model, []).append(_table(f"{ablation} ablation", _shown(heads)))
+    for kind, table in heads.items():
+        for model, of_model in table.groupby("model", sort=False):
+            models.setdefault(model, []).append(_table(f"{kind} ablation", _shown(of_model)))
     return models
 
 
@@ -284,16 +212,17 @@ def _text(value: object) -> str:
     return f"{round(value, 3) + 0.0:.3f}" if isinstance(value, float) else str(value)
 
 
-def _manifest(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; an empty one if there is no such file."""
     if not path.is_file():
         return {}
     try:
-        manifest = json.loads(path.read_bytes())
-        if not isinstance(manifest, dict):
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict):
             raise TypeError("no object")
     except (OSError, ValueError, TypeError) as error:
-        raise _damaged(path, error) from error
-    return manifest
+        raise damaged(path, error) from error
+    return content
 
 
 def _read(path: Path, needed: tuple[str, ...], dtype: object) -> pd.DataFrame:
@@ -302,11 +231,5 @@ def _read(path: Path, needed: tuple[str, ...], dtype: object) -> pd.DataFrame:
         table = pd.read_csv(path, dtype=dtype, keep_default_na=False, na_values=[""])
         table[list(needed)]
     except (OSError, ValueError, KeyError) as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
     return table
-
-
-def _damaged(path: Path, error: Exception) -> UserError:
-    return UserError(
-        f"{path}: cannot be read ({type(error).__name__}); delete it and run 'selfrepair notebooks' again"
-    )

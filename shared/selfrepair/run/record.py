@@ -12,6 +12,7 @@ from selfrepair.analysis.claims import read_claims, verdicts
 from selfrepair.analysis.rules import VERDICTS
 from selfrepair.errors import UserError
 from selfrepair.paths import HELD_OUT_TEXT
+from selfrepair.run.explorer import write_head_tokens
 from selfrepair.run.marks import OF_A_STORE, OF_THE_RUN, RESULTS, mark, passed_over, said_of, say_done
 from selfrepair.run.notebook_page import write_notebook_pages
 from selfrepair.run.notebooks import all_notebooks
@@ -44,6 +45,7 @@ def summarise(study: Study, notebooks: Mapping[str, str], key: str = "") -> str:
     profile = study.profile
     said = make_tables(profile, notebooks, out)
     write_notebook_pages(out)
+    write_head_tokens(study, out)
     stores = _stores_of(study)
     files = set(_files_of(study))
     own = {f"measured/{note['store']}" for note in stores.values()}

@@ -29,6 +29,7 @@ from selfrepair.run.consistency import (
     check_stores,
     run_manifest,
 )
+from selfrepair.run.explorer import TOKENS, write_head_tokens
 from selfrepair.run.marks import OF_THE_RUN, passed_over
 from selfrepair.run.notebook_page import write_notebook_pages
 from selfrepair.run.notebooks import notebook_keys
@@ -166,6 +167,7 @@ def _check_what_follows(
         try:
             make_tables(study.profile, noted["notebooks"], again)
             write_notebook_pages(again)
+            _write_head_tokens(folder, study, planned, again)
             write_page(again)
         except (UserError, ValueError, KeyError, TypeError) as error:
             yield Finding("index.html", False, f"cannot be made of the run's files ({error})")
@@ -175,6 +177,16 @@ def _check_what_follows(
             yield Finding(name, same, follows if same else f"is not what {follows}")
         yield from _check_heads(folder, study, planned, Path(scratch))
         yield from _check_shown_claims(folder, noted["notebooks"])
+
+
+def _write_head_tokens(folder: Path, study: Study, planned: Mapping[str, Task], again: Path) -> None:
+    """Made of the stores of heads again; where one of these is not whole, which is said already, as it is."""
+    kind = study.profile.ablations[0]
+    stores = [planned[f"{name} heads-{kind}"].path for name in study.profile.models]
+    if None not in map(attributes_of, stores):
+        write_head_tokens(study, again)
+    elif (folder / TOKENS).is_file():
+        (again / TOKENS).symlink_to((folder / TOKENS).resolve())
 
 
 def _check_shown(page: Path, noted: Mapping[str, Any]) -> Finding:
