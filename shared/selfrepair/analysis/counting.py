@@ -45,8 +45,9 @@ def points(
     prompts.
     """
     rows = []
+    later = later_layers(sweep).load()  # once for all fractions
     for fraction in fractions:
-        tokens = TokensOfHeads.of_sweep(later_layers(sweep), fraction, n_bootstrap, seed)
+        tokens = TokensOfHeads.of_sweep(later, fraction, n_bootstrap, seed)
         sums = {name: np.sum([tokens.parts[part] for part in parts], axis=0) for name, parts in SUMS.items()}
         found = Breakdown.of_tokens(dataclasses.replace(tokens, parts=sums))
         for part in SUMS:

@@ -84,6 +84,7 @@ def _panels(ways: Sequence[str]) -> tuple[Figure, np.ndarray]:
         axis.set_ylabel(ROW_LABELS[part], fontsize=8.5)
     for axis in axes.flat:
         axis.set_xscale("log")
+        axis.minorticks_off()
         axis.axhline(0, color="0.6", lw=0.7, zorder=0)
     for column, way in enumerate(ways):
         axes[0, column].set_ylim(CLIPPED_LIMITS if way == "clipped" else LIMITS)
