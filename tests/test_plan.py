@@ -167,11 +167,16 @@ def marked(tmp_path):
     (tmp_path / "figures").mkdir()
     for name in ("figures/01_a.png", "figures/02_a.png", "index.html", "measured/a.manifest.json"):
         (tmp_path / name).write_text(name)
-    planned = {"notebooks": {"01_first": "1", "02_second": "2"}, "page": "p"}
+    planned = {
+        "models": {"some/a": {"slug": "a", "key": "m"}},
+        "notebooks": {"01_first": "1", "02_second": "2"},
+        "page": "p",
+    }
     say_done(
         mark(tmp_path, "measured", "a-all"),
         [store, tmp_path / "measured/a.manifest.json"],
         tmp_path,
+        key="m",
         not_measured=[],
     )
     say_done(mark(tmp_path, "shards", "a", "1-0"), [], tmp_path, units=["x:0"])
@@ -220,6 +225,8 @@ def test_a_mark_is_forgotten_with_what_it_answers_for(marked, name, how):
 def test_marks_of_another_key_are_forgotten(marked):
     folder, planned = marked
     assert forgotten((folder, planned | {"page": "q"})) == {"page"}
+    of_models = {"some/a": {"slug": "a", "key": "n"}}
+    assert forgotten((folder, planned | {"models": of_models})) == {"measured/a-all"}
     assert forgotten((folder, planned | {"notebooks": {"01_first": "1", "02_second": "3"}})) == {
         "notebooks/02"
     }
@@ -232,4 +239,4 @@ def test_damaged_marks_are_forgotten(marked, content):
 
 
 def test_a_run_that_left_no_marks_has_none_to_forget(tmp_path):
-    assert forget_stale(tmp_path / "none", {"notebooks": {}, "page": ""}) == []
+    assert forget_stale(tmp_path / "none", {"models": {}, "notebooks": {}, "page": ""}) == []

@@ -39,18 +39,18 @@ def say_done(path: Path, left: Sequence[Path], out_dir: Path, **what: object) ->
 def forget_stale(out_dir: Path, planned: dict[str, Any]) -> list[Path]:
     """Removes marks of what is to be made again, and returns them.
 
-    These are marks of which something is missing or no longer what it was, and those of notebooks and page
-    whose key is another now.
+    These are marks of which something is missing or no longer what it was, and those of models, notebooks and
+    page whose key is another now.
     """
-    keys = {f"notebooks/{stem[:2]}.done": key for stem, key in planned["notebooks"].items()} | {
-        "page.done": planned["page"]
-    }
+    keys = {("notebooks", stem[:2]): key for stem, key in planned["notebooks"].items()}
+    keys |= {("measured", model["slug"]): model["key"] for model in planned["models"].values()}
+    keys |= {("done", "page"): planned["page"]}
     stale = []
     for path in sorted((out_dir / "done").rglob("*.done")):
+        room, name = path.parent.name, path.stem
+        of = name.rpartition("-")[0] if room == "measured" else name  # a model's marks end with their stage
         said = said_of(path, out_dir)
-        if said is None or said.get("key") != keys.get(
-            path.relative_to(out_dir / "done").as_posix(), said.get("key")
-        ):
+        if said is None or said.get("key") != keys.get((room, of), said.get("key")):
             path.unlink()
             stale.append(path)
     return stale

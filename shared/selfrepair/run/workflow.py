@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from selfrepair.errors import NotMeasurable, UserError
 from selfrepair.measure.task import Task
@@ -25,7 +26,7 @@ BYTES_PER_EFFECT = 24
 NETWORK_STAGE, ALL_STAGES = 0, "all"
 
 
-def plan(study: Study) -> dict[str, object]:
+def plan(study: Study) -> dict[str, Any]:
     """What a run is made of, as JSON: stages of shards of each model, and keys of notebooks.
 
     A ``key`` changes with everything that determines results (code, settings, text, weights, released
@@ -46,7 +47,7 @@ def plan(study: Study) -> dict[str, object]:
     }
 
 
-def _plan_of_model(study: Study, model_name: str) -> dict[str, object]:
+def _plan_of_model(study: Study, model_name: str) -> dict[str, Any]:
     tasks = list(study.tasks(model_name))
     weights_mb = _weights_mb(study, model_name)
     stages = [
@@ -60,10 +61,15 @@ def _plan_of_model(study: Study, model_name: str) -> dict[str, object]:
     ]
     return {
         "slug": model_slug(model_name),
-        "key": identity({task.label: task.path.stem for task in tasks}),
+        "key": _key_of(tasks),
         "stages": stages,
         "mem_mb": round(max(task.measurement.memory_mb(weights_mb, task.settings) for task in tasks)),
     }
+
+
+def _key_of(tasks: Sequence[Task]) -> str:
+    """Changes with everything that determines what is measured of a model."""
+    return identity({task.label: task.path.stem for task in tasks})
 
 
 def stage_of(task: Task) -> int:
@@ -134,6 +140,7 @@ def measure(study: Study, model_name: str, stage: str = ALL_STAGES, progress: bo
         mark(study.out_dir, "measured", f"{model_slug(model_name)}-{stage}"),
         made,
         study.out_dir,
+        key=_key_of(every),
         not_measured=passed_over,
     )
 
