@@ -77,8 +77,8 @@ def measured(tmp_path_factory):
         one = here.load(MODEL)
         patch.setattr(Study, "load", lambda *_: one)
         compute_units(here, MODEL, ["heads-mean:0", "cosines:0"], "2-7")
-        for stage in ("0", "1", "2"):
-            measure(here, MODEL, stage)
+        for stage in range(len(plan(here)["models"][MODEL]["stages"])):
+            measure(here, MODEL, str(stage))
     return folder
 
 
