@@ -1,4 +1,4 @@
-"""Growth of later heads when a head is ablated, against plain models in float64; which tokens it is read on."""
+"""Growth of later heads when a head is ablated, against plain models in float64; on which tokens."""
 
 from types import SimpleNamespace
 

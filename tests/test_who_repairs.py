@@ -1,4 +1,4 @@
-"""Backup heads: how few carry the growth, whether chosen pairs are luck, whom they resemble, joint costs by hand."""
+"""Backup heads: how few carry the growth, whether that is luck, whom they resemble, joint costs by hand."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ RUNS = list(Trio((0, 0), (1, 0), (1, 1)).runs())
 
 
 def grown(growth, count=2, clean_effect=1.0, control=0.0, prompts=PROMPTS):
-    """As measured: mean ``growth [layer, head, later layer, later head(, prompt)]`` of ``count`` tokens each."""
+    """As measured: mean ``growth [layer, head, later layer, later head(, prompt)]`` of ``count`` tokens."""
     growth = np.asarray(growth, dtype=float)
     growth = growth if growth.ndim == 5 else np.repeat(growth[..., None], prompts, -1)
     n_layers, n_heads = growth.shape[:2]

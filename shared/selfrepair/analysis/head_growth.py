@@ -127,7 +127,7 @@ class PairGrowth:
         return self._total(self.strongest()) / self._total(self.chosen_by > 0)
 
     def net(self) -> Estimate:
-        """Growth of all pairs together over the positive growth: below 0 where later heads write less in all."""
+        """Growth of all pairs over the positive growth: below 0 where later heads write less in all."""
         return self._total(np.ones(len(self.later), dtype=bool)) / self._total(self.chosen_by > 0)
 
     def by_erasers(self) -> tuple[Estimate, float]:
@@ -151,7 +151,7 @@ class PairGrowth:
         return Estimate(means.sum(0))
 
     def cumulative(self, selection: str = TOP) -> Float[np.ndarray, " pair"]:
-        """Growth, read, of the 1, 2, 3 … pairs that grow most, chosen, over the positive growth on top tokens."""
+        """Growth of the 1, 2, 3 … pairs that grow most, over the positive growth on top tokens."""
         halves = [self.draws_of_half(even)[0] for even in (True, False)]
         chosen, read = (np.nan_to_num(self.growth(weights, selection)) for weights in halves)
         positive = float(self._total(self.chosen_by > 0).value)

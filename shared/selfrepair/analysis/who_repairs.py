@@ -16,7 +16,7 @@ from selfrepair.analysis.joint_ablation import JointCosts
 def resemblances(
     growths: Mapping[str, PairGrowth], outputs: Mapping[str, xr.Dataset], patterns: Mapping[str, xr.Dataset]
 ) -> dict[str, dict[str, Estimate]]:
-    """By model and id of ``statistics.yaml``: do backups write and attend as the ablated head, are they shared?
+    """By model and id of ``statistics.yaml``: do backups write and attend as the head, are they shared?
 
     ``same-head`` beside them: how far a head's own growth repeats (no statistic of a claim).
     """

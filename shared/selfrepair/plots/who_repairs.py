@@ -1,4 +1,4 @@
-"""Figures of notebook 09: growth of every pair of heads, how few carry it, whom backups resemble, joint costs."""
+"""Figures of notebook 09: growth of every pair of heads, how few carry it, resemblance, joint costs."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _layers_as_ticks(axis: Axes, one: PairGrowth) -> None:
 
 
 def concentration(growths: Sequence[PairGrowth]) -> Figure:
-    """Growth that the pairs that grow most carry together, against how many of all pairs they are, up to half."""
+    """Growth that the pairs that grow most carry together, against how many of all pairs they are."""
     figure, axis = plt.subplots(figsize=(5.4, 4.2))
     for one in growths:
         colour, _ = looks([other.model for other in growths])[one.model]
@@ -121,7 +121,7 @@ def alike(found: Mapping[str, Mapping[str, Estimate]]) -> Figure:
 
 
 def joint_excess(found: Sequence[JointCosts]) -> Figure:
-    """Loss (nats per token) of two heads ablated together, less the sum of what each costs, against the sum."""
+    """Loss (nats per token) of two heads ablated together, less the sum of their costs, against it."""
     figure, axes = grid(len(found), 3, 3.2, 2.8)
     for axis, one in zip(axes, found, strict=True):
         axis.axhline(0, color="0.3", ls="--", lw=0.9, zorder=0)
