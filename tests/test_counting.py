@@ -199,7 +199,7 @@ def planted(norm, others, seed=0):
     return xr.Dataset({name: (dims, of) for name, of in values.items()}, attrs={"model": "planted"})
 
 
-SHUFFLED = np.random.default_rng(5)
+NOISE = np.random.default_rng(5)
 
 
 @pytest.mark.parametrize(
@@ -208,12 +208,12 @@ SHUFFLED = np.random.default_rng(5)
         (lambda lost: 0.3 * lost, lambda lost: 0.2 * lost, ("yes", "yes", "yes")),
         (lambda lost: 0.6 + 0 * lost, lambda lost: -0.2 * lost, ("yes", "no", "no")),
         (
-            lambda lost: 0.3 * SHUFFLED.permuted(lost, axis=-1),
-            lambda lost: SHUFFLED.permuted(lost, axis=-1),
+            lambda lost: 0.3 * NOISE.normal(size=lost.shape),
+            lambda lost: NOISE.normal(size=lost.shape),
             ("no", "open", "open"),
         ),
     ],
-    ids=("repairs", "amplifies", "is of other tokens"),
+    ids=("repairs", "amplifies", "does neither"),
 )
 def test_claims_hold_where_they_were_planted(norm, others, judged):
     table = claims_table("07", mirror.claimed({"planted": planted(norm, others)}, 0.1))
