@@ -2,6 +2,7 @@
 none of them."""
 
 import shutil
+import zlib
 
 import nbformat
 import pandas as pd
@@ -10,7 +11,7 @@ from PIL import Image
 
 from selfrepair.analysis.rules import VERDICTS
 from selfrepair.errors import UserError
-from selfrepair.paths import FIGURES
+from selfrepair.paths import FIGURES, NOTEBOOKS
 from selfrepair.run import committed, notebooks, page
 from selfrepair.run.study import Study
 
@@ -114,3 +115,10 @@ def test_findings_are_verdicts_alone():
     said = [part.removeprefix("on prose: ") for _, _, ours, _ in cells for part in ours.split("<br>")]
     assert len(said) == claims["claim"].nunique() and set(said) <= set(VERDICTS)
     assert {published for *_, published in cells} <= {*VERDICTS, ""}
+
+
+def test_a_refresh_adds_less_than_3_mb():
+    """As Git keeps files, where every figure is drawn again."""
+    files = [*NOTEBOOKS.glob("*.ipynb"), *(FIGURES / "pocket").iterdir()]
+    assert len(files) > 50
+    assert sum(len(zlib.compress(file.read_bytes())) for file in files) < 3_000_000

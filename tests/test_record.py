@@ -107,7 +107,13 @@ def test_manifest_of_a_run_names_its_stores_and_what_they_were_made_from(run):
     assert noted["held_out_text_sha256"] == hash_documents(read_documents(HELD_OUT_TEXT))
     assert noted["settings"]["n_prompts"] == 4 and noted["profile"] == "pocket" and noted["seed"] == 0
     of_the_notebook = {f"notebooks/01_one.{ending}" for ending in ("ipynb", "html")}
-    assert set(noted["files"]) == {"figures/01_one.png", "heads_zero.csv", "index.html", *of_the_notebook}
+    assert set(noted["files"]) == {
+        "figures/01_one.png",
+        "heads_zero.csv",
+        "index.html",
+        "head_tokens.json",
+        *of_the_notebook,
+    }
     tokens = {one.name for one in store.parent.glob("*-tokens-*.zarr")}
     (tokens,) = tokens - {noted["stores"][f"{MODEL} tokens"]["store"]}
     assert noted["outside_the_plan"] == [f"measured/{name}" for name in sorted((earlier.name, tokens))]

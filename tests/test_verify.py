@@ -280,6 +280,10 @@ TAMPERING = {
         covered(lambda run: edit(run / "heads_mean.csv", "0.0", "0.1")),
         r"heads_mean.csv: is not what follows from the stores",
     ),
+    "tokens of heads edited with everything that hangs on them": (
+        covered(lambda run: edit(run / "head_tokens.json", "0.", "0.9")),
+        r"head_tokens.json: is not what follows",
+    ),
     "table of comparison added": (
         lambda run: (run / "comparison.csv").write_text("model,quantity\na,b\n"),
         r"comparison.csv: not in the manifest",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -110,7 +111,7 @@ def _line(
     at = rows["fraction"].to_numpy() * 1.07 ** (number - 1.5)
     estimate = rows["estimate"].to_numpy()
     bars = np.nan_to_num(np.abs(rows[["low", "high"]].to_numpy().T - estimate))
-    look = {"color": colour, "marker": marker, "ms": 3.4, "lw": 1.0, "elinewidth": 0.8}
+    look: dict[str, Any] = {"color": colour, "marker": marker, "ms": 3.4, "lw": 1.0, "elinewidth": 0.8}
     axis.errorbar(at, estimate, bars, label=label, **look)
     if "floor" in rows and (rows["floor"] > 0).any():
         (floor,) = axis.plot(at, rows["floor"], color=colour, lw=0.9, ls=":")

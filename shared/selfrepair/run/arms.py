@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import xarray as xr
@@ -66,7 +66,7 @@ def load_arms(path: Path) -> list[Arm]:
     Raises:
         UserError: unreadable file, unknown or missing key, or as :func:`config_of`.
     """
-    values = load_mapping(path)
+    values: dict[str, Any] = load_mapping(path)
     unknown = values.keys() - {"trained", "given"}
     if unknown:
         raise UserError(f"{path}: unknown key '{min(unknown)}'; known are trained, given")
@@ -154,11 +154,11 @@ def _made(arm: Arm, text: Path | None, folder: Path, device: str) -> xr.Dataset:
         except NotMeasurable as why:  # a model that answers no facts
             print(f"{arm.name}: {why}", file=sys.stderr)
     effects = effects_of_arm(sweep, layers, study.profile.fraction)
-    metrics = training_metrics(Path(find_model(model_name))) if arm.step < 0 else {}
+    metrics: dict[str, Any] = training_metrics(Path(find_model(model_name))) if arm.step < 0 else {}
     if "loss_held_out_prose" not in metrics:
         hf, tokenizer = load_hf(model_name, resolve_device(device))
         metrics = evaluate(hf, tokenizer, gazetteer_seed=0)
-    config = metrics.get("config", {})
+    config: dict[str, Any] = cast(dict[str, Any], metrics).get("config", {})
     about = {
         "name": arm.name,
         "group": arm.group,
@@ -189,16 +189,17 @@ def _train(arm: Arm, text: Path | None, folder: Path, device: str) -> Path:
         return out
     if text is None:
         raise UserError(f"{arm.name}: must be trained first; give the folder of its text with --text")
-    data = prepare(arm.config, text)
+    config = cast(TrainingConfig, arm.config)  # of what is trained
+    data = prepare(config, text)
     work = out.with_name(f"{out.name}.training")
-    model = train(arm.config, data, work, resolve_device(device))
+    model = train(config, data, work, resolve_device(device))
     save_model(model, data, work / "model")
     model.eval()
-    metrics = evaluate(model, data.tokenizer, arm.config.gazetteer_seed, arm.config.sequence_length)
+    metrics = evaluate(model, data.tokenizer, config.gazetteer_seed, config.sequence_length)
     of_training = {
-        "config": dataclasses.asdict(arm.config),
-        "steps": arm.config.n_steps,
-        "training_tokens": arm.config.n_steps * arm.config.batch_size * arm.config.sequence_length,
+        "config": dataclasses.asdict(config),
+        "steps": config.n_steps,
+        "training_tokens": config.n_steps * config.batch_size * config.sequence_length,
         "made_from": arm.determined_by,
     }
     content = json.dumps(of_training | metrics, indent=2) + "\n"

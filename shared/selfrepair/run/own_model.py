@@ -154,8 +154,7 @@ def _prompts(
             for number, document in enumerate([text] if isinstance(text, str) else text or ()):
                 (file / f"{number:06d}.txt").write_text(document, encoding="utf-8")
         try:
-            source: dict[str, Any] = {kind: file}
-            amount = {"n_prompts": n_prompts, "prompt_len": prompt_len, "n_unseen": n_unseen}
-            return load_tokens(tokenizer, **source, **amount)
+            source: dict[str, Any] = {kind: file, "n_prompts": n_prompts, "n_unseen": n_unseen}
+            return load_tokens(tokenizer, **source, prompt_len=prompt_len)
         except UserError as error:
             raise UserError(str(error).replace(str(file), kind)) from error
