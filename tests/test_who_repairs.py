@@ -210,7 +210,8 @@ def test_statistics_are_those_that_are_registered():
     """All of notebook 09, and no others."""
     growth = PairGrowth.of(grown(noise(3, 4)), 10)
     cosines = cosines_of(np.zeros((3, 3, 2)), np.eye(12)[None])
-    alike = resemblances({"m": growth}, {"m": cosines}, {"m": cosines})
+    patterns = xr.Dataset({"heads": (("any_head", "other_head", "prompt"), np.ones((12, 12, 2)))})
+    alike = resemblances({"m": growth}, {"m": cosines}, {"m": patterns})
     costs = JointCosts.of(jointly(np.ones((6, 2)), np.ones((6, 2))), 10)
     found = who_repairs_statistics({"m": growth}, {"m": costs}, alike)["m"]
     known = load_statistics()

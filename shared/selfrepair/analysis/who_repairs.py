@@ -23,9 +23,10 @@ def resemblances(
     found = {}
     for model, growth in growths.items():
         of_model: dict[str, Estimate] = {}
-        for kind, cosines in (("output", outputs[model]), ("pattern", patterns[model])):
+        attended = patterns[model]["heads"].mean("prompt").values
+        for kind, cosine in (("output", head_cosines(outputs[model])), ("pattern", attended)):
             name = f"backups-{kind}-cosine"
-            of_model[name], of_model[f"{name}-same-distance"] = growth.resemblance(head_cosines(cosines))
+            of_model[name], of_model[f"{name}-same-distance"] = growth.resemblance(cosine)
         of_model["same-backups"], of_model["same-head"] = growth.shared()
         found[model] = of_model
     return found

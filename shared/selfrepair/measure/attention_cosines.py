@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from selfrepair.engine.forward import float32_residual
 from selfrepair.engine.hooks import eager_attention, watching
-from selfrepair.measure.cosines import between_layers
 from selfrepair.measure.measurement import Inputs, Measurement, Settings
 from selfrepair.measure.pairs import pair_shards, prompts_of_shard, tokens_of
 from selfrepair.models.devices import on_device
@@ -27,8 +26,8 @@ MOST_PAIRS = 32
 class AttentionCosines(Measurement):
     """Cosines between what two heads attend to from the same token, means over a prompt's tokens.
 
-    Variables as of :class:`~selfrepair.measure.cosines.Cosines`. The first token, which can attend to itself
-    alone, is left out, and so is the last.
+    ``heads [any_head, other_head, prompt]``, in order of layer, then head. The first token, which can attend
+    to itself alone, is left out, and so is the last.
     """
 
     name: ClassVar[str] = "attention_cosines"
@@ -40,15 +39,9 @@ class AttentionCosines(Measurement):
     def compute(self, model: Model, settings: Settings, inputs: Inputs, shard: int) -> xr.Dataset:
         prompts = prompts_of_shard(inputs, shard)
         tokens = on_device(tokens_of(model, inputs, prompts), model.device)
-        cosines = torch.stack([_mean_cosines(model, prompt) for prompt in tokens])
-        layers = [between_layers(cosine, model.n_layers, model.n_heads) for cosine in cosines]
-        return xr.Dataset(
-            {
-                "heads_sum": (("shard", "any_head", "other_head"), cosines.sum(0)[None].cpu().numpy()),
-                "layers": (("layer", "other_layer", "prompt"), torch.stack(layers, dim=-1).cpu().numpy()),
-            },
-            {"prompt": prompts},
-        )
+        cosines = torch.stack([_mean_cosines(model, prompt) for prompt in tokens], dim=-1)
+        dims = ("any_head", "other_head", "prompt")
+        return xr.Dataset({"heads": (dims, cosines.cpu().numpy())}, {"prompt": prompts})
 
 
 MEASUREMENT = AttentionCosines()
@@ -56,7 +49,7 @@ MEASUREMENT = AttentionCosines()
 
 @torch.no_grad()
 def _mean_cosines(model: Model, prompt: Int[Tensor, " position"]) -> Float[Tensor, "any_head any_head"]:
-    """Of all heads, mean over one prompt's tokens, in float64; NaN if it has only two."""
+    """Of all heads, mean over one prompt's tokens; NaN if it has only two."""
     patterns: list[Tensor] = []
     with (
         float32_residual(model),
@@ -66,4 +59,4 @@ def _mean_cosines(model: Model, prompt: Int[Tensor, " position"]) -> Float[Tenso
         model.hf.base_model(input_ids=prompt[None], use_cache=False)
     wide = torch.cat(patterns).to(torch.promote_types(model.dtype, torch.float32))
     units = nn.functional.normalize(wide, dim=-1).flatten(1)
-    return (units @ units.T).double() / wide.shape[1]
+    return units @ units.T / wide.shape[1]
