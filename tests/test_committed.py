@@ -12,7 +12,7 @@ from PIL import Image
 from selfrepair.analysis.rules import VERDICTS
 from selfrepair.errors import UserError
 from selfrepair.paths import FIGURES, NOTEBOOKS
-from selfrepair.run import committed, notebooks, page
+from selfrepair.run import committed, notebooks, page_figures
 from selfrepair.run.study import Study
 
 README, CLAIMS_PAGE = (
@@ -31,7 +31,7 @@ def repository(tmp_path, monkeypatch):
     (tmp_path / "README.md").write_text(README)
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "claims.md").write_text(CLAIMS_PAGE)
-    for module in (notebooks, page):
+    for module in (notebooks, page_figures):
         monkeypatch.setattr(module, "NOTEBOOKS", tmp_path / "notebooks")
     for name, value in (("FIGURES", "figures"), ("README", "README.md"), ("CLAIMS_PAGE", "docs/claims.md")):
         monkeypatch.setattr(committed, name, tmp_path / value)

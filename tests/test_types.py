@@ -20,7 +20,7 @@ def depth(name: str) -> int:
 
 
 def checked(*options):
-    """What mypy prints, with the settings of pyproject.toml; what it knows is kept from one run to the next."""
+    """What mypy prints, with the settings of pyproject.toml; what it knows is kept for the next time."""
     outcome = subprocess.run(
         [sys.executable, "-m", "mypy", "--no-error-summary", *options],
         cwd=ROOT,
@@ -41,4 +41,5 @@ def test_the_library_is_clean():
 def test_a_mistake_is_found(tmp_path):
     file = tmp_path / "wrong.py"
     file.write_text(WRONG)
-    assert "Incompatible return value type" in checked("--config-file", str(ROOT / "pyproject.toml"), str(file))
+    said = checked("--config-file", str(ROOT / "pyproject.toml"), str(file))
+    assert "Incompatible return value type" in said

@@ -21,7 +21,7 @@ def head_tokens(
 ) -> dict[str, list[dict[str, Any]]]:
     """By head (``L2H7``), :data:`N_TOKENS` passages of different prompts, as JSON.
 
-    Each has around one token on which the head's direct effect is largest: ``tokens``, lists of a text, direct
+    Each is around a token on which the head's direct effect is largest: ``tokens``, lists of a text, direct
     effect and self-repair (logits to two places; ``None`` for a prompt's first token, which is not
     predicted), ``marked``, the place of that token among them, and ``prompt``, its number. ``texts`` gives
     what each of a prompt's tokens adds to it.

@@ -1,4 +1,4 @@
-"""Claims as a forest plot: a strip of SVG for each, with estimates, intervals, controls and published numbers."""
+"""Claims as a forest plot, a strip of SVG for each: estimates, intervals, controls and published numbers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CROSS = "M-3-3 3 3M-3 3 3-3"
 
 
 def strip(claim: Claim, rows: pd.DataFrame, models: Mapping[str, tuple[str, str]]) -> Markup:
-    """One claim: a row for each measured model in ``models`` (its colour and marker), and one for published ones.
+    """One claim: a row for each of ``models`` (its colour and marker), and one for published ones.
 
     ``rows`` are the claim's of a long table of claims. Grey is the range that the claim names, a cross the
     control. A row's numbers are its title, which browsers show under the pointer.
@@ -54,7 +54,8 @@ def strip(claim: Claim, rows: pd.DataFrame, models: Mapping[str, tuple[str, str]
     height = ROW * (len(models) + bool(published)) + 6
     parts = [_range(claim, x, low, high, height)]
     parts += [
-        f'<path class="tick" d="M{x(tick)} 0V{height + 3}"/><text x="{x(tick)}" y="{height + 14}">{tick:g}</text>'
+        f'<path class="tick" d="M{x(tick)} 0V{height + 3}"/>'
+        f'<text x="{x(tick)}" y="{height + 14}">{tick:g}</text>'
         for tick in ticks
         if low <= tick <= high
     ]
@@ -68,8 +69,8 @@ def strip(claim: Claim, rows: pd.DataFrame, models: Mapping[str, tuple[str, str]
         if np.isfinite(row.estimate)
     ]
     return Markup(
-        f'<svg viewBox="0 0 {WIDTH} {height + AXIS}" role="img" aria-label="Its numbers are in the table below">'
-        f"{''.join(parts)}</svg>"
+        f'<svg viewBox="0 0 {WIDTH} {height + AXIS}" role="img" '
+        f'aria-label="Its numbers are in the table below">{"".join(parts)}</svg>'
     )
 
 
@@ -90,7 +91,8 @@ def _row(row: Any, x: Callable[[float], str], y: float, colour: str, marker: str
     if np.isfinite(row.control):
         said += f", control {row.control:.3g}"
         drawn += f'<path class="control" transform="translate({x(row.control)} {y:g})" d="{CROSS}"/>'
-    drawn += f'<path fill="{colour}" transform="translate({x(row.estimate)} {y:g})" d="{MARKERS.get(marker, MARKERS["o"])}"/>'
+    place = f"translate({x(row.estimate)} {y:g})"
+    drawn += f'<path fill="{colour}" transform="{place}" d="{MARKERS[marker]}"/>'
     return f"<g><title>{escape(said)}</title>{drawn}</g>"
 
 

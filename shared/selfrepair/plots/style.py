@@ -39,8 +39,8 @@ OTHER_LOOKS = (
     *(("#0173b2", "o"), ("#c2700a", "s"), ("#029e73", "^"), ("#d55e00", "D"), ("#b0569f", "v")),
     *(("#a0522d", "P"), ("#3a92c9", "X"), ("#7f7f7f", "o"), ("#8a7500", "s"), ("#1f3b73", "^")),
 )
-#: Of every picture: about a dot for a pixel of a page. Pictures are most of what a run adds to the repository;
-#: the PDFs beside them are as sharp as one likes.
+#: Of every picture: about a dot for a pixel of a page. Pictures are most of what a run adds to the
+#: repository; the PDFs beside them are as sharp as one likes.
 DPI = 90
 #: How far (of 255) fewer colours may change areas of one colour: those of heat maps are read.
 MAY_DIFFER = 8

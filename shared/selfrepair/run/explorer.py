@@ -1,7 +1,7 @@
 """The explorer of the results page: direct effect against self-repair of every head, drawn by Vega-Lite.
 
-The page holds all that it needs: data, charts (made with Altair), and Vega's own script. That script evaluates
-no text (``ast``), so that the page's policy needs no ``unsafe-eval``.
+The page holds all that it needs: data, charts (made with Altair), and Vega's own script. That script
+evaluates no text (``ast``), so that the page's policy needs no ``unsafe-eval``.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def scatter(heads: list[dict[str, Any]], kind: str) -> dict[str, Any]:
 
 
 def _split() -> dict[str, Any]:
-    """What parts a head's self-repair is made of, as Vega-Lite, whose data set ``split`` is filled by the page."""
+    """What parts a head's self-repair is made of, as Vega-Lite; the page fills its data set ``split``."""
     import altair as alt
 
     parts = ["final norm", "other heads", "MLPs"]

@@ -134,7 +134,7 @@ class _Exporter(HTMLExporter):
 
 
 def html_of(markdown: str) -> Markup:
-    """Markdown with formulas as HTML for another page: links are their text, and HTML in it is shown as text."""
+    """Markdown with formulas as HTML for another page: links are their text, HTML in it is shown as text."""
     return Markup(re.sub(r"</?a\b[^>]*>", "", MarkdownWithMath(_Renderer(escape=True)).render(markdown)))
 
 

@@ -126,7 +126,7 @@ def _what_to_see(cells: list[nbformat.NotebookNode], figures: set[str]) -> Marku
 
 
 def _first_paragraph(markdown: str) -> str:
-    """The first that is neither heading, nor list, table or formula, nor has a heading of its own (in bold)."""
+    """The first that is no heading, list, table or formula, and has no heading of its own (in bold)."""
     paragraphs = (part.strip() for part in markdown.split("\n\n"))
     return next((part for part in paragraphs if part and not re.match(r"[#*|<$>-]|\d+\.", part)), "")
 
