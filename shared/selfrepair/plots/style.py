@@ -41,9 +41,9 @@ OTHER_LOOKS = (
 )
 #: Of every picture: about a dot for a pixel of a page. Pictures are most of what a run adds to the
 #: repository; the PDFs beside them are as sharp as one likes.
-DPI = 90
+DPI = 80
 #: How far (of 255) fewer colours may change areas of one colour: those of heat maps are read.
-MAY_DIFFER = 8
+MAY_DIFFER = 10
 
 
 def use_style() -> None:
