@@ -18,7 +18,7 @@ from selfrepair.analysis.layers import (
 )
 from selfrepair.analysis.worked_prompt import worked_prompt, worked_sums, worked_table
 from selfrepair.measure import facts, layer_ablation, layers, layers_on_prose, layers_over_training
-from selfrepair.measure.layers_over_training import checkpoints
+from selfrepair.models.checkpoints import checkpoints
 from selfrepair.models.loading import load_model
 from selfrepair.paths import MODELS
 from selfrepair.run.study import Study

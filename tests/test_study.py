@@ -283,7 +283,10 @@ def test_names_of_files_are_resolved_once(tmp_path, monkeypatch):
         ({"seed": -1}, "seed must be a whole number that is not negative, not -1"),
         ({"fraction": "0.1"}, "fraction must be a number above 0 and at most 1, not '0.1'"),
         ({"fraction": 2}, "fraction must be a number above 0 and at most 1, not 2"),
-        ({"ablation": 3}, "ablations must be a list of different ones of resample, mean, zero, optimal, not [3]"),
+        (
+            {"ablation": 3},
+            "ablations must be a list of different ones of resample, mean, zero, optimal, not [3]",
+        ),
         ({"ablation": ["zero"]}, "ablations must be a list of different ones of"),
         ({"model": ["pocket-gpt2"]}, "model must be the name of a model, or its folder"),
         ({"model": 3}, "model must be the name of a model, or its folder, not 3"),

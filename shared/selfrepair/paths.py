@@ -8,6 +8,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent
 SHARED = PACKAGE.parent
 MODELS = SHARED / "models"
+#: What notebook 08 compares: models trained alike but for dropout and seed, and their table.
+ARMS = MODELS / "arms"
 HELD_OUT_TEXT = SHARED / "text"
 PUBLISHED = SHARED / "published"
 REPOSITORY = SHARED.parent

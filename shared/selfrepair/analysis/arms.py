@@ -13,12 +13,9 @@ from jaxtyping import Float
 from selfrepair.analysis.breakdown import PartMeans
 from selfrepair.analysis.estimates import Estimate
 from selfrepair.analysis.layer_means import LayerMeans
-from selfrepair.paths import MODELS
+from selfrepair.paths import ARMS
 from selfrepair.statistics import bootstrap_weights
 from selfrepair.store.stores import open_store
-
-#: Where the arms of notebook 08 are kept: their file, their table, their store.
-ARMS = MODELS / "arms"
 
 #: Bootstrap samples over prompts that are kept of every quantity of an arm.
 N_BOOTSTRAP = 400
@@ -85,7 +82,7 @@ def effects_of_arm(
 
 
 def arms_dataset(rows: Sequence[tuple[Mapping[str, object], Mapping[str, Estimate]]]) -> xr.Dataset:
-    """``effect [arm, quantity, draw]`` of arms (draw 0 is the estimate), and what is :data:`KNOWN` of each."""
+    """``effect [arm, quantity, draw]`` of arms (draw 0 is the estimate), and what is :data:`KNOWN`."""
     effects = np.stack([[found[name].drawn for name in QUANTITIES] for _, found in rows])
     coords: dict[str, object] = {"quantity": np.array(QUANTITIES, dtype=object)}
     for name, kind in KNOWN.items():

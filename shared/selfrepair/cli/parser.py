@@ -47,8 +47,8 @@ def command_parser() -> argparse.ArgumentParser:
     arms = parsers.add_parser(
         "arms",
         help="train and measure the models that notebook 08 compares, and write their table",
-        description="Train and measure models that differ in dropout and seed; resumes if it was interrupted. "
-        "Started several times, the commands share the work.",
+        description="Train and measure models that differ in dropout and seed; resumes if it was "
+        "interrupted. Started several times, the commands share the work.",
     )
     arms.add_argument("file", type=Path, help="YAML file of arms, such as shared/models/arms/arms.yaml")
     arms.add_argument("--text", type=Path, help="folder of .txt or .txt.gz files to train on")

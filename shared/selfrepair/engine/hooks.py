@@ -54,7 +54,7 @@ def watching(modules: Sequence[nn.Module], see: Callable[[int, Tensor, Any], obj
 
 @contextmanager
 def eager_attention(hf: PreTrainedModel) -> Iterator[None]:
-    """Inside, attention modules of ``hf`` compute step by step, and give their patterns beside their output."""
+    """Inside, attention modules of ``hf`` compute step by step, and give their patterns beside the output."""
     own = hf.config._attn_implementation
     hf.config._attn_implementation = "eager"
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import xarray as xr
@@ -13,7 +12,7 @@ from selfrepair.measure.facts import of_facts
 from selfrepair.measure.layer_ablation import ablate_on_facts
 from selfrepair.measure.measurement import Inputs, Measurement, Settings
 from selfrepair.measure.unseen_tokens import needs_of_fit
-from selfrepair.models.checkpoints import model_folder, model_identity, training_metrics
+from selfrepair.models.checkpoints import checkpoints, model_identity
 from selfrepair.text.facts import choose_prompts, facts_for, facts_identity
 
 if TYPE_CHECKING:
@@ -65,29 +64,6 @@ class LayersOverTraining(Measurement):
 
 
 MEASUREMENT = LayersOverTraining()
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A model as it was after ``step`` training steps; ``model_name`` is what to load."""
-
-    step: int
-    model_name: str
-
-
-def checkpoints(model_name: str) -> list[Checkpoint]:
-    """A model's saved training checkpoints, in order, and last the model itself; empty if it has none."""
-    folder = model_folder(model_name)
-    if folder is None:
-        return []
-    saved = [
-        Checkpoint(int(path.name.removeprefix("step-")), str(path))
-        for path in folder.glob("checkpoints/step-*")
-    ]
-    steps = training_metrics(folder).get("steps")
-    if not saved or steps is None:
-        return []
-    return [*sorted(saved, key=lambda checkpoint: checkpoint.step), Checkpoint(int(steps), model_name)]
 
 
 def _load(checkpoint: str, model: Model) -> Model:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import threading
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,29 @@ def training_metrics(folder: Path) -> dict[str, Any]:
     config = metrics.get("config") if isinstance(metrics, dict) else None
     seed = config.get("gazetteer_seed") if isinstance(config, dict) else None
     return metrics if type(seed) is int and seed >= 0 else {}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model as it was after ``step`` training steps; ``model_name`` is what to load."""
+
+    step: int
+    model_name: str
+
+
+def checkpoints(model_name: str) -> list[Checkpoint]:
+    """A model's saved training checkpoints, in order, and last the model itself; empty if it has none."""
+    folder = model_folder(model_name)
+    if folder is None:
+        return []
+    saved = [
+        Checkpoint(int(path.name.removeprefix("step-")), str(path))
+        for path in folder.glob("checkpoints/step-*")
+    ]
+    steps = training_metrics(folder).get("steps")
+    if not saved or steps is None:
+        return []
+    return [*sorted(saved, key=lambda checkpoint: checkpoint.step), Checkpoint(int(steps), model_name)]
 
 
 def _check_on_hub(model_name: str) -> None:

@@ -1,4 +1,4 @@
-"""Figures of notebook 08: what dropout in training does to repair, and when repair comes and goes in training."""
+"""Figures of notebook 08: what dropout in training does to repair, and repair in the course of training."""
 
 from __future__ import annotations
 

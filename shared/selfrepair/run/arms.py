@@ -1,4 +1,4 @@
-"""Arms: models that differ in dropout and seed, trained and measured by one command that writes their table."""
+"""Arms: models that differ in dropout and seed, trained and measured by one command; and their table."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from filelock import FileLock, Timeout
 from selfrepair import __version__
 from selfrepair.analysis.arms import COMPENSATIONS, arms_dataset, arms_table, effects_of_arm
 from selfrepair.errors import NotMeasurable, UserError
-from selfrepair.measure.layers_over_training import checkpoints
-from selfrepair.models.checkpoints import find_model, model_identity, training_metrics
+from selfrepair.models.checkpoints import checkpoints, find_model, model_identity, training_metrics
 from selfrepair.models.devices import resolve_device
 from selfrepair.models.loading import load_hf
 from selfrepair.run.study import Study

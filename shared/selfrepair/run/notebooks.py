@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any
 import nbformat
 from filelock import FileLock
 
-from selfrepair.analysis.arms import read_arms
 from selfrepair.errors import UserError
 from selfrepair.models.checkpoints import model_identity, short_name
-from selfrepair.paths import HELD_OUT_TEXT, NOTEBOOKS, PACKAGE, PUBLISHED
+from selfrepair.paths import ARMS, HELD_OUT_TEXT, NOTEBOOKS, PACKAGE, PUBLISHED
 from selfrepair.run.marks import mark, say_done
 from selfrepair.run.profiles import whole_profile
 from selfrepair.store.code_identity import code_files, code_version
 from selfrepair.store.files import identity, slug, write_atomically
+from selfrepair.store.stores import open_store
 from selfrepair.text.corpora import hash_documents, read_documents
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def _key_of_notebook(study: Study, notebook: Notebook) -> str:
             "stores": stores,
             "models": [model_identity(name) for name in study.profile.models],  # for what it computes itself
             "published": _hash_of_published() if reads_published else "",
-            "arms": read_arms().attrs["sha256"] if reads_arms else "",
+            "arms": open_store(ARMS / "arms.zarr").attrs["sha256"] if reads_arms else "",
             "text": hash_documents(read_documents(HELD_OUT_TEXT)) if reads_text else "",
         }
     )

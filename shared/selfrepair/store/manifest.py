@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,7 @@ def contradictions(path: Path, attributes: Mapping[str, Any]) -> list[str]:
     return [name for name, value in own.items() if name not in noted or noted[name] != value]
 
 
+@cache
 def packages() -> dict[str, str]:
     """Installed versions of what this package asks for."""
     names = {
