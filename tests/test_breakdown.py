@@ -22,9 +22,10 @@ from families import load_family, random_tokens, save_family
 from transformers import AutoModelForCausalLM
 
 from selfrepair.analysis.breakdown import FLOOR, SUMS, WAYS, Breakdown, PartMeans, table_of
-from selfrepair.analysis.head_table import clipped_floor, heads_table
+from selfrepair.analysis.head_table import heads_table
 from selfrepair.analysis.layernorm import published_statistics
 from selfrepair.analysis.published import published_heads
+from selfrepair.analysis.shares import clipped_floor
 from selfrepair.measure.heads import MEASUREMENT
 from selfrepair.measure.tokens import of_prompts
 from selfrepair.plots import layernorm as plots

@@ -325,9 +325,9 @@ def test_several_devices_share_the_work_to_the_same_bytes(tmp_path, folder, toke
     models = [load_model(str(folder), "cpu") for _ in range(3)]
     alone = open_store(heads_task(folder, token_file, tmp_path / "alone", ablation="mean").merge(models[:1]))
     users = []
-    real = heads_module._ablate_pairs
+    real = heads_module.ablate_pairs
     monkeypatch.setattr(
-        heads_module, "_ablate_pairs", lambda on, *rest: users.append(on.hf) or real(on, *rest)
+        heads_module, "ablate_pairs", lambda on, *rest: users.append(on.hf) or real(on, *rest)
     )
     shared = open_store(heads_task(folder, token_file, tmp_path / "shared", ablation="mean").merge(models))
     assert len(users) == 6 and len(set(map(id, users))) == 3

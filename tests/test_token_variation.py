@@ -30,10 +30,10 @@ from selfrepair.analysis.examples import (
     pick_examples,
     token_texts,
 )
-from selfrepair.analysis.head_table import with_self_repair
 from selfrepair.analysis.passages import AFTER, BEFORE
 from selfrepair.analysis.published import published_heads
 from selfrepair.analysis.rules import VERDICTS, load_claims, load_statistics
+from selfrepair.analysis.self_repair import with_self_repair
 from selfrepair.errors import UserError
 from selfrepair.measure import heads, pairs, probabilities
 from selfrepair.measure.tokens import of_prompts

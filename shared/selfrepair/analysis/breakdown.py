@@ -13,7 +13,8 @@ import xarray as xr
 from jaxtyping import Bool, Float, Int
 
 from selfrepair.analysis.estimates import Estimate, draws, selected_means
-from selfrepair.analysis.head_table import clipped_floor, select_each_top, with_self_repair
+from selfrepair.analysis.self_repair import with_self_repair
+from selfrepair.analysis.shares import clipped_floor, select_each_top
 from selfrepair.statistics import PARTS, clipped_share, later_half
 
 WAYS = ("clipped", "unclipped mean", "median", "ratio of means")
@@ -125,7 +126,7 @@ class Breakdown:
     ``shares[way][part]`` and ``floors[part]`` are ``[layer, head]``. Ways of counting a part's share: the
     per-token ratio ``clipped`` to [0, 1] and averaged, averaged as it is (``unclipped mean``), its
     ``median``, and the ``ratio of means`` of a head. The floor of the clipped share is
-    :func:`~selfrepair.analysis.head_table.clipped_floor`; released tables have none.
+    :func:`~selfrepair.analysis.shares.clipped_floor`; released tables have none.
     """
 
     means: PartMeans

@@ -18,6 +18,8 @@ from filelock import FileLock
 
 from selfrepair.analysis.estimates import Estimate, Interval
 from selfrepair.analysis.rules import (
+    MEASURED,
+    PUBLISHED,
     STATISTICS_FILE,
     VERDICTS,
     Claim,
@@ -42,7 +44,6 @@ TEXT_COLUMNS = ("claim", "notebook", "model", "source", "statistic", "unit", "ho
 NUMBER_COLUMNS = ("estimate", "low", "high", "control", "advantage_low", "advantage_high")
 COLUMNS = (*TEXT_COLUMNS[:-1], *NUMBER_COLUMNS, "holds")
 
-MEASURED, PUBLISHED = "measured", "published"
 NOT_JUDGED = ""
 
 #: How a table of claims is read, in Markdown.

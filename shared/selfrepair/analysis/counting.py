@@ -15,8 +15,9 @@ from jaxtyping import Float
 
 from selfrepair.analysis.breakdown import FLOOR, SUMS, WAYS, Breakdown, PartMeans, TokensOfHeads, table_of
 from selfrepair.analysis.estimates import Estimate
-from selfrepair.analysis.head_table import select_each_top, with_self_repair
 from selfrepair.analysis.published import TOKENS_OF_FRACTION, published_by_model
+from selfrepair.analysis.self_repair import with_self_repair
+from selfrepair.analysis.shares import select_each_top
 from selfrepair.statistics import PARTS, later_half
 
 #: Shares of tokens that a head may be judged on, those of its largest direct effect.

@@ -12,34 +12,12 @@ import xarray as xr
 from jaxtyping import Bool, Float
 
 from selfrepair.analysis.estimates import Estimate, draws, selected_means
-from selfrepair.statistics import PARTS, clipped_share, later_half, select_top
+from selfrepair.analysis.self_repair import with_self_repair
+from selfrepair.analysis.shares import clipped_floor, select_each_top
+from selfrepair.statistics import PARTS, clipped_share, later_half
 from selfrepair.store.files import write_atomically
 
 EFFECTS = ("logit_change", "direct_effect", "ablated_direct_effect")
-
-
-def with_self_repair(sweep: xr.Dataset) -> xr.Dataset:
-    """Adds ``self_repair = logit_change − (ablated_direct_effect − direct_effect)``, and ``…_layernorm``."""
-    repair = sweep.logit_change - (sweep.ablated_direct_effect - sweep.direct_effect)
-    layernorm = repair - sweep.self_repair_heads - sweep.self_repair_mlps
-    return sweep.assign(self_repair=repair, self_repair_layernorm=layernorm)
-
-
-def select_each_top(
-    direct_effect: Float[np.ndarray, "layer head prompt position"], fraction: float
-) -> Bool[np.ndarray, "layer head prompt position"]:
-    """:func:`select_top` for every head."""
-    return np.stack([[select_top(head, fraction) for head in layer] for layer in direct_effect])
-
-
-def clipped_floor(
-    part: Float[np.ndarray, "*token"], direct_effect: Float[np.ndarray, "*token"]
-) -> Float[np.ndarray, "*token"]:
-    """``½ min(|part / direct_effect|, 1)`` per token, 0 where there is no direct effect.
-
-    The mean of :func:`clipped_share` over both signs of ``part``: the share that clipping makes of noise.
-    """
-    return (clipped_share(part, direct_effect) + clipped_share(-part, direct_effect)) / 2
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float, Int
 
-from selfrepair.analysis.head_table import with_self_repair
 from selfrepair.analysis.passages import Passage, around
+from selfrepair.analysis.self_repair import with_self_repair
 
 #: Tokens of each head.
 N_TOKENS = 3

@@ -12,7 +12,8 @@ from selfrepair.analysis.breakdown import SUMS, PartMeans, TokensOfHeads, table_
 from selfrepair.analysis.claims import Statistics
 from selfrepair.analysis.counting import later_layers
 from selfrepair.analysis.estimates import Estimate, draws
-from selfrepair.analysis.head_table import EFFECTS, with_self_repair
+from selfrepair.analysis.head_table import EFFECTS
+from selfrepair.analysis.self_repair import with_self_repair
 
 #: Both ends of a head's tokens by direct effect.
 TOP, BOTTOM = "top", "bottom"

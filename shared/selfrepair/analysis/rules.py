@@ -36,6 +36,8 @@ VERDICTS = {
     "not testable here": "no model has what the claim is about",
 }
 WRITTEN = ("before", "after")
+#: Whose numbers an estimate is of.
+MEASURED, PUBLISHED = "measured", "published"
 
 Entry = TypeVar("Entry")
 

@@ -19,7 +19,8 @@ from jaxtyping import Bool, Float, Int, Real
 
 from selfrepair.analysis.claims import Statistics
 from selfrepair.analysis.estimates import Estimate, draws
-from selfrepair.analysis.head_table import select_each_top, with_self_repair
+from selfrepair.analysis.self_repair import with_self_repair
+from selfrepair.analysis.shares import select_each_top
 from selfrepair.statistics import later_half, select_top
 
 SAMPLE_BYTES = 1 << 25

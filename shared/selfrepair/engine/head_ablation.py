@@ -7,7 +7,7 @@ stacked along the batch; nothing the size of the vocabulary is made.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -17,12 +17,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from selfrepair.engine.ablations import Replacement
-from selfrepair.engine.batches import rows_that_fit
+from selfrepair.engine.batches import pairs_that_fit, partner_batches, rows_that_fit
 from selfrepair.engine.fast.low_rank import FirstMaps
 from selfrepair.engine.forward import Replay, carry
 from selfrepair.engine.hooks import watching
 from selfrepair.engine.reading import Reading
-from selfrepair.models.devices import unless_out_of_memory
+from selfrepair.errors import UserError
+from selfrepair.models.devices import on_device, on_host, unless_out_of_memory
 from selfrepair.models.loading import Model
 
 
@@ -67,6 +68,54 @@ def ablate_heads(
     parts = [swept.ablate(layer) for layer in (range(model.n_layers) if layers is None else layers)]
     by_layer = {name: torch.stack([getattr(part, name) for part in parts]) for name in BY_LAYER}
     return HeadAblations(**by_layer, sigma_clean=swept.reading.sigma)
+
+
+def ablate_pairs(
+    model: Model, tokens: Int[Tensor, "prompt position"], replacement: Replacement
+) -> HeadAblations:
+    """The ablations of prompts whose second half holds the partners of the first, on the host.
+
+    Raises:
+        UserError: the device has too little memory for one pair of prompts.
+    """
+    length = tokens.shape[1]
+    at_once = max(1, min(rows_that_fit(model, length) // 2, pairs_that_fit(model, length)))
+    pending = list(partner_batches(len(tokens), at_once))
+    parts: list[HeadAblations] = []
+    while pending:
+        batch = pending.pop(0)
+        part = unless_out_of_memory(partial(_ablate_batch, model, tokens[batch], replacement))
+        if part is not None:
+            parts.append(part)
+        elif len(batch) > 2:
+            halves = [members.tensor_split(2) for members in batch.chunk(2)]
+            pending[:0] = [torch.cat(half) for half in zip(*halves, strict=True)]
+        else:
+            raise UserError(
+                f"{model.name}: {model.device} has too little memory for one pair of prompts; "
+                "use shorter prompts, --dtype bfloat16 or a larger device"
+            )
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return _joined(parts, torch.promote_types(torch.float32, model.dtype))
+
+
+def _ablate_batch(
+    model: Model, tokens: Int[Tensor, "prompt position"], replacement: Replacement
+) -> HeadAblations:
+    found = ablate_heads(model, on_device(tokens, model.device), replacement)
+    return HeadAblations(**{name: on_host(values) for name, values in vars(found).items()})
+
+
+def _joined(parts: Sequence[HeadAblations], dtype: torch.dtype) -> HeadAblations:
+    """Batches of pairs, one after the other: all first members, then all partners."""
+    joined = {}
+    for field in dataclasses.fields(HeadAblations):
+        values = [getattr(part, field.name) for part in parts]
+        axis = values[0].ndim - 2
+        halves = [value.chunk(2, dim=axis) for value in values]
+        joined[field.name] = torch.cat([half[i] for i in (0, 1) for half in halves], dim=axis).to(dtype)
+    return HeadAblations(**joined)
 
 
 #: The fields of :class:`HeadAblations` that have an axis of layers.

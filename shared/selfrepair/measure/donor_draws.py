@@ -11,7 +11,7 @@ import xarray as xr
 from jaxtyping import Int
 
 from selfrepair.engine.ablations import FromDonors
-from selfrepair.measure.heads import ablate_pairs
+from selfrepair.engine.head_ablation import ablate_pairs
 from selfrepair.measure.measurement import Inputs, Measurement, Settings
 from selfrepair.measure.pairs import tokens_of
 
@@ -48,11 +48,11 @@ class DonorDraws(Measurement):
         found = ablate_pairs(model, tokens_of(model, inputs, order), FromDonors())
         place = torch.from_numpy(np.argsort(order))
         dims = ("draw", "layer", "head", "prompt", "position")
-        variables = {name: (dims, getattr(found, name)[None, :, :, place].numpy()) for name in KEPT}
+        effects = {name: (dims, getattr(found, name)[None, :, :, place].numpy()) for name in KEPT}
         donor = np.empty_like(order)
         donor[order] = np.roll(order, len(order) // 2)
-        variables["donor"] = (("draw", "prompt"), donor[None])
-        return xr.Dataset(variables, {"draw": [shard], "prompt": prompts})
+        coords = {"draw": [shard], "prompt": prompts}
+        return xr.Dataset({**effects, "donor": (("draw", "prompt"), donor[None])}, coords)
 
 
 MEASUREMENT = DonorDraws()

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-import torch
 import xarray as xr
-from jaxtyping import Int
-from torch import Tensor
 
-from selfrepair.engine.ablations import Replacement
-from selfrepair.engine.batches import pairs_that_fit, partner_batches, rows_that_fit
-from selfrepair.engine.head_ablation import HeadAblations, ablate_heads
+from selfrepair.engine.head_ablation import ablate_pairs
 from selfrepair.errors import UserError
 from selfrepair.measure.measurement import Inputs, Measurement, Settings
 from selfrepair.measure.pairs import (
@@ -25,7 +18,6 @@ from selfrepair.measure.pairs import (
     prompts_of_shard,
     tokens_of,
 )
-from selfrepair.models.devices import on_device, on_host, unless_out_of_memory
 
 if TYPE_CHECKING:
     from selfrepair.models.loading import Model
@@ -70,51 +62,3 @@ class Heads(Measurement):
 
 
 MEASUREMENT = Heads()
-
-
-def ablate_pairs(
-    model: Model, tokens: Int[Tensor, "prompt position"], replacement: Replacement
-) -> HeadAblations:
-    """The ablations of prompts whose second half holds the partners of the first, on the host.
-
-    Raises:
-        UserError: the device has too little memory for one pair of prompts.
-    """
-    length = tokens.shape[1]
-    at_once = max(1, min(rows_that_fit(model, length) // 2, pairs_that_fit(model, length)))
-    pending = list(partner_batches(len(tokens), at_once))
-    parts: list[HeadAblations] = []
-    while pending:
-        batch = pending.pop(0)
-        part = unless_out_of_memory(partial(_ablate_batch, model, tokens[batch], replacement))
-        if part is not None:
-            parts.append(part)
-        elif len(batch) > 2:
-            halves = [members.tensor_split(2) for members in batch.chunk(2)]
-            pending[:0] = [torch.cat(half) for half in zip(*halves, strict=True)]
-        else:
-            raise UserError(
-                f"{model.name}: {model.device} has too little memory for one pair of prompts; "
-                "use shorter prompts, --dtype bfloat16 or a larger device"
-            )
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-    return _joined(parts, torch.promote_types(torch.float32, model.dtype))
-
-
-def _ablate_batch(
-    model: Model, tokens: Int[Tensor, "prompt position"], replacement: Replacement
-) -> HeadAblations:
-    found = ablate_heads(model, on_device(tokens, model.device), replacement)
-    return HeadAblations(**{name: on_host(values) for name, values in vars(found).items()})
-
-
-def _joined(parts: Sequence[HeadAblations], dtype: torch.dtype) -> HeadAblations:
-    """Batches of pairs, one after the other: all first members, then all partners."""
-    joined = {}
-    for field in dataclasses.fields(HeadAblations):
-        values = [getattr(part, field.name) for part in parts]
-        axis = values[0].ndim - 2
-        halves = [value.chunk(2, dim=axis) for value in values]
-        joined[field.name] = torch.cat([half[i] for i in (0, 1) for half in halves], dim=axis).to(dtype)
-    return HeadAblations(**joined)

@@ -126,7 +126,9 @@ def choose_trios(grown: xr.Dataset) -> list[Trio]:
     for layer, number in np.argwhere(count > 0):
         own, effect = growth[layer, number], clean_effect[layer, number]
         later = [(int(above), int(head)) for above, head in np.argwhere(np.ones_like(own)) if above > layer]
-        backup, *others = sorted(later, key=own.__getitem__, reverse=True) or [None]
+        if not later:
+            continue
+        backup, *others = sorted(later, key=own.__getitem__, reverse=True)
         quarter = len(others) // 4
         if middle := others[quarter : len(others) - quarter]:
             nearest = min(middle, key=lambda head: abs(effect[head] - effect[backup]))

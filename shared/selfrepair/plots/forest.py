@@ -10,8 +10,7 @@ import pandas as pd
 from markupsafe import Markup, escape
 from matplotlib.ticker import MaxNLocator
 
-from selfrepair.analysis.claims import MEASURED, PUBLISHED
-from selfrepair.analysis.rules import Claim
+from selfrepair.analysis.rules import MEASURED, PUBLISHED, Claim
 from selfrepair.plots.style import looks
 
 WIDTH, ROW, MARGIN, AXIS = 420, 11, 16, 18

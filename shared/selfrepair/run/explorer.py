@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,15 +17,10 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
-from selfrepair.analysis.examples import token_texts
-from selfrepair.analysis.head_tokens import head_tokens
-from selfrepair.models.checkpoints import short_name
 from selfrepair.plots.style import looks
-from selfrepair.store.files import write_atomically
-from selfrepair.store.stores import open_store
 
 if TYPE_CHECKING:
-    from selfrepair.run.study import Study
+    pass
 
 SCRIPT = Path(__file__).with_name("explorer.js")
 #: Left by a run: tokens of every head in context, by model and head, as :func:`head_tokens` gives them.
@@ -62,19 +57,6 @@ class Explorer:
     charts: Markup
     library: Markup
     script: Markup
-
-
-def write_head_tokens(study: Study, out: Path) -> None:
-    """Writes :data:`TOKENS` of a run's heads, where they were measured: for the first kind of ablation."""
-    found = {}
-    for model_name in study.profile.models:
-        task = study.task("heads", model_name)
-        if task.is_done():
-            texts = partial(token_texts, tokenizer=study.tokenizer(model_name))
-            found[short_name(model_name)] = head_tokens(open_store(task.path), texts)
-    content = {"ablation": study.profile.ablations[0], "models": found}
-    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
-    write_atomically(out / TOKENS, text.encode())
 
 
 def explorer(tables: Mapping[str, pd.DataFrame], tokens: Mapping[str, Any]) -> Explorer:

@@ -20,7 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from selfrepair.analysis.head_means import HeadMeans
-from selfrepair.analysis.head_table import heads_table, with_self_repair
+from selfrepair.analysis.head_table import heads_table
+from selfrepair.analysis.self_repair import with_self_repair
 from selfrepair.engine.ablations import find_ablation
 from selfrepair.engine.fast.switch import fast_path
 from selfrepair.engine.optimal import N_PROMPTS

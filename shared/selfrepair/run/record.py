@@ -12,7 +12,7 @@ from selfrepair.analysis.claims import read_claims, verdicts
 from selfrepair.analysis.rules import VERDICTS
 from selfrepair.errors import UserError
 from selfrepair.paths import HELD_OUT_TEXT
-from selfrepair.run.explorer import write_head_tokens
+from selfrepair.run.head_tokens import write_head_tokens
 from selfrepair.run.marks import OF_A_STORE, OF_THE_RUN, RESULTS, mark, passed_over, said_of, say_done
 from selfrepair.run.notebook_page import write_notebook_pages
 from selfrepair.run.notebooks import all_notebooks

@@ -29,7 +29,8 @@ from selfrepair.run.consistency import (
     check_stores,
     run_manifest,
 )
-from selfrepair.run.explorer import TOKENS, write_head_tokens
+from selfrepair.run.explorer import TOKENS
+from selfrepair.run.head_tokens import write_head_tokens
 from selfrepair.run.marks import OF_THE_RUN, passed_over
 from selfrepair.run.notebook_page import write_notebook_pages
 from selfrepair.run.notebooks import notebook_keys
