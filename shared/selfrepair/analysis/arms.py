@@ -81,6 +81,20 @@ def effects_of_arm(
     return found
 
 
+def effects_of_models(
+    sweeps: Mapping[str, xr.Dataset], layers: Mapping[str, Mapping[str, xr.Dataset]], fraction: float
+) -> dict[str, dict[str, Estimate]]:
+    """:func:`effects_of_arm` of several models; ``layers`` are by measurement, then by model."""
+    return {
+        model: effects_of_arm(
+            sweep,
+            {name: of_models[model] for name, of_models in layers.items() if model in of_models},
+            fraction,
+        )
+        for model, sweep in sweeps.items()
+    }
+
+
 def arms_dataset(rows: Sequence[tuple[Mapping[str, object], Mapping[str, Estimate]]]) -> xr.Dataset:
     """``effect [arm, quantity, draw]`` of arms (draw 0 is the estimate), and what is :data:`KNOWN`."""
     effects = np.stack([[found[name].drawn for name in QUANTITIES] for _, found in rows])

@@ -76,7 +76,7 @@ def small_png(figure: Figure) -> bytes:
 
 
 def _of_few_colours(picture: Image.Image) -> Image.Image:
-    """With the smallest palette that leaves areas of one colour as they are; the largest if none does."""
+    """With the smallest palette that leaves areas of one colour as they are; all its colours if none does."""
     pixels = np.asarray(picture, dtype=int)
     here = pixels[1:, 1:]
     flat = (here == pixels[:-1, 1:]).all(-1) & (here == pixels[1:, :-1]).all(-1)
@@ -85,8 +85,8 @@ def _of_few_colours(picture: Image.Image) -> Image.Image:
         found = picture.quantize(colours, Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
         change = np.abs(np.asarray(found.convert("RGB"), dtype=int)[1:, 1:] - here)
         if change[flat].max(initial=0) <= MAY_DIFFER:
-            break
-    return found
+            return found
+    return picture
 
 
 def save(figure: Figure, out_dir: Path, name: str) -> None:
