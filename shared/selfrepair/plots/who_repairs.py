@@ -46,6 +46,7 @@ def growth_matrices(growths: Sequence[PairGrowth]) -> Figure:
         image = axis.imshow(matrix, cmap=colours, vmin=-limit, vmax=limit, interpolation="nearest")
         _layers_as_ticks(axis, one)
         axis.set_title(f"{one.model}\n{label}", fontsize=9)
+    for axis in axes[-4:]:
         axis.set_xlabel("layer of the later head", fontsize=9)
     label_left(axes, 4, "layer of the ablated head")
     figure.colorbar(
