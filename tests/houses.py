@@ -15,6 +15,7 @@ import nbformat
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = (
     *("shared/selfrepair", "shared/snakemake_logger_plugin_selfrepair", "shared/text", "shared/published"),
+    "shared/models/arms",
     *("notebooks", "profiles", "workflow"),
 )
 #: What says when, where and how results were made.

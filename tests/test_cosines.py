@@ -1,5 +1,7 @@
 """Cosines between what heads write, and attend to, against plain models; means of them by distance."""
 
+import copy
+
 import numpy as np
 import pytest
 import reference
@@ -39,7 +41,11 @@ def test_cosines_of_attention_patterns(family, name):
     model, hf = family(name)
     here = prompts(4, 9)
     found = measured("attention_cosines", model, here)
-    eager = AutoModelForCausalLM.from_config(hf.config, attn_implementation="eager").double().eval()
+    eager = (
+        AutoModelForCausalLM.from_config(copy.deepcopy(hf.config), attn_implementation="eager")
+        .double()
+        .eval()
+    )
     eager.load_state_dict(hf.state_dict())
     patterns = eager(input_ids=tokens_of(here), output_attentions=True).attentions
     heads = [pattern[:, head, 1:-1] for pattern in patterns for head in range(HEADS)]

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GPT2LMH
 
 from selfrepair.cli.main import main
 from selfrepair.engine import batches
+from selfrepair.engine import head_ablation as engine_module
 from selfrepair.engine.identity_check import IDENTITY_POSITIONS
 from selfrepair.errors import UserError
-from selfrepair.measure import heads as heads_module
 from selfrepair.measure import pairs
 from selfrepair.models.loading import load_model
 from selfrepair.models.support import check_supported
@@ -95,7 +95,7 @@ def test_independent_of_the_batch_size(tmp_path, measured, kind, monkeypatch):
     stores = []
     for at_once in (1, 4, 16):
         monkeypatch.setattr(pairs, "SHARD_PAIRS", at_once)
-        monkeypatch.setattr(heads_module, "rows_that_fit", lambda *_: 1000)
+        monkeypatch.setattr(engine_module, "rows_that_fit", lambda *_: 1000)
         stores.append(measured(tmp_path / str(at_once), kind))
     monkeypatch.setattr(batches, "CLEAN_RUN_BYTES", 1)
     stores.append(measured(tmp_path / "one pair at a time", kind))
@@ -314,7 +314,7 @@ def test_full_disk_is_one_line_and_the_run_goes_on_later(tmp_path, small_disk, f
 
 def test_out_of_memory_halves_the_batch_and_loses_nothing(tmp_path, measured, monkeypatch):
     wanted = measured(tmp_path / "roomy", "resample")
-    real, sizes = heads_module.ablate_heads, []
+    real, sizes = engine_module.ablate_heads, []
 
     def cramped(model, tokens, replacement):
         sizes.append(len(tokens))
@@ -322,8 +322,8 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(tmp_path, measured, mo
             raise torch.OutOfMemoryError
         return real(model, tokens, replacement)
 
-    monkeypatch.setattr(heads_module, "ablate_heads", cramped)
-    monkeypatch.setattr(heads_module, "rows_that_fit", lambda *_: 1000)
+    monkeypatch.setattr(engine_module, "ablate_heads", cramped)
+    monkeypatch.setattr(engine_module, "rows_that_fit", lambda *_: 1000)
     room = 6
     found = measured(tmp_path / "cramped", "resample")
     assert sizes[0] == N and max(sizes[-1:]) <= room

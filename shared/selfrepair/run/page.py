@@ -64,6 +64,10 @@ class Table:
     rows: list[list[str]]
 
 
+#: What a run's manifest says of every store and file; a page of the repository leaves it out.
+LONG = ("stores", "files", "outside_the_plan")
+
+
 def write_page(out_dir: Path, target: Path | None = None) -> Path:
     """Writes the page of a results folder, as ``index.html`` in it.
 
@@ -99,7 +103,7 @@ def write_page(out_dir: Path, target: Path | None = None) -> Path:
         "models": _tables(heads if target is None else dict([*heads.items()][:1])),
         "kinds": list(heads),
         "explorer": explorer(heads, _read_json(out_dir / TOKENS)) if heads and target is None else None,
-        "manifest": manifest,
+        "manifest": {name: value for name, value in manifest.items() if target is None or name not in LONG},
         "images": "data:" if target is None else "'self' file: data:",
     }
     environment = jinja2.Environment(
