@@ -257,11 +257,13 @@ install_all() {
     : >"$UNFINISHED"
     rm -f -- "$STAMP"
 
-    torch="$(grep '^torch==' "$ROOT/requirements.lock")" || fail "requirements.lock has no line torch==VERSION"
+    torch="$(grep -o '^torch==[^ ;]*' "$ROOT/requirements.lock")" || fail "requirements.lock has no line torch==VERSION"
     index="$(torch_index)"
     if [[ -n "$index" ]]; then from_index=(--index-url "$index"); fi
+    # PyTorch's builds differ in their hashes; then everything else by its hash; then what a CUDA build needs.
+    install --no-deps ${from_index[@]+"${from_index[@]}"} "$torch"
+    install --no-deps --require-hashes -r "$ROOT/requirements.lock"
     install ${from_index[@]+"${from_index[@]}"} "$torch"
-    install -r "$ROOT/requirements.lock"
     install --no-deps --no-build-isolation -e "$ROOT"
 
     wanted_stamp >"$STAMP.new"

@@ -24,16 +24,17 @@ from selfrepair.run.study import Study
 from selfrepair.run.workflow import measure, plan
 
 NAME = "pocket-pythia-small"
-#: What a run measures of this model, with two kinds of ablation.
+#: What a run measures of this model, with three kinds of ablation.
 MEASURED = (
     *("tokens", "facts", "constants-mean", "heads-resample", "heads-mean", "probabilities", "cosines"),
+    *("unseen_tokens", "constants-optimal", "heads-optimal"),
     *("neurons-resample", "self_feeding-resample", "earlier_input-resample", "alignment", "donor_draws"),
     *("layers-resample", "layers_on_prose-resample", "layers_over_training-resample"),
     *("head_growth-resample", "joint_ablation-resample", "attention_cosines"),
 )
 #: What the run asks for, beside its model.
 AMOUNT = {"n_prompts": 8, "prompt_len": 12, "fraction": 0.2}
-PROFILE = {"ablations": ["resample", "mean"], "donor_draws": 1, **AMOUNT}
+PROFILE = {"ablations": ["resample", "mean", "optimal"], "donor_draws": 1, **AMOUNT}
 #: Of the one notebook, what is read of it without running it.
 CODE = 'study.measured("heads")\nwrite_heads(table, kind, out)\nstyle.save(figure, out, "01_one")'
 

@@ -64,6 +64,13 @@ def test_checkpoints_of_a_model_are_arms_in_order(tmp_path):
             "head_dropout must lie in [0, 1)",
         ),
         ({"given": [{"group": "g", "models": ["a/b", "a/b"]}]}, "two arms are called 'a/b'"),
+        ({"given": "pocket-gpt2"}, "given must be a list of groups"),
+        ({"given": [{"group": "g", "models": "pocket-gpt2"}]}, "models must be a list of names"),
+        ({"given": [{"group": "g", "checkpoints_of": 3}]}, "checkpoints_of must be the name of a model"),
+        ({"given": [{"group": 3, "models": []}]}, "group must be a name"),
+        ({"trained": [{"group": "g", "config": 3, "vary": {}}]}, "config must be 'key: value' lines"),
+        ({"trained": [{"group": "g", "config": CONFIG, "vary": {"seed": 1}}]}, "vary must give a list"),
+        ({"trained": [{"group": "g", "config": CONFIG, "vary": [1]}]}, "vary must give a list"),
     ],
 )
 def test_a_wrong_file_is_one_line(tmp_path, values, says):
@@ -231,11 +238,12 @@ def test_arms_that_stand_beside_each_other_were_trained_alike():
     for arm in load_arms(MODELS / "arms" / "arms.yaml"):
         if arm.config:
             by_group.setdefault(arm.group, []).append(arm.config)
-    for group, dose, control in analysis.CURVES.values():
-        configs = by_group[group] + [c for c in by_group[control] if c.head_dropout == 0]
+    for curve in analysis.CURVES.values():
+        control = by_group[curve.control or curve.group]
+        configs = by_group[curve.group] + [config for config in control if config.head_dropout == 0]
         same = {
             dataclasses.replace(c, name="", seed=0, head_dropout=0.0, attention_dropout_layer=0.0)
             for c in configs
         }
-        assert len(same) == 1, group
-        assert len({getattr(c, dose) for c in configs}) > 1
+        assert len(same) == 1, curve.group
+        assert len({getattr(c, curve.dose) for c in configs}) > 1

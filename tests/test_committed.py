@@ -26,7 +26,7 @@ def repository(tmp_path, monkeypatch):
     (tmp_path / "notebooks").mkdir()
     out = tmp_path / "results" / "pocket"
     (out / "figures").mkdir(parents=True)
-    Image.new("RGB", (4, 4)).save(out / "figures" / "01_a.png")
+    Image.new("RGB", (8, 8)).save(out / "figures" / "01_a.png")
     (out / "figures" / "claims.md").write_text("| claim |\n")
     shutil.copy(FIGURES / "pocket" / "claims.csv", out / "figures")
     (tmp_path / "README.md").write_text(README)

@@ -13,10 +13,12 @@ import threading
 import time
 import tomllib
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.markers import Marker
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
@@ -25,18 +27,23 @@ from snakemake.cli import parse_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-LOCK_LINES = [
-    line
-    for line in (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
-    if not line.startswith("#")
-]
+#: A pin each, with what it holds for and its hashes.
+PINS = re.findall(
+    r"^([a-z0-9-]+)==(\S+)(?: ; (.*?))? \\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)",
+    (ROOT / "requirements.lock").read_text(encoding="utf-8"),
+    re.MULTILINE,
+)
 ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
 SCRIPT = (ROOT / "run_all.sh").read_text(encoding="utf-8")
 
 
 def locked() -> dict[str, Version]:
-    pins = [line.split("==") for line in LOCK_LINES]
-    return {canonicalize_name(name): Version(version) for name, version in pins}
+    """What is installed by it here."""
+    return {
+        name: Version(version)
+        for name, version, condition, _ in PINS
+        if not condition or Marker(condition).evaluate()
+    }
 
 
 def needed() -> list[str]:
@@ -64,16 +71,39 @@ def drift(requirement: str, pins: Mapping[str, Version]) -> str | None:
 # -------------------------------------------------------------------------------------------------
 
 
-def test_lock_holds_sorted_exact_pins_only():
-    assert [
-        line
-        for line in LOCK_LINES
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*==[0-9][A-Za-z0-9.]*", line)
-    ] == []
-    assert LOCK_LINES == sorted(LOCK_LINES, key=str.lower)
-    assert len(locked()) == len(LOCK_LINES), "a package is pinned twice"
-    assert "wheel" in locked(), "the package is installed without build isolation"
-    assert "pip" not in locked()
+def test_lock_holds_sorted_exact_pins_with_hashes_only():
+    lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+    hashes = "".join(of_pin for *_, of_pin in PINS).splitlines()
+    assert len(PINS) + len(hashes) == sum(not line.startswith("#") for line in lines)
+    names = [name for name, *_ in PINS]
+    assert names == sorted(names)
+    assert len({(name, condition) for name, _, condition, _ in PINS}) == len(PINS), (
+        "a package is pinned twice"
+    )
+    assert "pip" not in names
+    assert not [name for name in names if name.startswith(("nvidia-", "cuda-", "triton"))], (
+        "gigabytes for all"
+    )
+
+
+def test_lock_says_how_it_is_made():
+    command = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()[1].split()
+    assert {"--universal", "--generate-hashes"} <= {*command} and command[1:5] == [
+        "uv",
+        "pip",
+        "compile",
+        "pyproject.toml",
+    ]
+    extras = {name for option, name in pairwise(command) if option == "--extra"}
+    assert extras == {"dev", "course"}
+    oldest = PYPROJECT["project"]["requires-python"].removeprefix(">=")
+    assert f"--python-version {oldest}" in " ".join(command)
+
+
+def test_nothing_is_missing_of_what_is_installed():
+    """The lock is installed without asking what its packages need: it holds all of that."""
+    done = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("requirement", needed())
@@ -98,16 +128,12 @@ def test_drift_is_noticed(requirement, pin, complaint):
 # ------------------------------------------------------------------------
 
 
-def test_environment_yml_takes_its_versions_from_the_lock():
-    (pip,) = [part["pip"] for part in ENVIRONMENT["dependencies"] if isinstance(part, dict)]
-    assert pip == ["-r requirements.lock", "-e ."]
+def test_environment_yml_leaves_versions_to_the_lock():
+    """Pip refuses an editable package beside hashes, in the one list that conda hands it."""
+    assert [part.split("=")[0] for part in ENVIRONMENT["dependencies"]] == ["python", "pip"]
     assert ENVIRONMENT["name"] == PYPROJECT["project"]["name"]
-    pins = locked()
-    for part in (part for part in ENVIRONMENT["dependencies"] if isinstance(part, str)):
-        name, *version = re.split(r"=+", part)
-        assert name in ("python", "pip") or version == [str(pins[canonicalize_name(name)])], (
-            f"{part} differs from requirements.lock"
-        )
+    told = (ROOT / "environment.yml").read_text(encoding="utf-8")
+    assert "SELFREPAIR_USE_ACTIVE=1 ./run_all.sh\n" in told
 
 
 def test_python_version_bounds_agree():
@@ -217,10 +243,16 @@ class Clone:
     def installation(self) -> list[str]:
         pip = "-m pip install --disable-pip-version-check"
         return [
+            f"{pip} --no-deps torch=={locked()['torch']}",
+            f"{pip} --no-deps --require-hashes -r {self.root}/requirements.lock",
             f"{pip} torch=={locked()['torch']}",
-            f"{pip} -r {self.root}/requirements.lock",
             f"{pip} --no-deps --no-build-isolation -e {self.root}",
         ]
+
+    def installation_from(self, index: str) -> list[str]:
+        """With PyTorch from this one."""
+        torch = f"torch=={locked()['torch']}"
+        return [call.replace(torch, f"--index-url {index} {torch}") for call in self.installation]
 
     @property
     def making(self) -> str:
@@ -325,10 +357,9 @@ def test_a_changed_list_is_installed_into_the_same_environment(clone, changed):
 
 
 @needs_bash
-@pytest.mark.parametrize("step", [0, 1, 2])
+@pytest.mark.parametrize("step", [0, 1, 2, 3])
 def test_a_failed_set_up_stops_and_is_made_anew(clone, step):
-    failing = clone.installation[step].split("version-check ")[1]
-    done = clone.run("--test", FAIL_AT=failing)
+    done = clone.run("--test", FAIL_AT=clone.installation[step])
     assert done.returncode == 1
     assert "the set-up failed" in done.stderr
     assert clone.calls == [clone.making, *clone.installation[: step + 1]]
@@ -367,11 +398,7 @@ def test_two_set_ups_at_once_install_once(clone):
 @needs_bash
 def test_torch_alone_comes_from_its_own_index(clone):
     clone.run("--test", TORCH_INDEX_URL="file:///an/index")
-    torch, *others = clone.installation
-    assert clone.calls[1:4] == [
-        torch.replace("version-check", "version-check --index-url file:///an/index"),
-        *others,
-    ]
+    assert clone.calls[1:5] == clone.installation_from("file:///an/index")
 
 
 @needs_bash
@@ -393,10 +420,8 @@ def test_cpu_builds_are_taken_without_a_gpu_where_they_can_be_reached(clone, has
         done = clone.run("--test", no_proxy="127.0.0.1")
         if reachable:
             server.shutdown()
-    torch, *others = clone.installation
-    if reachable and not has_gpu:
-        torch = torch.replace("version-check", f"version-check --index-url {index}")
-    assert clone.calls[1:4] == [torch, *others]
+    from_cpu_builds = clone.installation_from(index)
+    assert clone.calls[1:5] == (from_cpu_builds if reachable and not has_gpu else clone.installation)
     assert ("can't be reached" in done.stderr) == (not reachable and not has_gpu)
 
 
@@ -414,7 +439,7 @@ def test_uv_installs_where_there_is_one_and_pip_if_it_fails(clone, works):
     ]
     both = [call for pair in zip(by_uv, clone.installation, strict=True) for call in pair]
     assert clone.calls[1:-2] == (by_uv if works else both)
-    assert done.stderr.count("uv could not install") == (0 if works else 3)
+    assert done.stderr.count("uv could not install") == (0 if works else 4)
 
 
 @needs_bash

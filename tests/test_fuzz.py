@@ -1269,7 +1269,7 @@ def test_odd_model_folders(cases, inputs, folders, family, change):
 @given(
     family=st.sampled_from(FAMILIES_OF_FOLDERS),
     values=st.dictionaries(SETTINGS, VALUES, min_size=1, max_size=2),
-    ablation=st.sampled_from(ABLATIONS),
+    ablation=st.sampled_from(reference.KINDS),
 )
 @example(family="gpt2", values={"use_parallel_residual": 1}, ablation="resample")
 @example(family="gpt2", values={"num_key_value_heads": 2}, ablation="zero")

@@ -29,7 +29,11 @@ GPT2, PYTHIA = MODELS = ("pocket-gpt2", "pocket-pythia-small")
 #: Measurements → their kinds of ablation here; the others have none.
 KINDS = {"heads": ("resample", "mean"), "constants": ("mean",)}
 KINDS |= dict.fromkeys(
-    ("neurons", "earlier_input", "self_feeding", "layers", "layers_on_prose"), ("resample",)
+    (
+        *("neurons", "earlier_input", "self_feeding", "layers", "layers_on_prose"),
+        *("head_growth", "joint_ablation"),
+    ),
+    ("resample",),
 )
 
 
@@ -38,10 +42,13 @@ def labels(*names):
     return {f"{name}-{kind}" if kind else name for name in names for kind in KINDS.get(name, ("",))}
 
 
-EVERYTHING = set(measurement_names()) - {"layers_over_training"}  # no model here has checkpoints
+#: No model here has checkpoints, the profile asks for no other donors, and no ablation here learns.
+EVERYTHING = set(measurement_names()) - {"layers_over_training", "donor_draws", "unseen_tokens"}
 #: What is measured on prompts of the held-out text, and, of that, what the ablation of heads has a part in.
 ON_PROMPTS = EVERYTHING - {"facts", "layers"}
-ABLATING = {"heads", "neurons", "earlier_input", "self_feeding"}
+#: And what would read text if its ablation learnt from it.
+READS_TEXT = ON_PROMPTS | {"layers"}
+ABLATING = {"heads", "neurons", "earlier_input", "self_feeding", "head_growth", "joint_ablation"}
 
 
 def appended(text="\n# edited\n"):
@@ -69,33 +76,33 @@ from selfrepair.text.corpora import load_tokens
 #: File → how it is edited, and of what it then changes the identity: measurements, of these models, and notebooks by number.
 #: The page's changes with that of any notebook.
 EDITS = {
-    "shared/selfrepair/engine/head_ablation.py": (appended(), ABLATING, MODELS, "012345"),
+    "shared/selfrepair/engine/head_ablation.py": (appended(), ABLATING, MODELS, "012345789"),
     "shared/selfrepair/engine/direct_effect.py": (
         appended(),
         ON_PROMPTS - {"tokens"} | {"layers"},
         MODELS,
-        "0123456",
+        "0123456789",
     ),
     "shared/selfrepair/measure/self_feeding.py": (appended(), {"self_feeding"}, MODELS, "5"),
-    "shared/selfrepair/measure/tokens.py": (appended(), ON_PROMPTS, MODELS, "0123456"),
-    "shared/selfrepair/text/facts.yaml": (appended(), {"facts", "layers", "layers_on_prose"}, MODELS, "6"),
+    "shared/selfrepair/measure/tokens.py": (appended(), READS_TEXT, MODELS, "0123456789"),
+    "shared/selfrepair/text/facts.yaml": (appended(), {"facts", "layers", "layers_on_prose"}, MODELS, "68"),
     "shared/selfrepair/statistics.py": (
         appended(),
-        {"neurons", "earlier_input", "self_feeding"},
+        {"neurons", "earlier_input", "self_feeding", "head_growth", "joint_ablation"},
         MODELS,
-        "0123456",
+        "0123456789",
     ),
-    "shared/selfrepair/text/corpora.py": (appended(), ON_PROMPTS, MODELS, "0123456"),
-    "shared/selfrepair/models/support.py": (appended(), EVERYTHING, MODELS, "0123456"),
-    "shared/selfrepair/analysis/layernorm.py": (appended(), set(), (), "3"),
-    "shared/selfrepair/analysis/estimates.py": (appended(), set(), (), "123456"),
-    "shared/selfrepair/analysis/claims.yaml": (replaced("at_least: ", "at_least: 0"), set(), (), "123456"),
+    "shared/selfrepair/text/corpora.py": (appended(), READS_TEXT, MODELS, "0123456789"),
+    "shared/selfrepair/models/support.py": (appended(), EVERYTHING, MODELS, "0123456789"),
+    "shared/selfrepair/analysis/layernorm.py": (appended(), set(), (), "37"),
+    "shared/selfrepair/analysis/estimates.py": (appended(), set(), (), "123456789"),
+    "shared/selfrepair/analysis/claims.yaml": (replaced("at_least: ", "at_least: 0"), set(), (), "123456789"),
     **{
         f"shared/selfrepair/plots/{name}.py": (appended(), set(), (), notebooks)
         for name, notebooks in {
             "across_models": "1",
             "token_variation": "2",
-            "layernorm": "3",
+            "layernorm": "37",
             "neurons": "4",
             "top_neurons": "4",
             "self_feeding": "5",
@@ -124,15 +131,15 @@ EDITS = {
         "4",
     ),
     **{
-        f"shared/text/{name}.txt": (replaced("the ", "then "), ON_PROMPTS, MODELS, "0123456")
+        f"shared/text/{name}.txt": (replaced("the ", "then "), ON_PROMPTS, MODELS, "0123456789")
         for name in TEXTS
     },
     "shared/text/README.md": (appended(), set(), (), ""),
-    "shared/published/published_head_breakdown_top2pct.csv": (replaced("1", "2"), set(), (), "1235"),
-    "shared/published/published_head_breakdown_all_tokens.csv": (replaced("1", "2"), set(), (), "1235"),
-    "shared/published/published_self_feeding_heads.csv": (replaced("1", "2"), set(), (), "1235"),
-    f"shared/models/{GPT2}/model.safetensors": (last_byte, EVERYTHING, (GPT2,), "0123456"),
-    f"shared/models/{PYTHIA}/tokenizer.json": (appended(" "), EVERYTHING, (PYTHIA,), "0123456"),
+    "shared/published/published_head_breakdown_top2pct.csv": (replaced("1", "2"), set(), (), "12357"),
+    "shared/published/published_head_breakdown_all_tokens.csv": (replaced("1", "2"), set(), (), "12357"),
+    "shared/published/published_self_feeding_heads.csv": (replaced("1", "2"), set(), (), "12357"),
+    f"shared/models/{GPT2}/model.safetensors": (last_byte, EVERYTHING, (GPT2,), "0123456789"),
+    f"shared/models/{PYTHIA}/tokenizer.json": (appended(" "), EVERYTHING, (PYTHIA,), "0123456789"),
     f"shared/models/{PYTHIA}/README.md": (appended(), set(), (), ""),
 }
 
@@ -273,7 +280,7 @@ def house(tmp_path_factory):
 )
 def test_many_jobs_give_the_bytes_of_few(house):
     said, done = house.run("many", units_per_job=5)
-    counts = {"prompts": 1, "shards": 4, "measured": 2, "notebooks": 2, "summary": 1}
+    counts = {"prompts": 1, "shards": 5, "measured": 3, "notebooks": 2, "summary": 1}
     assert stages(said) == {stage: f"{n} of {n}" for stage, n in counts.items()}
     assert done == {*STORES, "03", "04", "page"}
     few, many = (results(house.folder / out) for out in ("out", "many"))

@@ -88,7 +88,7 @@ def test_cluster_gives_the_bytes_of_a_local_run_though_a_job_is_lost(slurm, tmp_
         "notebooks": len(all_notebooks()),
         "summary": 1,
     }
-    assert (n_shards, n_measured) == (6, 2)
+    assert (n_shards, n_measured) == (9, 3)
     assert all(f"{stage}: {n} of {n}" in said for stage, n in counts.items()), said
     assert submitted(tmp_path / "cluster") == n_shards + 1 + n_measured + len(all_notebooks())
     finish(start(tmp_path / "local", "--workflow-profile", ROOT / "workflow" / "default", "--cores", "2"))

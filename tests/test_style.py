@@ -12,7 +12,16 @@ import pytest
 from PIL import Image
 
 from selfrepair.paths import MODELS, PUBLISHED
-from selfrepair.plots.style import FIXED_LOOKS, MAY_DIFFER, OTHER_LOOKS, looks, save, small_png
+from selfrepair.plots.style import (
+    FIXED_LOOKS,
+    MAY_DIFFER,
+    OTHER_LOOKS,
+    SHARPER,
+    looks,
+    reduced_png,
+    save,
+    small_png,
+)
 
 
 def contrast_with_white(colour):
@@ -46,23 +55,37 @@ def test_every_colour_is_readable_on_white(look):
     assert contrast_with_white(look[0]) >= 3
 
 
+def of_all_colours(figure):
+    """The figure drawn at a multiple of its own resolution, each square of dots averaged."""
+    drawn = BytesIO()
+    figure.savefig(drawn, dpi=SHARPER * figure.dpi, bbox_inches="tight")
+    return np.asarray(Image.open(drawn).convert("RGB").reduce(SHARPER), int)
+
+
 def test_pictures_in_notebooks_are_small_and_look_the_same():
     figure, axis = plt.subplots(figsize=(3, 2), dpi=100)
     axis.scatter(*np.random.default_rng(0).normal(size=(2, 500)), c=np.linspace(0, 1, 500), alpha=0.5)
-    whole = BytesIO()
-    figure.savefig(whole, dpi=100, bbox_inches="tight")
-    small = small_png(figure)
+    plain = BytesIO()
+    figure.savefig(plain, dpi=100, bbox_inches="tight")
+    small, wanted = small_png(figure), of_all_colours(figure)
     plt.close(figure)
-    assert len(small) < 0.6 * len(whole.getvalue())
-    wanted, found = (np.asarray(Image.open(data).convert("RGB"), float) for data in (whole, BytesIO(small)))
+    assert len(small) < 0.6 * len(plain.getvalue())
+    found = np.asarray(Image.open(BytesIO(small)).convert("RGB"), int)
     assert found.shape == wanted.shape and abs(found - wanted).max(-1).mean() < 3
+    assert np.abs(np.subtract(found.shape[1::-1], Image.open(plain).size)).max() <= 1
 
 
-def test_saved_pictures_are_those_of_notebooks(tmp_path):
+def test_saved_pictures_are_those_of_notebooks_and_sharper(tmp_path):
     figure, axis = plt.subplots(figsize=(3, 2))
     axis.plot([1, 2])
     save(figure, tmp_path, "01_a")
-    assert (tmp_path / "figures" / "01_a.png").read_bytes() == small_png(figure)
+    saved, shown = (
+        Image.open(one) for one in (tmp_path / "figures" / "01_a.png", BytesIO(small_png(figure)))
+    )
+    assert shown.size == tuple(-(-side // SHARPER) for side in saved.size)
+    small = Image.open(BytesIO(reduced_png(tmp_path / "figures" / "01_a.png")))
+    differ = np.asarray(small.convert("RGB"), int) - np.asarray(shown.convert("RGB"), int)
+    assert small.size == shown.size and abs(differ).max(-1).mean() < 3
     assert (tmp_path / "figures" / "01_a.pdf").read_bytes().startswith(b"%PDF")
     plt.close(figure)
 
@@ -72,11 +95,8 @@ def test_areas_of_a_heat_map_keep_their_colours():
     figure, (cells, points) = plt.subplots(1, 2, figsize=(6, 3), dpi=90)
     cells.imshow(np.linspace(-0.2, 1, 49).reshape(7, 7), cmap="RdBu", vmin=-1, vmax=1)
     points.scatter(*np.random.default_rng(0).normal(size=(2, 300)), c=np.linspace(0, 1, 300), cmap="hsv")
-    whole = BytesIO()
-    figure.savefig(whole, dpi=90, bbox_inches="tight")
-    wanted, found = (
-        np.asarray(Image.open(data).convert("RGB"), int) for data in (whole, BytesIO(small_png(figure)))
-    )
+    wanted = of_all_colours(figure)
+    found = np.asarray(Image.open(BytesIO(small_png(figure))).convert("RGB"), int)
     plt.close(figure)
     flat = (wanted[1:, 1:] == wanted[:-1, 1:]).all(-1) & (wanted[1:, 1:] == wanted[1:, :-1]).all(-1)
     assert abs(found - wanted)[1:, 1:][flat].max() <= MAY_DIFFER

@@ -52,4 +52,4 @@ def test_the_formatter_is_that_of_the_lock():
     lock = (REPOSITORY / "requirements.lock").read_text(encoding="utf-8")
     hooks = yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
     (ruff,) = [repo for repo in hooks["repos"] if "ruff" in repo["repo"]]
-    assert ruff["rev"] == "v" + re.search(r"^ruff==(.+)$", lock, re.MULTILINE)[1]
+    assert ruff["rev"] == "v" + re.search(r"^ruff==(\S+)", lock, re.MULTILINE)[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -48,14 +49,41 @@ KNOWN = {
     "made_on": object,
 }
 #: The groups of arms.yaml that are read by name.
-FINE_TUNED, LAYERS_DROPPED = "pocket-gpt2, fine-tuned", "pocket-gpt2, fine-tuned, layers dropped"
+FINE_TUNED, FROM_SCRATCH = "pocket-gpt2, fine-tuned", "gpt2 from scratch"
 SHIPPED, OVER_TRAINING = "as shipped", "pocket-pythia over training"
-#: Curves: a group, the dropout that differs in it, and the group that has the arms without any.
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Arms of a ``group`` that differ in one kind of dropout (``dose``), beside those without any.
+
+    The latter, its control, are of the group itself or of ``control``.
+    """
+
+    group: str
+    dose: str = "head_dropout"
+    control: str = ""
+
+    def untreated(self, arms: xr.Dataset) -> xr.Dataset:
+        """The arms without dropout."""
+        group = self.control or self.group
+        return where(arms, group=group, head_dropout=0, attention_dropout_layer=0)
+
+    def arms(self, arms: xr.Dataset) -> xr.Dataset:
+        """All arms of the curve, each once."""
+        treated = where(arms, group=self.group)
+        treated = treated.isel(arm=np.flatnonzero(treated[self.dose].values > 0))
+        return xr.concat([self.untreated(arms), treated], "arm")
+
+
+#: Those of notebook 08.
 CURVES = {
-    "gpt2, fine-tuned": (FINE_TUNED, "head_dropout", FINE_TUNED),
-    "gpt2, layers dropped": (LAYERS_DROPPED, "attention_dropout_layer", FINE_TUNED),
-    "gpt2, from scratch": ("gpt2 from scratch", "head_dropout", "gpt2 from scratch"),
-    "pythia, fine-tuned": ("pocket-pythia, fine-tuned", "head_dropout", "pocket-pythia, fine-tuned"),
+    "gpt2, fine-tuned": Curve(FINE_TUNED),
+    "gpt2, layers dropped": Curve(
+        "pocket-gpt2, fine-tuned, layers dropped", "attention_dropout_layer", FINE_TUNED
+    ),
+    "gpt2, from scratch": Curve(FROM_SCRATCH),
+    "pythia, fine-tuned": Curve("pocket-pythia, fine-tuned"),
 }
 #: The dropout at which claims are judged: the one that every group has.
 CLAIMED_DOSE = 0.5
@@ -168,13 +196,8 @@ def dose_curve(arms: xr.Dataset, dose: str) -> pd.DataFrame:
 
 
 def dose_curves(arms: xr.Dataset) -> dict[str, pd.DataFrame]:
-    """:func:`dose_curve` of every :data:`CURVES`, by its name; arms without dropout begin each."""
-    found = {}
-    for name, (group, dose, control) in CURVES.items():
-        treated, untreated = where(arms, group=group), where(arms, group=control, head_dropout=0)
-        both = treated if group == control else xr.concat([untreated, treated], "arm")
-        found[name] = dose_curve(both, dose)
-    return found
+    """:func:`dose_curve` of every one of :data:`CURVES`, by its name."""
+    return {name: dose_curve(curve.arms(arms), curve.dose) for name, curve in CURVES.items()}
 
 
 def at_dose(curves: Mapping[str, pd.DataFrame], quantity: str) -> pd.DataFrame:
@@ -191,14 +214,13 @@ def mean_of(arms: xr.Dataset, group: str, column: str) -> dict[float, float]:
 
 
 def claimed(arms: xr.Dataset) -> dict[str, dict[str, Estimate]]:
-    """What the claims of notebook 08 are about, by comparison: at dropout :data:`CLAIMED_DOSE`."""
+    """What the claims of notebook 08 are about, by curve of head dropout: at :data:`CLAIMED_DOSE`."""
     found = {}
-    for name, (group, dose, control) in CURVES.items():
-        treated = where(arms, group=group, **{dose: CLAIMED_DOSE})
-        untreated = where(arms, group=control, head_dropout=0)
-        if dose == "head_dropout":
+    for name, curve in CURVES.items():
+        if curve.dose == "head_dropout":
+            treated = where(arms, group=curve.group, head_dropout=CLAIMED_DOSE)
             found[name] = {
-                f"head-dropout-gain-{quantity}": against_control(treated, untreated, quantity)
+                f"head-dropout-gain-{quantity}": against_control(treated, curve.untreated(arms), quantity)
                 for quantity in ("non-norm", *COMPENSATIONS)
             }
     return found

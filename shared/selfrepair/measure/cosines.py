@@ -46,7 +46,7 @@ class Cosines(Measurement):
             for prompt in range(len(batch)):
                 cosine = _mean_cosines(reading, prompt)
                 total += cosine
-                layers.append(between_layers(cosine, model.n_layers, model.n_heads))
+                layers.append(_between_layers(cosine, model.n_layers, model.n_heads))
         return xr.Dataset(
             {
                 "heads_sum": (("shard", "any_head", "other_head"), total[None].cpu().numpy()),
@@ -81,7 +81,7 @@ def _outputs(
     return written.to(torch.promote_types(written.dtype, torch.float32))
 
 
-def between_layers(
+def _between_layers(
     cosine: Float[Tensor, "any_head any_head"], n_layers: int, n_heads: int
 ) -> Float[Tensor, "layer layer"]:
     """Means over pairs of different heads."""

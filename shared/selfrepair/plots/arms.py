@@ -38,12 +38,12 @@ def dose_curves(curves: Mapping[str, pd.DataFrame], arms: xr.Dataset) -> Figure:
     Lines: means over training seeds with their 95% intervals (prompts and seeds drawn); points: single arms.
     """
     panels = (*QUANTITIES, "loss_held_out_prose")
-    figure, axes = grid(len(panels), 4, 2.35, 2.1)
-    table = arms_table(arms)
+    figure, axes = grid(len(panels), 4, 2.35, 2.2)
+    tables = {name: arms_table(curve.arms(arms)) for name, curve in CURVES.items()}
     for axis, quantity in zip(axes, panels, strict=True):
         for name, curve in curves.items():
             colour, marker = CURVE_LOOKS[name]
-            points = _arms_of_curve(table, name)
+            points = tables[name].assign(dose=tables[name][CURVES[name].dose])
             axis.scatter(
                 *points[["dose", quantity]].to_numpy().T, s=7, color=colour, alpha=0.45, linewidths=0
             )
@@ -57,21 +57,14 @@ def dose_curves(curves: Mapping[str, pd.DataFrame], arms: xr.Dataset) -> Figure:
         if quantity in QUANTITIES:
             axis.axhline(0, color="0.6", lw=0.7, zorder=0)
         axis.set_title(TITLES[quantity], fontsize=9)
-        axis.set_xlabel("dropout in training")
+        axis.set_xlabel("dropout in training", fontsize=9)
     for axis in axes[::4]:
-        axis.set_ylabel("share of the direct effect")
-    axes[len(panels) - 1].set_ylabel("nats per token")
+        axis.set_ylabel("share of the direct effect", fontsize=9)
+    axes[len(panels) - 1].set_ylabel("nats per token", fontsize=9)
     legend_below(figure, axes[0], columns=4)
     says = "Given back of the direct effect: of heads (first five panels), of attention layers (next two)"
     say(figure, f"{says}; bands: 95% intervals over prompts and seeds, points: single models")
     return figure
-
-
-def _arms_of_curve(table: pd.DataFrame, name: str) -> pd.DataFrame:
-    """The rows of a curve's arms, with their ``dose``."""
-    group, dose, control = CURVES[name]
-    untreated = table[(table["group"] == control) & (table["head_dropout"] == 0)]
-    return pd.concat([untreated, table[table["group"] == group]]).assign(dose=lambda rows: rows[dose])
 
 
 def over_training(arms: xr.Dataset) -> Figure:

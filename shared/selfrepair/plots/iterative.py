@@ -38,6 +38,7 @@ def earlier_against_ablated(found: dict[str, xr.Dataset]) -> Figure:
         value, low, high = (or_dash(float(number)) for number in (r.value, *r.interval()))
         axis.set_title(f"{model_name}\nr = {value} [{low}, {high}]", fontsize=9)
         axis.set_xlabel("change, one layer earlier (logits)")
+        axis.locator_params(axis="x", nbins=4)
     label_left(axes, 3, "change, layer before without\nits strongest head (logits)")
     scale = ScalarMappable(BoundaryNorm(np.arange(0.5, n_later + 1), colours.N), colours)
     figure.colorbar(

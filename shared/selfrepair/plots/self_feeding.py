@@ -45,7 +45,8 @@ def slope_by_scale(measured: pd.DataFrame, published: pd.DataFrame) -> Figure:
     """Slope against scale for the strongest heads; one panel per model, published ones last."""
     panels = [("measured", model, rows) for model, rows in measured.groupby("model", sort=False)]
     panels += [("published", model, rows) for model, rows in published.groupby("model", sort=False)]
-    figure, axes = grid(len(panels), 5, 2.2, 2.6, same_y=True)
+    columns = max(map(len, (set(measured["model"]), set(published["model"]))))  # ours above, theirs below
+    figure, axes = grid(len(panels), columns, 2.2, 2.6, same_y=True)
     for axis, (source, model, rows) in zip(axes, panels, strict=True):
         axis.axhline(1, color="0.4", lw=0.8, ls="--", zorder=0)
         strongest = rows[rows["rank_by_mean_direct_effect"] <= STRONGEST]
@@ -56,7 +57,7 @@ def slope_by_scale(measured: pd.DataFrame, published: pd.DataFrame) -> Figure:
                 _draw_range(axis, of_vector, COLOURS[str(vector)])
         axis.set_title(f"{source}\n{model}", fontsize=9)
         axis.set(xticks=sorted(rows["scale"].unique()), xlabel="scale")
-    label_left(axes, 5, "slope of direct effect\nafter on before")
+    label_left(axes, columns, "slope of direct effect\nafter on before")
     handles = [
         Line2D(
             [],
@@ -184,7 +185,7 @@ def effect_after_against_before(fed: Mapping[str, xr.Dataset]) -> Figure:
         for model_name, feeding in fed.items():
             own = slopes(feeding, 0).value[:, feeding.attrs["vectors"].index(OWN_OUTPUT), -1]
             panels.append((model_name, int(choose(own)), which))
-    columns = min(5, len(fed))
+    columns = len(fed)  # the largest above, the smallest below
     figure, axes = grid(len(panels), columns, 2.2, 2.6)
     for axis, (model_name, i, which) in zip(axes, panels, strict=True):
         feeding = fed[model_name]

@@ -42,6 +42,8 @@ OTHER_LOOKS = (
 #: Of every picture: about a dot for a pixel of a page. Pictures are most of what a run adds to the
 #: repository; the PDFs beside them are as sharp as one likes.
 DPI = 80
+#: How many times finer pictures in results are than those in notebooks and in the repository.
+SHARPER = 2
 #: How far (of 255) fewer colours may change areas of one colour: those of heat maps are read.
 MAY_DIFFER = 10
 
@@ -69,9 +71,25 @@ def use_style() -> None:
 
 def small_png(figure: Figure) -> bytes:
     """A picture at the figure's own resolution, of few colours: a third of the bytes of all of them."""
-    drawn, small = BytesIO(), BytesIO()
-    figure.savefig(drawn, dpi=figure.dpi, bbox_inches="tight")
-    _of_few_colours(Image.open(drawn).convert("RGB")).save(small, "png", optimize=True)
+    return _png(_drawn(figure).reduce(SHARPER))
+
+
+def reduced_png(sharp: Path) -> bytes:
+    """The same of a picture that :func:`save` wrote."""
+    with Image.open(sharp) as picture:
+        return _png(picture.convert("RGB").reduce(SHARPER))
+
+
+def _drawn(figure: Figure) -> Image.Image:
+    """At :data:`SHARPER` times the figure's own resolution."""
+    drawn = BytesIO()
+    figure.savefig(drawn, dpi=SHARPER * figure.dpi, bbox_inches="tight")
+    return Image.open(drawn).convert("RGB")
+
+
+def _png(picture: Image.Image) -> bytes:
+    small = BytesIO()
+    _of_few_colours(picture).save(small, "png", optimize=True)
     return small.getvalue()
 
 
@@ -90,10 +108,10 @@ def _of_few_colours(picture: Image.Image) -> Image.Image:
 
 
 def save(figure: Figure, out_dir: Path, name: str) -> None:
-    """Writes ``figures/<name>.png`` and ``.pdf`` under ``out_dir``."""
+    """Writes ``figures/<name>.png``, :data:`SHARPER` than in notebooks, and ``.pdf`` under ``out_dir``."""
     folder = out_dir / "figures"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.png").write_bytes(small_png(figure))
+    (folder / f"{name}.png").write_bytes(_png(_drawn(figure)))
     figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
 
 

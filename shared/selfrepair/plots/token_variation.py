@@ -171,8 +171,8 @@ def spread(noise: dict[str, TokenNoise], title: str) -> Figure:
 def within_and_between(noise: dict[str, TokenNoise], title: str) -> Figure:
     """Components of the variance per model: standard deviations on one scale, share between prompts."""
     labels = {
-        "within": "within prompts: standard deviation\nover mean direct effect",
-        "between": "between prompts: standard deviation\nover mean direct effect",
+        "within": "within prompts: standard\ndeviation over mean direct effect",
+        "between": "between prompts: standard\ndeviation over mean direct effect",
         "between_share": "share of the variance\nthat lies between prompts",
     }
     figure = _intervals(noise, labels, title)

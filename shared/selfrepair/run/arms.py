@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any, cast
 
 import torch
@@ -68,7 +69,9 @@ def load_arms(path: Path) -> list[Arm]:
     values: dict[str, Any] = load_mapping(path)
     unknown = values.keys() - {"trained", "given"}
     if unknown:
-        raise UserError(f"{path}: unknown key '{min(unknown)}'; known are trained, given")
+        raise UserError(f"{path}: unknown key {shown(min(unknown, key=str))}; known are trained, given")
+    for key, groups in values.items():
+        _check(isinstance(groups, list), path, f"{key} must be a list of groups")
     arms = [arm for group in values.get("trained", []) for arm in _trained(group, path)]
     arms += [arm for group in values.get("given", []) for arm in _given(group, path)]
     names = [arm.name for arm in arms]
@@ -80,6 +83,11 @@ def load_arms(path: Path) -> list[Arm]:
 
 def _trained(group: object, path: Path) -> Iterator[Arm]:
     known = _checked(group, ("group", "config", "vary"), path)
+    _check(isinstance(known["config"], dict), path, "config must be 'key: value' lines")
+    is_lists = isinstance(known["vary"], dict) and all(
+        isinstance(one, list) for one in known["vary"].values()
+    )
+    _check(is_lists, path, "vary must give a list of values for each key")
     for values in itertools.product(*known["vary"].values()):
         own = dict(zip(known["vary"], values, strict=True))
         says = "-".join(f"{key}-{value}" for key, value in own.items())
@@ -90,11 +98,14 @@ def _trained(group: object, path: Path) -> Iterator[Arm]:
 def _given(group: object, path: Path) -> Iterator[Arm]:
     if isinstance(group, dict) and "checkpoints_of" in group:
         known = _checked(group, ("group", "checkpoints_of"), path)
+        _check(isinstance(known["checkpoints_of"], str), path, "checkpoints_of must be the name of a model")
         for saved in checkpoints(known["checkpoints_of"]):
             name = f"{known['checkpoints_of']}-step-{saved.step}"
             yield Arm(name, known["group"], model_name=saved.model_name, step=saved.step)
         return
     known = _checked(group, ("group", "models"), path)
+    is_names = isinstance(known["models"], list) and all(isinstance(name, str) for name in known["models"])
+    _check(is_names, path, "models must be a list of names")
     for name in known["models"]:
         yield Arm(name, known["group"], model_name=name)
 
@@ -102,7 +113,13 @@ def _given(group: object, path: Path) -> Iterator[Arm]:
 def _checked(group: object, keys: tuple[str, ...], path: Path) -> dict[str, Any]:
     if not isinstance(group, dict) or group.keys() != set(keys):
         raise UserError(f"{path}: every group must have the keys {', '.join(keys)}, and no other")
+    _check(isinstance(group["group"], str), path, "group must be a name")
     return group
+
+
+def _check(is_right: bool, path: Path, wanted: str) -> None:
+    if not is_right:
+        raise UserError(f"{path}: {wanted}")
 
 
 def run_arms(file: Path, text: Path | None, folder: Path, device: str) -> Path | None:

@@ -11,6 +11,7 @@ import nbformat
 from selfrepair.analysis.claims import read_claims, results
 from selfrepair.errors import UserError
 from selfrepair.paths import FIGURES, README, REPOSITORY
+from selfrepair.plots.style import reduced_png
 from selfrepair.run.notebooks import Notebook, all_notebooks, write_notebook
 from selfrepair.run.page import write_page
 from selfrepair.run.study import Study
@@ -41,7 +42,10 @@ def update_committed(study: Study, summarise: Callable[[], object]) -> None:
     made = sorted(file for file in (out_dir / "figures").iterdir() if file.suffix != ".pdf")
     page = write_page(out_dir, target / "index.html")
     for file in made:
-        shutil.copyfile(file, target / file.name)
+        if file.suffix == ".png":
+            write_atomically(target / file.name, reduced_png(file))
+        else:
+            shutil.copyfile(file, target / file.name)
     for file in target.iterdir():
         if file.name not in {page.name, *(one.name for one in made)}:
             file.unlink()  # no notebook draws it any more

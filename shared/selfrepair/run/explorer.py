@@ -11,16 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
 from selfrepair.plots.style import looks
-
-if TYPE_CHECKING:
-    pass
 
 SCRIPT = Path(__file__).with_name("explorer.js")
 #: Left by a run: tokens of every head in context, by model and head, as :func:`head_tokens` gives them.
@@ -168,6 +165,5 @@ def _json(content: object) -> Markup:
 def _library() -> Markup:
     import vl_convert
 
-    return Markup(
-        cast(Any, vl_convert).javascript_bundle()
-    )  # its stub asks for a snippet that it does not need
+    library: Any = vl_convert  # its stub asks for a snippet that it does not need
+    return Markup(library.javascript_bundle())

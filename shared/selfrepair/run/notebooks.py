@@ -122,9 +122,6 @@ def _key_of_notebook(study: Study, notebook: Notebook) -> str:
         for model_name, ablation in study.each(name)
     ]
     code = code_files(source=notebook.code)
-    reads_published = PACKAGE / "analysis" / "published.py" in code
-    reads_arms = PACKAGE / "analysis" / "arms.py" in code
-    reads_text = PACKAGE / "text" / "corpora.py" in code
     return identity(
         {
             "source": notebook.source,
@@ -132,9 +129,7 @@ def _key_of_notebook(study: Study, notebook: Notebook) -> str:
             "settings": dataclasses.asdict(study.profile),
             "stores": stores,
             "models": [model_identity(name) for name in study.profile.models],  # for what it computes itself
-            "published": _hash_of_published() if reads_published else "",
-            "arms": open_store(ARMS / "arms.zarr").attrs["sha256"] if reads_arms else "",
-            "text": hash_documents(read_documents(HELD_OUT_TEXT)) if reads_text else "",
+            "data": {module: hash_of() for module, hash_of in DATA_OF.items() if PACKAGE / module in code},
         }
     )
 
@@ -142,6 +137,22 @@ def _key_of_notebook(study: Study, notebook: Notebook) -> str:
 def _hash_of_published() -> str:
     tables = sorted(PUBLISHED.glob("[!.]*.csv"))  # editors keep hidden locks there
     return hashlib.sha256(b"".join(file.read_bytes() for file in tables)).hexdigest()
+
+
+def _hash_of_text() -> str:
+    return hash_documents(read_documents(HELD_OUT_TEXT))
+
+
+def _hash_of_arms() -> str:
+    return str(open_store(ARMS / "arms.zarr").attrs["sha256"])
+
+
+#: Modules that read data of the repository → a hash of what they read.
+DATA_OF = {
+    "analysis/published.py": _hash_of_published,
+    "analysis/arms.py": _hash_of_arms,
+    "text/corpora.py": _hash_of_text,
+}
 
 
 def run_notebooks(
