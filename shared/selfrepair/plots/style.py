@@ -10,6 +10,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
+from jaxtyping import Int
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -41,11 +42,15 @@ OTHER_LOOKS = (
 )
 #: Of every picture: about a dot for a pixel of a page. Pictures are most of what a run adds to the
 #: repository; the PDFs beside them are as sharp as one likes.
-DPI = 80
+DPI = 76
 #: How many times finer pictures in results are than those in notebooks and in the repository.
 SHARPER = 2
 #: How far (of 255) fewer colours may change areas of one colour: those of heat maps are read.
 MAY_DIFFER = 10
+#: And the whole picture, in the mean over its pixels.
+MAY_DIFFER_MEAN = 2
+#: Makes one number of a colour.
+CODE = np.array([256**2, 256, 1])
 
 
 def use_style() -> None:
@@ -94,17 +99,34 @@ def _png(picture: Image.Image) -> bytes:
 
 
 def _of_few_colours(picture: Image.Image) -> Image.Image:
-    """With the smallest palette that leaves areas of one colour as they are; all its colours if none does."""
+    """With a palette of the colours that fill areas, and as few more for edges and points as look the same."""
     pixels = np.asarray(picture, dtype=int)
+    codes, which = np.unique(pixels @ CODE, return_inverse=True)
+    colours = codes[:, None] // CODE % 256
+    of_areas = _colours_of_areas(pixels)
+    for between in (8, 16, 32, 64):
+        # By what is covered: of few pixels of their own colour, a line's or a point's, that is kept.
+        covering = picture.quantize(between, Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
+        palette = np.concatenate([of_areas, np.reshape(covering.getpalette() or [], (-1, 3))])
+        nearest = (np.square(palette).sum(-1) - 2.0 * colours @ palette.T.astype(float)).argmin(1)
+        change = np.abs(palette[nearest] - colours).max(-1)
+        if change[which].mean() <= MAY_DIFFER_MEAN:
+            break
+    found = Image.fromarray(nearest[which].astype(np.uint8))
+    found.putpalette(palette.astype(np.uint8).tobytes())
+    return found
+
+
+def _colours_of_areas(pixels: Int[np.ndarray, "row column 3"]) -> Int[np.ndarray, "colour 3"]:
+    """The colours of more than single pixels, the most frequent first, less those that look like another."""
     here = pixels[1:, 1:]
     flat = (here == pixels[:-1, 1:]).all(-1) & (here == pixels[1:, :-1]).all(-1)
-    for colours in (32, 64, 128, 256):
-        # By what is covered: of few pixels of their own colour, a line's or a point's, that is kept.
-        found = picture.quantize(colours, Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
-        change = np.abs(np.asarray(found.convert("RGB"), dtype=int)[1:, 1:] - here)
-        if change[flat].max(initial=0) <= MAY_DIFFER:
-            return found
-    return picture
+    codes, counts = np.unique(here[flat] @ CODE, return_counts=True)
+    found = np.empty((0, 3), int)
+    for colour in codes[np.argsort(-counts, kind="stable"), None] // CODE % 256:
+        if (np.abs(found - colour).max(-1) > MAY_DIFFER / 2).all() and len(found) < 192:
+            found = np.append(found, [colour], axis=0)
+    return found
 
 
 def save(figure: Figure, out_dir: Path, name: str) -> None:
