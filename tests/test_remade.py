@@ -280,7 +280,7 @@ def house(tmp_path_factory):
 )
 def test_many_jobs_give_the_bytes_of_few(house):
     said, done = house.run("many", units_per_job=5)
-    counts = {"prompts": 1, "shards": 5, "measured": 3, "notebooks": 2, "summary": 1}
+    counts = {"prompts": 1, "shards": 4, "measured": 3, "notebooks": 2, "summary": 1}
     assert stages(said) == {stage: f"{n} of {n}" for stage, n in counts.items()}
     assert done == {*STORES, "03", "04", "page"}
     few, many = (results(house.folder / out) for out in ("out", "many"))
