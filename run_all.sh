@@ -36,7 +36,7 @@ Environment variables:
                            builds, which are smaller by gigabytes, if it can be reached
 
 The set-up needs Python 3.11 or newer. It is done again only if requirements.lock, pyproject.toml, the
-repository's folder or the Python version changes, or if it was interrupted. With uv on the PATH it takes seconds.
+repository's folder or the Python version changes, or if it was interrupted. With uv on the PATH it takes less.
 HELP
 }
 

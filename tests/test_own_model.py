@@ -105,3 +105,10 @@ def test_the_example_of_the_documentation(tmp_path, monkeypatch, capsys):
     assert "self_repair" in capsys.readouterr().out
     assert (tmp_path / "self_repair.png").stat().st_size > 10_000
     assert names["mine"].ablation == "mean" and names["mine"].table["layer"].nunique() == 6
+    # Nothing lies beyond the picture's edges, whatever the user's settings.
+    with matplotlib.rc_context({"figure.constrained_layout.use": False}):
+        figure = names["mine"].draw()
+    figure.canvas.draw()
+    tight = figure.get_tightbbox()
+    assert tight.x0 >= 0 and tight.y0 >= 0
+    assert tight.x1 <= figure.get_figwidth() and tight.y1 <= figure.get_figheight()

@@ -60,7 +60,9 @@ class MeasuredHeads:
     def draw(self) -> Figure:
         """Self-repair of every head against relative depth (Rushing & Nanda 2024, Fig. 1)."""
         means = HeadMeans.of_sweep(self.effects, self.fraction)
-        return self_repair_by_depth({f"{self.ablation} ablation": self.table}, {self.model: means})
+        figure = self_repair_by_depth({f"{self.ablation} ablation": self.table}, {self.model: means})
+        figure.set_layout_engine("constrained")  # whatever the user's settings, the legend is on the page
+        return figure
 
 
 def measure_heads(
