@@ -397,7 +397,7 @@ def test_commands_of_the_readme_from_elsewhere(elsewhere):
         "verify",
     ]
     assert commands[0] == commands[1]
-    (elsewhere / "tiny.yaml").write_text(yaml.safe_dump(CONFIG))
+    (elsewhere / "tiny.yaml").write_text(yaml.safe_dump(CONFIG | {"name": "tiny"}))
     arms = [{"group": "tiny", "config": CONFIG, "vary": {"head_dropout": [0.0]}}]
     (elsewhere / "arms.yaml").write_text(yaml.safe_dump({"trained": arms}))
     *made, verified = commands[1:]

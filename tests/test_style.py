@@ -90,11 +90,13 @@ def test_saved_pictures_are_those_of_notebooks_and_sharper(tmp_path):
     plt.close(figure)
 
 
-def test_areas_of_a_heat_map_keep_their_colours():
+@pytest.mark.parametrize("size_of_points", [4, 36, 100, 400])
+def test_areas_of_a_heat_map_keep_their_colours(size_of_points):
     """Beside so many points that a small palette would be theirs; weak values are not taken for none."""
     figure, (cells, points) = plt.subplots(1, 2, figsize=(6, 3), dpi=90)
     cells.imshow(np.linspace(-0.2, 1, 49).reshape(7, 7), cmap="RdBu", vmin=-1, vmax=1)
-    points.scatter(*np.random.default_rng(0).normal(size=(2, 300)), c=np.linspace(0, 1, 300), cmap="hsv")
+    where = np.random.default_rng(0).normal(size=(2, 300))
+    points.scatter(*where, size_of_points, c=np.linspace(0, 1, 300), cmap="hsv")
     wanted = of_all_colours(figure)
     found = np.asarray(Image.open(BytesIO(small_png(figure))).convert("RGB"), int)
     plt.close(figure)

@@ -99,11 +99,16 @@ def _png(picture: Image.Image) -> bytes:
 
 
 def _of_few_colours(picture: Image.Image) -> Image.Image:
-    """With a palette of the colours that fill areas, and as few more for edges and points as look the same."""
+    """With a palette of the colours that fill areas, and as few more for edges as look the same.
+
+    A picture with areas of more colours than a palette can hold keeps all of its colours.
+    """
     pixels = np.asarray(picture, dtype=int)
     codes, which = np.unique(pixels @ CODE, return_inverse=True)
     colours = codes[:, None] // CODE % 256
     of_areas = _colours_of_areas(pixels)
+    if len(of_areas) > 192:
+        return picture
     for between in (8, 16, 32, 64):
         # By what is covered: of few pixels of their own colour, a line's or a point's, that is kept.
         covering = picture.quantize(between, Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
@@ -124,7 +129,7 @@ def _colours_of_areas(pixels: Int[np.ndarray, "row column 3"]) -> Int[np.ndarray
     codes, counts = np.unique(here[flat] @ CODE, return_counts=True)
     found = np.empty((0, 3), int)
     for colour in codes[np.argsort(-counts, kind="stable"), None] // CODE % 256:
-        if (np.abs(found - colour).max(-1) > MAY_DIFFER / 2).all() and len(found) < 192:
+        if (np.abs(found - colour).max(-1) > MAY_DIFFER / 2).all():
             found = np.append(found, [colour], axis=0)
     return found
 
