@@ -618,6 +618,7 @@ def test_a_click_on_a_head_shows_what_repairs_it_and_its_tokens(explorer, result
     number = table.index.get_loc(outermost.name)
     explorer.run(f"{POINTS}[{number}].id = 'one'")
     explorer.click("#one")
+    explorer.wait_for("document.getElementById('explorer-name').innerText != ''")
     assert (
         explorer.run("document.getElementById('explorer-name').innerText")
         == f"pocket-a, {place}, resample ablation"
