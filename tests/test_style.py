@@ -21,6 +21,7 @@ from selfrepair.plots.style import (
     reduced_png,
     save,
     small_png,
+    use_style,
 )
 
 
@@ -79,15 +80,30 @@ def test_saved_pictures_are_those_of_notebooks_and_sharper(tmp_path):
     figure, axis = plt.subplots(figsize=(3, 2))
     axis.plot([1, 2])
     save(figure, tmp_path, "01_a")
-    saved, shown = (
-        Image.open(one) for one in (tmp_path / "figures" / "01_a.png", BytesIO(small_png(figure)))
-    )
-    assert shown.size == tuple(-(-side // SHARPER) for side in saved.size)
-    small = Image.open(BytesIO(reduced_png(tmp_path / "figures" / "01_a.png")))
-    differ = np.asarray(small.convert("RGB"), int) - np.asarray(shown.convert("RGB"), int)
-    assert small.size == shown.size and abs(differ).max(-1).mean() < 3
+    saved, shown = tmp_path / "figures" / "01_a.png", small_png(figure)
+    sides = [Image.open(one).size for one in (saved, BytesIO(shown))]
+    assert sides[1] == tuple(-(-side // SHARPER) for side in sides[0])
+    assert reduced_png(saved) == shown
     assert (tmp_path / "figures" / "01_a.pdf").read_bytes().startswith(b"%PDF")
     plt.close(figure)
+
+
+def test_thin_lines_keep_the_colours_of_their_models():
+    """Of which there are few pixels, and hardly any of the pure colour."""
+    with plt.rc_context():
+        use_style()
+        figure, axis = plt.subplots(figsize=(6, 3))
+        x = np.linspace(-3, 3, 200)
+        for i, (name, (colour, _)) in enumerate(FIXED_LOOKS.items()):
+            axis.plot(x, np.tanh(x + i / 9), color=colour, lw=1, label=name)
+        axis.legend(fontsize=7, ncol=2)
+        wanted = of_all_colours(figure)
+        found = np.asarray(Image.open(BytesIO(small_png(figure))).convert("RGB"), int)
+    plt.close(figure)
+    coloured = np.ptp(wanted, axis=-1) > 30
+    assert coloured.sum() > 1000
+    change = np.abs(found - wanted).max(-1)[coloured]
+    assert change.mean() < 8 and np.percentile(change, 99) <= 24
 
 
 @pytest.mark.parametrize("size_of_points", [4, 36, 100, 400])
