@@ -18,6 +18,7 @@ from houses import ROOT, Planner, copy_house, environment, results
 from selfrepair.measure.measurement import measurement_names
 from selfrepair.paths import PACKAGE
 from selfrepair.run.marks import changed_since, forget_stale, mark
+from selfrepair.run.notebooks import DATA_OF
 from selfrepair.run.record import summarise
 from selfrepair.run.workflow import measure, plan
 from selfrepair.store.files import hash_files
@@ -191,12 +192,14 @@ def test_nothing_changes_without_an_edit(planned):
     assert planner() == before
 
 
-def test_released_tables_are_read_in_one_place():
-    """Keys of notebooks count them wherever that module has a part."""
-    imports = re.compile(r"^from selfrepair.paths import .*\bPUBLISHED\b", re.MULTILINE)
+def test_keys_of_notebooks_know_who_reads_data_of_the_repository():
+    """Data that a measurement reads is in its store's name; a run's own modules make no numbers."""
+    imports = re.compile(r"^from selfrepair.paths import .*\b(PUBLISHED|ARMS|HELD_OUT_TEXT)\b", re.MULTILINE)
     files = (file for file in PACKAGE.rglob("*.py") if imports.search(file.read_text(encoding="utf-8")))
-    readers = {file.relative_to(PACKAGE).as_posix() for file in files}
-    assert readers == {"analysis/published.py", "run/notebooks.py"}
+    readers = {file.relative_to(PACKAGE) for file in files}
+    assert {file.as_posix() for file in readers if file.parts[0] not in ("measure", "run", "training")} == {
+        *DATA_OF
+    }
 
 
 # --- the run itself ----------------------------------------------------------------------------------------

@@ -42,13 +42,13 @@ OTHER_LOOKS = (
 )
 #: Of every picture: about a dot for a pixel of a page. Pictures are most of what a run adds to the
 #: repository; the PDFs beside them are as sharp as one likes.
-DPI = 76
+DPI = 72
 #: How many times finer pictures in results are than those in notebooks and in the repository.
 SHARPER = 2
 #: How far (of 255) fewer colours may change areas of one colour: those of heat maps are read.
 MAY_DIFFER = 10
 #: Colours for all that is no area.
-BETWEEN = 128
+BETWEEN = 48
 #: Makes one number of a colour.
 CODE = np.array([256**2, 256, 1])
 

@@ -49,8 +49,8 @@ from selfrepair.text.corpora import hash_documents, read_documents
 LEFT_BY_A_RUN = ("measured", "done", "manifest.json", "index.html", "notebooks", "figures", "claims")
 #: Largest difference between tables of heads, relative, that other processors may make: they hold six digits.
 TOLERANCE = 1e-4
-#: Parts of a page that no reader sees: libraries hold any number, by chance.
-NOT_SHOWN = re.compile(r"<(script|style)\b.*?</\1>", re.DOTALL)
+#: Parts of a page that no reader sees: libraries and pictures hold any short text, by chance.
+NOT_SHOWN = re.compile(r"<(script|style)\b.*?</\1>|<[^>]*>", re.DOTALL)
 
 
 def verify(folder: Path, device: str = "auto", seed: int | None = None) -> Iterator[Finding]:
