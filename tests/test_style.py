@@ -57,22 +57,31 @@ def test_every_colour_is_readable_on_white(look):
     assert contrast_with_white(look[0]) >= 3
 
 
-def of_all_colours(figure):
-    """The figure drawn at a multiple of its own resolution, each square of dots averaged."""
-    drawn = BytesIO()
-    figure.savefig(drawn, dpi=SHARPER * figure.dpi, bbox_inches="tight")
-    return np.asarray(Image.open(drawn).convert("RGB").reduce(SHARPER), int)
+@pytest.fixture(autouse=True)
+def style():
+    """Of the project's figures, whatever tests before this one set."""
+    with plt.rc_context():
+        use_style()
+        yield
 
 
-def test_pictures_in_notebooks_are_small_and_look_the_same():
+def saved_and_reduced(figure, folder):
+    """One drawing (the next one's layout can differ by a dot): each square of its dots averaged, and reduced."""
+    save(figure, folder, "a")
+    plt.close(figure)
+    sharp = folder / "figures" / "a.png"
+    wanted = Image.open(sharp).convert("RGB").reduce(SHARPER)
+    found = Image.open(BytesIO(reduced_png(sharp))).convert("RGB")
+    return np.asarray(wanted, int), np.asarray(found, int)
+
+
+def test_pictures_in_notebooks_are_small_and_look_the_same(tmp_path):
     figure, axis = plt.subplots(figsize=(3, 2), dpi=100)
     axis.scatter(*np.random.default_rng(0).normal(size=(2, 500)), c=np.linspace(0, 1, 500), alpha=0.5)
     plain = BytesIO()
     figure.savefig(plain, dpi=100, bbox_inches="tight")
-    small, wanted = small_png(figure), of_all_colours(figure)
-    plt.close(figure)
-    assert len(small) < 0.6 * len(plain.getvalue())
-    found = np.asarray(Image.open(BytesIO(small)).convert("RGB"), int)
+    assert len(small_png(figure)) < 0.6 * len(plain.getvalue())
+    wanted, found = saved_and_reduced(figure, tmp_path)
     assert found.shape == wanted.shape and abs(found - wanted).max(-1).mean() < 3
     assert np.abs(np.subtract(found.shape[1::-1], Image.open(plain).size)).max() <= 1
 
@@ -89,18 +98,14 @@ def test_saved_pictures_are_those_of_notebooks_and_sharper(tmp_path):
     plt.close(figure)
 
 
-def test_thin_lines_keep_the_colours_of_their_models():
+def test_thin_lines_keep_the_colours_of_their_models(tmp_path):
     """Of which there are few pixels, and hardly any of the pure colour."""
-    with plt.rc_context():
-        use_style()
-        figure, axis = plt.subplots(figsize=(6, 3))
-        x = np.linspace(-3, 3, 200)
-        for i, (name, (colour, _)) in enumerate(FIXED_LOOKS.items()):
-            axis.plot(x, np.tanh(x + i / 9), color=colour, lw=1, label=name)
-        axis.legend(fontsize=7, ncol=2)
-        wanted = of_all_colours(figure)
-        found = np.asarray(Image.open(BytesIO(small_png(figure))).convert("RGB"), int)
-    plt.close(figure)
+    figure, axis = plt.subplots(figsize=(6, 3))
+    x = np.linspace(-3, 3, 200)
+    for i, (name, (colour, _)) in enumerate(FIXED_LOOKS.items()):
+        axis.plot(x, np.tanh(x + i / 9), color=colour, lw=1, label=name)
+    axis.legend(fontsize=7, ncol=2)
+    wanted, found = saved_and_reduced(figure, tmp_path)
     coloured = np.ptp(wanted, axis=-1) > 30
     assert coloured.sum() > 1000
     colours = {matplotlib.colors.to_rgb(colour) for colour, _ in FIXED_LOOKS.values()}
@@ -109,15 +114,13 @@ def test_thin_lines_keep_the_colours_of_their_models():
 
 
 @pytest.mark.parametrize("size_of_points", [4, 36, 100, 400])
-def test_areas_of_a_heat_map_keep_their_colours(size_of_points):
+def test_areas_of_a_heat_map_keep_their_colours(size_of_points, tmp_path):
     """Beside so many points that a small palette would be theirs; weak values are not taken for none."""
     figure, (cells, points) = plt.subplots(1, 2, figsize=(6, 3), dpi=90)
     cells.imshow(np.linspace(-0.2, 1, 49).reshape(7, 7), cmap="RdBu", vmin=-1, vmax=1)
     where = np.random.default_rng(0).normal(size=(2, 300))
     points.scatter(*where, size_of_points, c=np.linspace(0, 1, 300), cmap="hsv")
-    wanted = of_all_colours(figure)
-    found = np.asarray(Image.open(BytesIO(small_png(figure))).convert("RGB"), int)
-    plt.close(figure)
+    wanted, found = saved_and_reduced(figure, tmp_path)
     flat = (wanted[1:, 1:] == wanted[:-1, 1:]).all(-1) & (wanted[1:, 1:] == wanted[1:, :-1]).all(-1)
     assert abs(found - wanted)[1:, 1:][flat].max() <= MAY_DIFFER
 
