@@ -17,6 +17,22 @@ QUIET = (
     " --disable-background-networking --disable-component-update --disable-sync"
 )
 PATIENCE = 60  # seconds
+#: A script: the middle of an element brought into view; null if it moves for a while or something is over it.
+CENTRE = """
+(async () => {
+  const one = document.querySelector(%s);
+  one.scrollIntoView({ block: "center", inline: "center", behavior: "instant" });
+  const centre = () => {
+    const box = one.getBoundingClientRect();
+    return [box.x + box.width / 2, box.y + box.height / 2];
+  };
+  const before = centre();
+  await new Promise((done) => setTimeout(() => requestAnimationFrame(done), 200));
+  const now = centre();
+  const lies_still = before.every((value, axis) => Math.abs(value - now[axis]) < 0.01);
+  return lies_still && one.contains(document.elementFromPoint(...now)) ? now : null;
+})()
+"""
 
 
 class Page:
@@ -146,13 +162,16 @@ class Page:
             time.sleep(0.1)
 
     def click(self, selector: str) -> None:
-        """Clicks the middle of the first element of that CSS selector, as a mouse does."""
-        found = f"document.querySelector({json.dumps(selector)})"
-        self.run(f"{found}.scrollIntoView({{block: 'center', inline: 'center', behavior: 'instant'}})")
-        x, y = self.run(
-            f"(() => "
-            f"{{ const b = {found}.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2]; }})()"
-        )
+        """Clicks the middle of the first element of that CSS selector, as a mouse does.
+
+        Like someone who looks at it: once it lies still and nothing lies over it.
+        """
+        place = CENTRE % json.dumps(selector)
+        deadline = time.monotonic() + PATIENCE
+        while (centre := self.run(place)) is None:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"moving, or under something else, for {PATIENCE} s: {selector}")
+        x, y = centre
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
