@@ -23,7 +23,7 @@ the page results/NAME/index.html. Interrupted, the same command goes on from whe
                   the config.yaml of FOLDER
   --update        run the pocket profile, then refresh the committed notebooks, figures and README from it
   --test          run the tests (tests/README.md says which there are) and the pocket profile, then check the
-                  notebooks' saved outputs; --test=fast: the quick tests alone, some minutes
+                  notebooks' saved outputs; --test=fast: the quick tests alone, two minutes
   --lab           open the notebooks in JupyterLab
   --course        make the students' version of the assignments, course/release/, from course/source/
   --help          show this text

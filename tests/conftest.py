@@ -26,18 +26,27 @@ KINDS = ("slow", "slurm", "gpu", "after_run")
 
 
 def pytest_collection_modifyitems(items):
-    """Every test gets exactly one mark, ``fast`` unless it has another; files of slow tests come first."""
+    """Every test gets exactly one mark, ``fast`` unless it has another; files of slow tests come first.
+
+    ``fast`` are tests of models of three families; the others are ``slow``.
+    """
+    from families import ALL_FAMILIES, QUICK_FAMILIES
+
     for item in items:
         marks = [mark for kind in KINDS for mark in item.iter_markers(kind)]
         if len({mark.name for mark in marks}) > 1:
             raise pytest.UsageError(f"{item.nodeid} has several marks of {', '.join(KINDS)}")
         if any(len(mark.args) != 1 for mark in marks):
             raise pytest.UsageError(f"{item.nodeid}: its mark must say what it protects: slow('...')")
-        if not marks:
-            item.add_marker("fast")
     # What takes long first: else one process is left with it while the others have nothing to do.
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
+    others = set(ALL_FAMILIES) - set(QUICK_FAMILIES)
+    for item in items:
+        if not any(map(item.get_closest_marker, KINDS)):
+            given = item.callspec.params.values() if hasattr(item, "callspec") else ()
+            of_another = any(isinstance(value, str) and value in others for value in given)
+            item.add_marker(pytest.mark.slow("it holds for every family") if of_another else "fast")
 
 
 def pytest_runtest_setup(item):

@@ -28,6 +28,8 @@ TINY = {
     for family, settings in record.tiny.items()
 }
 ALL_FAMILIES = tuple(TINY)
+#: Those of the quick loop: one with LayerNorm, a parallel one, one with RMSNorm and grouped keys.
+QUICK_FAMILIES = ("gpt2", "neox-parallel", "llama-gqa")
 #: Enough for tests that take long.
 FAMILIES = ("gpt2", "neox-parallel", "neox-sequential", "llama", "llama-gqa", "opt")
 

@@ -99,6 +99,7 @@ def test_it_holds_for_every_architecture(family, tmp_path, capsys):
     assert "all 4 heads of layer 1 agree on 60 tokens" in capsys.readouterr().out
 
 
+@pytest.mark.slow("every mistake that notebook 00 shows is noticed")
 @pytest.mark.parametrize("name", MISTAKES)
 def test_every_mistake_is_noticed(name, out_dir):
     sources = code_cells()

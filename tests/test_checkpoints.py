@@ -120,6 +120,7 @@ def test_the_hub_is_asked_once_and_its_answer_is_said(hub, tmp_path):
     assert Hub.asked == [f"/who/{status}/resolve/main/config.json" for status in (200, 401, 403, 404, 503)]
 
 
+@pytest.mark.slow("without a network, a hub's model is one line soon")
 def test_an_unreachable_hub_is_one_line_within_five_seconds(tmp_path):
     with socket.socket() as free:  # a port where nobody listens
         free.bind(("127.0.0.1", 0))

@@ -241,6 +241,7 @@ def drawn():
     plt.close("all")
 
 
+@pytest.mark.slow("the figure of all ways of counting shows every point")
 def test_multiverse_figure_shows_every_point(drawn):
     table = counting.multiverse({"resample": fake_sweep(0), "another kind": fake_sweep(1)})
     draws_of_donors = counting.multiverse_of_draws({0: fake_sweep(2), 1: fake_sweep(3)})

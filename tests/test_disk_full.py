@@ -97,6 +97,7 @@ def test_size_limit_stops_a_sweep_in_one_line_and_later_it_goes_on(tmp_path, lar
     assert main(command) == 0
 
 
+@pytest.mark.slow("no command prints into a full disk without saying so")
 def test_a_full_standard_output_is_one_line():
     with open("/dev/full", "w") as full:
         done = subprocess.run(

@@ -25,6 +25,8 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 from snakemake.cli import parse_config
 
+pytestmark = pytest.mark.slow("the set-up installs what is locked, from where it can be had, once")
+
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 #: A pin each, with what it holds for and its hashes.

@@ -65,6 +65,7 @@ def is_alive(process: int) -> bool:
         return False
 
 
+@pytest.mark.slow("Ctrl-C ends a run's notebooks")
 def test_ctrl_c_ends_running_notebooks_and_starts_no_other(tmp_path):
     """It waits for no cell to end, and leaves no kernel behind."""
     names = ("01_one", "02_two", "03_three")

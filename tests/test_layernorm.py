@@ -175,6 +175,7 @@ def plain_statistics(kinds, prompts=range(PROMPTS)):
     }
 
 
+@pytest.mark.slow("claims on the final norm, and their controls, equal plain loops")
 def test_claims_and_their_controls_by_hand():
     """Values, and every sample as counting the drawn prompts anew gives it."""
     kinds = {

@@ -40,6 +40,7 @@ def facts_run(tmp_path_factory):
     return LayerRun.of("facts", here.measured("layers")[MODEL]), here.measured("facts")[MODEL], folder
 
 
+@pytest.mark.slow("layers are measured on the facts that a model answers")
 def test_the_data_set_holds_the_chosen_prompts(facts_run):
     _, asked, _ = facts_run
     prompts = choose_prompts(load_model(MODEL, "cpu"), facts_for(MODEL), 12)
@@ -68,6 +69,7 @@ def test_read_from_disk_instead_of_measured_again(facts_run, monkeypatch):
         study(folder, seed=1).measured("layers")
 
 
+@pytest.mark.slow("a damaged store of layers is measured again")
 def test_a_damaged_store_is_measured_again_and_has_a_manifest(facts_run, tmp_path):
     """There is no manifest of a whole run here, which ``verify`` says each time."""
     run, asked, folder = facts_run
@@ -138,6 +140,7 @@ def test_worked_prompt_adds_up(facts_run):
     )
 
 
+@pytest.mark.slow("layers are measured on prose and at all positions")
 def test_on_prose_and_at_all_positions(facts_run, tmp_path):
     run, asked, folder = facts_run
     here = study(tmp_path, n_prompts=4)

@@ -51,6 +51,14 @@ CASES = {
         "test_a": "slurm",
         "test_b": "slurm",
     },
+    "@pytest.mark.parametrize('name', ['gpt2', 'opt', 3])\ndef test_a(name): pass": {
+        "test_a[gpt2]": "fast",
+        "test_a[opt]": "slow",
+        "test_a[3]": "fast",
+    },
+    "@pytest.mark.gpu('x')\n@pytest.mark.parametrize('name', ['opt'])\ndef test_a(name): pass": {
+        "test_a[opt]": "gpu",
+    },
 }
 
 

@@ -15,6 +15,8 @@ from selfrepair.errors import UserError
 from selfrepair.run.notebook_page import write_notebook_pages
 from selfrepair.run.notebooks import WIDGET, all_notebooks, without_widgets
 
+pytestmark = pytest.mark.slow("every notebook can be read as a page, with its formulas, links and figures")
+
 FORMULA = r"\text{floor} = \tfrac12\,\mathrm{mean}\,\min\!\left(\left|\frac{\text{part}}{\mathrm{DE}}\right|, 1\right)"
 ALIGNED = r"\begin{aligned} a &= b + c \\ d &= e \end{aligned}"
 TEXT = rf"""# 01 · A title <&>

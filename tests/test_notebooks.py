@@ -235,6 +235,7 @@ def written(folder, sources):
         nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), folder / f"{name}.ipynb")
 
 
+@pytest.mark.slow("a failing cell is named, and the other notebooks run")
 def test_failing_cell_is_named_and_the_others_run(tmp_path, monkeypatch, capsys):
     in_pieces = "import time\nprint(seed, flush=True)\ntime.sleep(0.5)\nprint(seed)"
     written(tmp_path, {"01_breaks": "1 / 0", "02_works": in_pieces})
@@ -328,6 +329,7 @@ def elsewhere(tmp_path, monkeypatch):
     return folder
 
 
+@pytest.mark.slow("paths given to a command are those of where it was called")
 @pytest.mark.parametrize(
     "given",
     [

@@ -146,6 +146,7 @@ def test_what_is_measured_is_never_learnt_from(tmp_path):
             np.testing.assert_allclose(found[name][layer, head], wanted[name], atol=1e-4, err_msg=name)
 
 
+@pytest.mark.slow("the constants of whole layers are fitted on other prompts too")
 @pytest.mark.parametrize("name", ("layers", "layers_on_prose"))
 def test_layers_learn_from_other_prompts_too(tmp_path, name):
     model = "pocket-pythia-small"

@@ -35,6 +35,7 @@ def test_a_model_in_memory_against_plain_passes(family, ablation):
             np.testing.assert_allclose(here, wanted[name], atol=2e-4, err_msg=name)
 
 
+@pytest.mark.slow("the five lines of Python give the numbers of a run")
 def test_a_name_gives_the_numbers_of_the_suite(tmp_path):
     """More prompts than one shard has, which are merged in order."""
     found = selfrepair.measure_heads(SMALL, n_prompts=40, device="cpu")
@@ -44,6 +45,7 @@ def test_a_name_gives_the_numbers_of_the_suite(tmp_path):
     np.testing.assert_array_equal(found.effects["token"], sweep["token"])
 
 
+@pytest.mark.slow("one's own text is measured as the suite's is")
 def test_text_is_cut_into_prompts():
     tokenizer = AutoTokenizer.from_pretrained(MODELS / SMALL)
     text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -90,6 +92,7 @@ def test_a_model_in_memory_needs_its_tokenizer_for_text():
         selfrepair.measure_heads(build_family("gpt2"), device="cpu")
 
 
+@pytest.mark.slow("the lines of Python in README and docs run")
 def test_the_example_of_the_documentation(tmp_path, monkeypatch, capsys):
     examples = re.findall(
         r"```python\n(.*?)```", (REPOSITORY / "docs" / "python.md").read_text(encoding="utf-8"), re.DOTALL

@@ -25,6 +25,10 @@ from selfrepair.paths import NOTEBOOKS
 from selfrepair.plots import forest
 from selfrepair.run.page import HEADINGS, MARKS, write_page
 
+pytestmark = pytest.mark.slow(
+    "the page of a run holds what was measured, whatever names it holds, and works in a browser"
+)
+
 HOSTILE = (
     """</script><script>alert(1)</script><img src="http://example.org/x" onerror='alert(2)'>&amp; "NA" [1]"""
 )

@@ -25,6 +25,7 @@ def study(folder, models=(MODEL,), n_prompts=4):
     return Study(profile, 0, "cpu", folder)
 
 
+@pytest.mark.slow("every shard is in one stage, after what it needs")
 def test_every_shard_is_in_one_stage_after_what_it_needs(tmp_path):
     here = study(tmp_path, ["pocket-pythia", MODEL], n_prompts=40)
     planned = plan(here)
@@ -51,6 +52,7 @@ def test_every_shard_is_in_one_stage_after_what_it_needs(tmp_path):
     )
 
 
+@pytest.mark.slow("jobs ask a cluster for the memory that they take")
 def test_memory_that_jobs_ask_for(tmp_path):
     """A model's weights twice; notebooks hold what was measured on all models twice over, or one model's in four parts."""
     models = study(tmp_path).load(MODEL)

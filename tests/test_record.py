@@ -23,6 +23,8 @@ from selfrepair.store.manifest import manifest_of
 from selfrepair.store.stores import open_store
 from selfrepair.text.corpora import hash_documents, read_documents
 
+pytestmark = pytest.mark.slow("the manifest of a run names all that it left, and nothing else")
+
 MODEL = "pocket-pythia-small"
 HEADS = f"{MODEL} heads-zero"
 
@@ -155,6 +157,7 @@ def test_a_lost_store_is_found(run):
     assert "missing" in {finding.what: finding.detail for finding in lost}[HEADS]
 
 
+@pytest.mark.slow("what another profile left in a folder is named and left out")
 def test_what_another_profile_left_is_named_and_left_out(run, capsys):
     """The profile changes in models and ablations, and runs in the same folder again."""
     folder, earlier, store, _ = run

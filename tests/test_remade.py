@@ -24,6 +24,8 @@ from selfrepair.run.workflow import measure, plan
 from selfrepair.store.files import hash_files
 from selfrepair.store.manifest import manifest_of
 
+pytestmark = pytest.mark.slow("what is lost, damaged or cut short of a run is made again, and nothing else")
+
 GPT2, PYTHIA = MODELS = ("pocket-gpt2", "pocket-pythia-small")
 
 

@@ -141,6 +141,7 @@ def test_equals_full_passes_one_position_at_a_time_to_1e_9(family, name, tmp_pat
     check(model, family(name)[1], monkeypatch, 1e-9)
 
 
+@pytest.mark.slow("self-feeding is exact in float32 by both paths")
 @pytest.mark.parametrize("name", ("gpt2", "neox-parallel", "llama-gqa", "gpt-neo"))
 def test_equals_them_in_float32_by_both_paths(family, name, path, monkeypatch):
     model, hf = family(name)

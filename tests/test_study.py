@@ -88,6 +88,7 @@ def test_other_settings_and_damage_are_measured_again(tmp_path):
     assert of_stores() == [False, True]
 
 
+@pytest.mark.slow("what a notebook measures has a manifest")
 def test_a_measurement_has_a_manifest(tmp_path, models):
     study(tmp_path).measured("earlier_input")
     (store,) = tmp_path.glob("measured/*-earlier_input-*.zarr")
@@ -311,6 +312,7 @@ def test_parameters_that_cannot_be_are_said(parameters, said, monkeypatch):
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.slow("a store under another's name is measured again")
 def test_a_store_under_the_name_of_another_is_measured_again(tmp_path, models):
     """Stores swapped with their manifests: what a notebook reads is of the ablation that it asked for."""
     tasks = {kind: study(tmp_path).task("heads", MODEL, kind) for kind in ("resample", "zero")}

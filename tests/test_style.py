@@ -125,6 +125,7 @@ def test_areas_of_a_heat_map_keep_their_colours(size_of_points, tmp_path):
     assert abs(found - wanted)[1:, 1:][flat].max() <= MAY_DIFFER
 
 
+@pytest.mark.slow("a notebook's pictures are the small ones")
 def test_a_notebook_shows_these_pictures(tmp_path):
     """Though the inline backend sets its own when it is first used."""
     source = "import matplotlib.pyplot as plt\nfrom selfrepair.plots.style import use_style\nuse_style()"

@@ -178,6 +178,7 @@ def test_checkpoints_are_log_spaced():
         log_spaced_steps(4, 8)
 
 
+@pytest.mark.slow("a training learns")
 def test_thirty_seconds_of_training_lower_the_loss(tmp_path, data):
     config = dataclasses.replace(TINY, phases=phases(400), dropout=0.0)
     train(config, data, tmp_path, CPU)
@@ -212,6 +213,7 @@ def test_killed_command_goes_on(trained):
     assert not list(trained.glob("*.training"))
 
 
+@pytest.mark.slow("a training leaves all that loads its model")
 def test_saved_folder_is_complete(trained):
     folder = trained / "whole"
     steps = sorted(path.name for path in (folder / "checkpoints").iterdir())
@@ -225,6 +227,7 @@ def test_saved_folder_is_complete(trained):
     assert tuple(rows[0]) == loop.CURVE_COLUMNS and int(rows[-1]["step"]) == 400
 
 
+@pytest.mark.slow("a trained model's card says what was measured")
 def test_card_states_what_was_measured(trained):
     metrics = json.loads((trained / "whole" / "metrics.json").read_text())
     card = (trained / "whole" / "README.md").read_text()
@@ -238,6 +241,7 @@ def test_card_states_what_was_measured(trained):
     assert metrics["training_tokens"] == 400 * 4 * 64
 
 
+@pytest.mark.slow("a trained model's card names its sources")
 def test_card_names_the_sources_of_the_table(trained, tmp_path):
     text = tmp_path / "text"
     text.mkdir()
@@ -253,6 +257,7 @@ def test_card_names_the_sources_of_the_table(trained, tmp_path):
     assert "- A. Writer, *Much, Ado* ([a/b](https://github.com/a/b), CC0-1.0)" in card
 
 
+@pytest.mark.slow("a model is evaluated by the command that its card names")
 def test_evaluate_prints_the_table(trained, capsys):
     assert main(["evaluate", str(trained / "whole"), "--device", "cpu"]) == 0
     out = capsys.readouterr().out
@@ -417,6 +422,7 @@ def test_overwrite_replaces_only_what_a_training_made(tmp_path, capsys, change, 
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
 
+@pytest.mark.slow("a training replaces nothing that changed meanwhile")
 def test_a_folder_changed_while_a_model_was_trained_is_not_replaced(tmp_path, data):
     out, work = made_by_training(tmp_path / "model"), tmp_path / "model.training"
     config = dataclasses.replace(TINY, phases=phases(2))

@@ -26,6 +26,8 @@ from selfrepair.store.files import hash_file, write_atomically
 from selfrepair.store.manifest import manifest_of
 from selfrepair.store.stores import open_store
 
+pytestmark = pytest.mark.slow("what was changed or lost in a finished run is found, and what was not is not")
+
 #: Attributes that writing a store gives it.
 OF_THE_STORE = ("format", stores.CHECKSUM, stores.CHECKSUMS)
 

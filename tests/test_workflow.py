@@ -21,6 +21,8 @@ from selfrepair.run import study as study_module
 from selfrepair.run import workflow
 from selfrepair.run.study import Study
 
+pytestmark = pytest.mark.slow("stages run in order, once each, in as many jobs as pay off")
+
 ROOT = Path(__file__).resolve().parents[1]
 
 #: Writes what the command of that name would, and a line to ``calls``. ``fail`` and ``slow`` hold parts of

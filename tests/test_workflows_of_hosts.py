@@ -10,6 +10,8 @@ import yaml
 
 from selfrepair.paths import REPOSITORY
 
+pytestmark = pytest.mark.slow("the workflows of the host of the repository fit their schema")
+
 FOLDER = REPOSITORY / ".github" / "workflows"
 FILES = sorted(FOLDER.glob("*.yml"))
 of_each = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
