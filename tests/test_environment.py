@@ -25,8 +25,6 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 from snakemake.cli import parse_config
 
-pytestmark = pytest.mark.slow("the set-up installs what is locked, from where it can be had, once")
-
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 #: A pin each, with what it holds for and its hashes.
@@ -635,6 +633,7 @@ def snakemake(folder: Path, *config: str, **environment: str) -> list[str]:
     return [line for line in done.stderr.splitlines() if "error" in line.lower()]
 
 
+@pytest.mark.slow("a run uses the environment and library of its own clone")
 def test_snakemake_uses_its_own_environment_and_this_library(tmp_path):
     """Though neither is on the paths, and another library is; the name of a file stays one."""
     (tmp_path / "selfrepair").mkdir()
@@ -650,6 +649,7 @@ def test_a_number_for_a_profile_is_one_line(tmp_path):
     )
 
 
+@pytest.mark.slow("a command says if its library is another clone's")
 def test_a_command_says_if_its_library_is_another_clones(tmp_path):
     """PYTHONPATH goes before what is installed; stages of the workflow use the workflow's library anyway."""
     script = tmp_path / ".venv" / "bin" / "selfrepair"

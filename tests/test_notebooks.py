@@ -191,8 +191,8 @@ def test_a_run_makes_the_committed_claims_again():
     pd.testing.assert_frame_equal(made.drop(columns=advantages), rest, rtol=1e-3, atol=1e-6)
     allowed = 1e-3 * committed[["estimate", "control"]].abs().max(axis=1) + 1e-6
     for column in advantages:
-        assert (made[column].isna() == committed[column].isna()).all()
-        assert not ((made[column] - committed[column]).abs() > allowed).any()
+        near = (made[column] - committed[column]).abs() <= allowed
+        assert (near | made[column].isna() & committed[column].isna()).all()
 
 
 @of_each

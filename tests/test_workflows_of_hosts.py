@@ -10,8 +10,6 @@ import yaml
 
 from selfrepair.paths import REPOSITORY
 
-pytestmark = pytest.mark.slow("the workflows of the host of the repository fit their schema")
-
 FOLDER = REPOSITORY / ".github" / "workflows"
 FILES = sorted(FOLDER.glob("*.yml"))
 of_each = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -24,10 +22,12 @@ def problems(*files: Path, schema: str = "vendor.github-workflows") -> str:
     return "" if done.returncode == 0 else done.stdout + done.stderr
 
 
+@pytest.mark.slow("the workflows of the repository's host fit their schema")
 def test_workflows_fit_their_schema():
     assert FILES and problems(*FILES) == ""
 
 
+@pytest.mark.slow("a schema that checks nothing")
 def test_the_schema_would_notice(tmp_path):
     text = FILES[0].read_text(encoding="utf-8")
     (tmp_path / "wrong.yml").write_text(text.replace("runs-on:", "runs_on:"))
