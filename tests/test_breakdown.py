@@ -1,5 +1,6 @@
 """Shares of the direct effect by part: ways of counting, floors, heads without repair, all tokens."""
 
+import math
 import statistics
 
 import matplotlib.pyplot as plt
@@ -21,7 +22,7 @@ from fake_sweeps import (
 from families import load_family, random_tokens, save_family
 from transformers import AutoModelForCausalLM
 
-from selfrepair.analysis.breakdown import FLOOR, SUMS, WAYS, Breakdown, PartMeans, table_of
+from selfrepair.analysis.breakdown import FLOOR, RESOLVED, SUMS, WAYS, Breakdown, PartMeans, table_of
 from selfrepair.analysis.head_table import heads_table
 from selfrepair.analysis.layernorm import published_statistics
 from selfrepair.analysis.published import published_heads
@@ -88,7 +89,25 @@ def test_all_tokens_with_a_direct_effect_of_zero_are_counted_without_a_ratio():
     dataset = fake_sweep()
     dataset["direct_effect"][0, 0, 0, :5] = 0
     breakdown = Breakdown.of_sweep(dataset, 1.0, n_bootstrap=5)
-    assert all(np.isfinite(breakdown.shares[way][part].drawn).all() for way in WAYS for part in PARTS)
+    others = [way for way in WAYS if way != "unclipped mean"]
+    assert all(np.isfinite(breakdown.shares[way][part].drawn).all() for way in others for part in PARTS)
+
+
+def test_a_head_with_unresolved_direct_effects_has_no_unclipped_mean():
+    """Of these tokens alone that it is judged on, and of either sign; of other heads it is as it was."""
+    dataset = fake_sweep()
+    effect = dataset["direct_effect"][2, 1].values
+    order = np.argsort(-effect, axis=None)
+    last = np.unravel_index(order[math.ceil(FRACTION * effect.size) - 1], effect.shape)
+    before = Breakdown.of_sweep(dataset, FRACTION, n_bootstrap=5).shares["unclipped mean"]
+    effect[effect <= effect[last]] = -1  # the last of the top tokens is the smallest of them below
+    for smallest, has_one in ((RESOLVED, True), (0.999 * RESOLVED, False), (-0.999 * RESOLVED, False)):
+        effect[last] = smallest
+        shares = Breakdown.of_sweep(dataset, FRACTION, n_bootstrap=5).shares["unclipped mean"]
+        for part in PARTS:
+            assert np.isfinite(shares[part].drawn[2, 1]).all() == has_one
+            assert np.isnan(shares[part].drawn[2, 1]).all() != has_one
+            np.testing.assert_array_equal(shares[part].drawn[:2], before[part].drawn[:2])
 
 
 def test_released_tables_are_counted_alike():

@@ -88,14 +88,14 @@ def test_variance_is_of_all_combinations_in_whatever_order():
         for k, of_k in effect["kind"].items()
     ]
     table = pd.DataFrame(rows).sample(frac=1, random_state=0)
-    found = counting.variance_explained(table, counting.CHOICES).set_index("part")
+    found = counting.variance_explained(table, counting.CHOICES, most=1).set_index("part")
     for number, part in enumerate(SUMS, start=1):
         row = found.loc[part]
         assert row[list(counting.CHOICES.values())].tolist() == pytest.approx([25 / 41, 16 / 41, 0])
         assert row["choices together"] == pytest.approx(0) and row["largest"] == 7 * number
     few = counting.variance_explained(table, counting.CHOICES, most=0.5).set_index("part")
     assert few.loc["heads"].tolist()[:3] == pytest.approx([0, 1, 0])
-    one_kind = counting.variance_of_models({"m": table[table["kind"] == "x"]})
+    one_kind = counting.variance_of_models({"m": table[table["kind"] == "x"]}, most=1)
     assert one_kind["kind of ablation"].isna().all() and one_kind["way of counting"].notna().all()
 
 

@@ -98,6 +98,31 @@ def test_saved_pictures_are_those_of_notebooks_and_sharper(tmp_path):
     plt.close(figure)
 
 
+def test_a_figure_is_drawn_again_only_if_it_changes(tmp_path, monkeypatch):
+    """Axes stay where the first drawing laid them out: a second one can move them by a dot."""
+    figure, axis = plt.subplots(figsize=(3, 2))
+    (line,) = axis.plot([1, 2])
+    figure.colorbar(axis.scatter([0, 1], [1, 2], c=[0, 1]))
+    pictures = []
+    savefig = type(figure).savefig
+
+    def counted(self, *target, **settings):
+        pictures.append(target)
+        savefig(self, *target, **settings)
+
+    monkeypatch.setattr(type(figure), "savefig", counted)
+    save(figure, tmp_path, "01_a")
+    drawn, places = len(pictures), [one.bbox.bounds for one in figure.axes]
+    shown = small_png(figure)
+    assert len(pictures) == drawn and small_png(figure) == shown
+    assert [one.bbox.bounds for one in figure.axes] == places
+    line.set_color("black")
+    assert small_png(figure) != shown and len(pictures) == drawn + 1
+    save(figure, tmp_path, "01_b")
+    assert reduced_png(tmp_path / "figures" / "01_b.png") == small_png(figure)
+    plt.close(figure)
+
+
 def test_thin_lines_keep_the_colours_of_their_models(tmp_path):
     """Of which there are few pixels, and hardly any of the pure colour."""
     figure, axis = plt.subplots(figsize=(6, 3))

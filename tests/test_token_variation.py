@@ -475,15 +475,19 @@ def test_examples_follow_the_rule():
     tokens = example_rows(shares, [0, 1, 2, 3, 2, 0, 0, 0, 5, 6, 5, 0, 1, 2, 3, 2])
     chosen = pick_examples(tokens)
     picked = chosen.groupby("kind", sort=False)["share"].apply(list).to_dict()
-    # median 0.7; 90% quantile 0.89 is nearest to 0.95, which is of the first one's prompt, so 0.8
+    # median 0.7; 90% quantile 0.8
     assert picked["strongly repaired"] == [0.7, 0.8]
     assert picked["over-corrected"] == [1.4, 3.0]
-    assert picked["made worse"] == [
-        -0.3,
-        -4.0,
-    ]  # sizes: median 0.3; 90% at 4.6, nearest −5 is of the same prompt
-    again = pick_examples(tokens)
-    pd.testing.assert_frame_equal(chosen, again)
+    assert picked["made worse"] == [-0.3, -4.0]
+    of_first_prompt = pick_examples(example_rows(shares[:5], [0, 1, 2, 2, 2]))
+    assert list(of_first_prompt["share"]) == [0.7, 0.6]  # 0.8 and 0.95 are of the first one's prompt
+
+
+@pytest.mark.parametrize("rounding", [-1e-15, 0, 1e-15])
+def test_of_two_tokens_in_the_middle_the_lower_one_is_the_example(rounding):
+    """However the share halfway between them is rounded."""
+    tokens = example_rows([0.9, 0.8 + rounding, 0.6 - rounding, 0.55], [0, 1, 2, 3])
+    assert pick_examples(tokens)["share"].tolist() == [0.6 - rounding, 0.8 + rounding]
 
 
 def test_examples_of_a_kind_that_is_not_there():

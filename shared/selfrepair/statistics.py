@@ -23,9 +23,10 @@ def select_top(
         raise UserError(f"fraction must lie in (0, 1], not {fraction}")
     flat = direct_effect.ravel()
     count = max(1, int(np.ceil(fraction * flat.size - 1e-9)))
-    chosen = np.argsort(-flat, kind="stable")[:count]
-    selected = np.zeros(flat.size, dtype=bool)
-    selected[chosen] = True
+    smallest = np.partition(flat, flat.size - count)[flat.size - count]  # of those selected
+    selected = flat > smallest
+    ties = np.flatnonzero(flat == smallest)
+    selected[ties[: count - selected.sum()]] = True
     return selected.reshape(direct_effect.shape)
 
 

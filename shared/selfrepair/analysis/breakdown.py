@@ -29,6 +29,9 @@ SUMS = {
 }
 
 
+#: Smallest direct effect (logits) by which a single token's part can be divided: rounding leaves some 1e-6
+#: logits in a part, and ratios to what may as well be 0 have no mean.
+RESOLVED = 1e-3
 #: Tokens of a block in which a median is looked for.
 BLOCK = 128
 
@@ -139,15 +142,20 @@ class Breakdown:
 
     @classmethod
     def of_tokens(cls, tokens: TokensOfHeads) -> Breakdown:
-        """Tokens whose direct effect is exactly 0 have no ratio: unclipped mean and median leave them out."""
+        """Tokens whose direct effect is exactly 0 have no ratio: the median leaves them out.
+
+        A head with a token whose direct effect is below :data:`RESOLVED` has no unclipped mean.
+        """
         means = tokens.means()
         effect, defined = tokens.direct_effect, tokens.chosen & (tokens.direct_effect != 0)
+        unresolved = (tokens.chosen & (np.abs(effect) < RESOLVED)).any((2, 3))[..., None]
         shares: dict[str, dict[str, Estimate]] = {way: {} for way in WAYS}
         floors = {}
         for part, value in tokens.parts.items():
             ratio = np.divide(value, effect, out=np.zeros_like(value), where=defined)
             shares["clipped"][part] = tokens.clipped(part)
-            shares["unclipped mean"][part] = selected_means(ratio, defined, tokens.weights)
+            unclipped = tokens.mean(ratio)
+            shares["unclipped mean"][part] = unclipped.map(lambda drawn: np.where(unresolved, np.nan, drawn))
             shares["median"][part] = Estimate(_medians(ratio, defined, tokens.weights))
             shares["ratio of means"][part] = means.logits[part] / means.direct_effect
             floors[part] = tokens.floor(part)

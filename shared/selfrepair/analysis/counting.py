@@ -43,7 +43,8 @@ def points(
     ``part`` (one of :data:`~selfrepair.analysis.breakdown.SUMS`), ``way, fraction, estimate, low, high,
     floor``, means over heads as of :meth:`~selfrepair.analysis.breakdown.Breakdown.over_tokens`. The
     ``floor`` is what signs at random give: 0 except where ratios are clipped. The interval (95%) is over
-    prompts.
+    prompts. NaN where a way has no value: the unclipped mean is over the heads that have one, and over all
+    tokens hardly any has.
     """
     rows = []
     later = later_layers(sweep).load()  # once for all fractions
@@ -55,8 +56,10 @@ def points(
             floors = dict.fromkeys(WAYS, 0.0) | {WAYS[0]: float(found.floor(part)[FLOOR].value)}
             for way, share in found.over_tokens(part).items():
                 place = {"part": part, "way": way, "fraction": fraction}
-                rows.append(share.table({}, **place).assign(floor=floors[way]))
-    return pd.concat(rows, ignore_index=True)
+                low, high = (float(end) for end in share.interval())
+                of_point = {"estimate": share.value, "low": low, "high": high, "floor": floors[way]}
+                rows.append(place | of_point)
+    return pd.DataFrame(rows)
 
 
 def multiverse(kinds: Mapping[str, xr.Dataset]) -> pd.DataFrame:
@@ -102,7 +105,7 @@ def main_effects(values: Float[np.ndarray, "*choice"]) -> list[float]:
     return shares
 
 
-def variance_explained(table: pd.DataFrame, choices: Mapping[str, str], most: float = 1) -> pd.DataFrame:
+def variance_explained(table: pd.DataFrame, choices: Mapping[str, str], most: float) -> pd.DataFrame:
     """How much of the variance of the answer each choice explains, by part: :func:`main_effects`.
 
     ``table`` has a row for every combination of ``choices`` (column → how it is shown) and part, of which
@@ -162,7 +165,7 @@ def released_points() -> pd.DataFrame:
 
 
 def variance_of_models(
-    universes: Mapping[str, pd.DataFrame], choices: Mapping[str, str] = CHOICES, most: float = 1
+    universes: Mapping[str, pd.DataFrame], most: float, choices: Mapping[str, str] = CHOICES
 ) -> pd.DataFrame:
     """:func:`variance_explained` of every model, under each other; without a choice that a model lacks."""
     tables = []

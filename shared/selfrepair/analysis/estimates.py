@@ -125,10 +125,10 @@ class Estimate:
         ``labels`` are one for each place along each axis of ``what``, in order of the axes.
         """
         low, high = self.interval()
-        index = list(itertools.product(*labels.values()))
-        frame = pd.DataFrame(index, columns=list(labels), index=range(len(index)))
-        frame = frame.assign(estimate=np.ravel(self.value), low=np.ravel(low), high=np.ravel(high))
-        return frame.assign(**constant)[[*constant, *labels, "estimate", "low", "high"]]
+        places = list(itertools.product(*labels.values()))
+        by_label = {name: [place[axis] for place in places] for axis, name in enumerate(labels)}
+        values = {"estimate": np.ravel(self.value), "low": np.ravel(low), "high": np.ravel(high)}
+        return pd.DataFrame({**constant, **by_label, **values}, index=range(len(places)))
 
 
 def _drawn(value: Estimate | Float[np.ndarray, "*what"] | float) -> Float[np.ndarray, "*what draw"]:

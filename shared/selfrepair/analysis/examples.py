@@ -32,18 +32,24 @@ def pick_examples(tokens: pd.DataFrame) -> pd.DataFrame:
 
     ``tokens`` are rows as of :func:`selfrepair.analysis.token_variation.selected_tokens`.
     The rule: of the kind's tokens, the one whose ``share`` is nearest in size to their median, then the
-    one nearest to their 90% quantile in another prompt.
+    one nearest to their 90% quantile in another prompt. Of two tokens with such a quantile between them it is
+    the lower one's: from halfway both are as near, and rounding would choose.
     """
     rows = []
     for kind, (low, high) in KINDS.items():
         left = tokens[(tokens["share"] > low) & (tokens["share"] < high)]
-        for wanted in np.quantile(left["share"].abs(), [0.5, 0.9]) if len(left) else ():
+        for wanted in _quantiles(left["share"].abs()):
             if len(left):
                 row = left.loc[(left["share"].abs() - wanted).abs().idxmin()]
                 rows.append({"kind": kind, **row})
                 left = left[left["prompt"] != row["prompt"]]
     whole = {name: int for name in ("layer", "head", "prompt", "position")}
     return pd.DataFrame(rows, columns=["kind", *tokens.columns]).astype(whole)
+
+
+def _quantiles(sizes: pd.Series) -> list[float]:
+    """Of the sizes that tokens have; none of no tokens."""
+    return np.quantile(sizes, [0.5, 0.9], method="lower").tolist() if len(sizes) else []
 
 
 def in_context(chosen: pd.DataFrame, sweep: xr.Dataset, tokenizer: PreTrainedTokenizerBase) -> list[Passage]:

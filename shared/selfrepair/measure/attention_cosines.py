@@ -34,7 +34,7 @@ class AttentionCosines(Measurement):
     uses: ClassVar[tuple[str, ...]] = ("dtype",)
 
     def shards(self, settings: Settings) -> Sequence[int]:
-        return [first for first in pair_shards(settings) if first < MOST_PAIRS]
+        return pair_shards(settings, MOST_PAIRS)
 
     def compute(self, model: Model, settings: Settings, inputs: Inputs, shard: int) -> xr.Dataset:
         prompts = prompts_of_shard(inputs, shard)

@@ -54,7 +54,7 @@ class HeadGrowth(Measurement):
         return (*needs_of_ablation(settings), "heads")
 
     def shards(self, settings: Settings) -> Sequence[int]:
-        return [first for first in pair_shards(settings) if first < MOST_PAIRS]
+        return pair_shards(settings, MOST_PAIRS)
 
     def compute(self, model: Model, settings: Settings, inputs: Inputs, shard: int) -> xr.Dataset:
         if model.n_layers < 2:

@@ -77,7 +77,7 @@ class JointAblation(Measurement):
         return (*needs_of_ablation(settings), "heads", "head_growth")
 
     def shards(self, settings: Settings) -> Sequence[int]:
-        return [first for first in pair_shards(settings) if first < MOST_PAIRS]
+        return pair_shards(settings, MOST_PAIRS)
 
     def compute(self, model: Model, settings: Settings, inputs: Inputs, shard: int) -> xr.Dataset:
         trios = choose_trios(inputs["head_growth"])

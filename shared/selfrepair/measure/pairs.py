@@ -22,9 +22,13 @@ if TYPE_CHECKING:
 SHARD_PAIRS = 16
 
 
-def pair_shards(settings: Settings) -> Sequence[int]:
-    """The first pair of every shard; pair ``i`` of ``N`` prompts is of ``i`` and ``i + N / 2``."""
-    return range(0, int(settings["n_prompts"]) // 2, SHARD_PAIRS)
+def pair_shards(settings: Settings, most: int | None = None) -> Sequence[int]:
+    """The first pair of every shard; pair ``i`` of ``N`` prompts is of ``i`` and ``i + N / 2``.
+
+    Only shards that begin before pair ``most``, if it is given.
+    """
+    n_pairs = int(settings["n_prompts"]) // 2
+    return range(0, n_pairs if most is None else min(n_pairs, most), SHARD_PAIRS)
 
 
 def prompts_of_shard(inputs: Inputs, shard: int) -> Int[np.ndarray, " prompt"]:

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterable
 from io import BytesIO
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -51,6 +52,8 @@ MAY_DIFFER = 10
 BETWEEN = 48
 #: Makes one number of a colour.
 CODE = np.array([256**2, 256, 1])
+#: What figures looked like when they were drawn: drawing takes most of a notebook's time.
+_PICTURES: WeakKeyDictionary[Figure, Image.Image] = WeakKeyDictionary()
 
 
 def use_style() -> None:
@@ -87,10 +90,13 @@ def reduced_png(sharp: Path) -> bytes:
 
 
 def _drawn(figure: Figure) -> Image.Image:
-    """At :data:`SHARPER` times the figure's own resolution."""
-    drawn = BytesIO()
-    figure.savefig(drawn, dpi=SHARPER * figure.dpi, bbox_inches="tight")
-    return Image.open(drawn).convert("RGB")
+    """At :data:`SHARPER` times the figure's own resolution; once, unless something of it changes."""
+    if figure.stale or figure not in _PICTURES:
+        drawn = BytesIO()
+        figure.savefig(drawn, dpi=SHARPER * figure.dpi, bbox_inches="tight")
+        _PICTURES[figure] = Image.open(drawn).convert("RGB")
+        figure.stale = False  # its resolution was another one meanwhile
+    return _PICTURES[figure]
 
 
 def _reduced(sharp: Image.Image) -> bytes:
@@ -139,7 +145,11 @@ def save(figure: Figure, out_dir: Path, name: str) -> None:
     folder = out_dir / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     _drawn(figure).save(folder / f"{name}.png")
+    layout = figure.get_layout_engine()
+    figure.set_layout_engine("none")  # what was laid out for the picture stays where it is
     figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
+    figure.set_layout_engine(layout)
+    figure.stale = False
 
 
 def save_of_model(figure: Figure, out_dir: Path, name: str, model: str) -> None:
