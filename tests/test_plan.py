@@ -4,10 +4,11 @@ import json
 
 import pytest
 
+from selfrepair.cli.main import main
 from selfrepair.errors import NotMeasurable, UserError
 from selfrepair.measure.task import Task
 from selfrepair.models.loading import load_model
-from selfrepair.run import workflow
+from selfrepair.run import notebooks, workflow
 from selfrepair.run.marks import forget_stale, mark, say_done
 from selfrepair.run.notebooks import all_notebooks
 from selfrepair.run.study import Study, with_needs
@@ -242,3 +243,12 @@ def test_damaged_marks_are_forgotten(marked, content):
 
 def test_a_run_that_left_no_marks_has_none_to_forget(tmp_path):
     assert forget_stale(tmp_path / "none", {"models": {}, "notebooks": {}, "page": ""}) == []
+
+
+@pytest.mark.parametrize("given", [[], ["--key", "of the plan"]])
+def test_a_notebook_s_job_finds_the_key_that_it_is_not_given(tmp_path, monkeypatch, given):
+    ran = {}
+    monkeypatch.setattr(notebooks, "notebook_keys", lambda _: {"01_one": "of today", "02_two": "other"})
+    monkeypatch.setattr(notebooks, "run_notebook_of", lambda *_: ran.update(number=_[2], key=_[3]))
+    main(["notebook", "--number", "01", "--out", str(tmp_path / "out"), *given])
+    assert ran == {"number": "01", "key": given[-1] if given else "of today"}

@@ -63,9 +63,11 @@ def notebook(options: argparse.Namespace) -> None:
     from selfrepair.run.notebooks import notebook_keys, run_notebook_of
 
     study = _study(options)
-    keys = {stem[:2]: key for stem, key in notebook_keys(study).items()}
+    key = options.key
+    if key is None:  # the workflow has found it; that takes seconds
+        keys = {stem[:2]: key for stem, key in notebook_keys(study).items()}
+        key = keys.get(options.number, "")
     with disk_full_is_said(study.out_dir):
-        key = options.key or keys.get(options.number, "")
         run_notebook_of(study, options.profile, options.number, key)
 
 

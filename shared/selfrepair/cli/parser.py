@@ -170,8 +170,6 @@ def _add_stages(parsers: argparse._SubParsersAction) -> None:
             )
             command.add_argument("--job", default="0", help="name of the mark that --units leave (default 0)")
         if name in ("notebook", "summary"):
-            command.add_argument(
-                "--key", default="", help="the plan's, which the mark repeats (default: today's)"
-            )
+            command.add_argument("--key", help="the plan's, which the mark repeats (default: today's)")
         if name == "notebook":
             command.add_argument("--number", required=True, metavar="NN", help="number of the notebook")
