@@ -123,6 +123,16 @@ def test_a_figure_is_drawn_again_only_if_it_changes(tmp_path, monkeypatch):
     plt.close(figure)
 
 
+@pytest.mark.parametrize("layout", ["constrained", "tight"])
+def test_saving_leaves_a_figure_its_layout(layout, tmp_path):
+    figure, _ = plt.subplots(layout=layout)
+    before = figure.get_layout_engine()
+    for name in ("a", "b"):
+        save(figure, tmp_path, name)
+        assert figure.get_layout_engine() is before
+    plt.close(figure)
+
+
 def test_thin_lines_keep_the_colours_of_their_models(tmp_path):
     """Of which there are few pixels, and hardly any of the pure colour."""
     figure, axis = plt.subplots(figsize=(6, 3))

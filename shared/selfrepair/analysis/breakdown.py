@@ -174,7 +174,8 @@ class Breakdown:
     def by_layer(self) -> pd.DataFrame:
         """Per layer, part and quantity (``logits``, a way of counting, the floor): mean over heads, interval.
 
-        The ratio of means of a layer is that of the sums over its heads; the others are means over heads.
+        The ratio of means of a layer is that of the sums over its heads; the others are means over heads, and
+        NaN where a head has none.
         """
         means, layers = self.means, {"layer": range(len(self.means.direct_effect))}
         tables = []

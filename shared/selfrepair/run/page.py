@@ -7,7 +7,9 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +84,8 @@ def write_page(out_dir: Path, target: Path | None = None) -> Path:
     manifest = _read_json(out_dir / "manifest.json")
     outside = {out_dir / str(name) for name in manifest.get("outside_the_plan", [])}
     paths = sorted({*(out_dir / "figures").glob("*.png")} - outside)
-    figures = [figure(path, held=target is None) for path in paths]
+    with ThreadPoolExecutor() as pool:
+        figures = list(pool.map(partial(figure, held=target is None), paths))
     table = read_claims(file) if (file := out_dir / "figures" / "claims.csv").is_file() else None
     claims = [] if table is None else results(table)
     heads = _heads({*out_dir.glob("heads_*.csv")} - outside)
