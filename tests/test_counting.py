@@ -47,6 +47,31 @@ def test_points_are_those_of_plain_loops():
         assert row.low <= row.high
 
 
+def test_the_unclipped_mean_is_over_the_heads_that_have_one():
+    """A head loses its own where the last of its tokens has a direct effect of almost 0; then all heads do."""
+    sweep = fake_sweep()
+    lost = (LAYERS - 1, 0)
+    heads = [(layer, head) for layer in LATER for head in range(HEADS)]
+    others = {part: [] for part in SUMS}
+    for head in heads:
+        for part, of_part in others.items():
+            if head != lost:
+                of_part.append(counted(with_sums(tokens_of(sweep, *head)), part)["unclipped mean"])
+    for losing in ([lost], heads):
+        for head in losing:
+            effect = sweep["direct_effect"][head].values
+            last = np.argsort(-effect, axis=None)[math.ceil(FRACTION * effect.size) - 1]
+            effect[effect < effect.flat[last]] = -1
+            effect.flat[last] = 0.0005
+        table = counting.points(sweep, [FRACTION], n_bootstrap=5)
+        for row in table[table["way"] == "unclipped mean"].itertuples():
+            if losing == heads:
+                assert np.isnan([row.estimate, row.low, row.high]).all()
+            else:
+                assert row.estimate == pytest.approx(statistics.fmean(others[row.part]), rel=1e-9)
+        assert table[table["way"] != "unclipped mean"][["estimate", "low", "high"]].notna().all(axis=None)
+
+
 def test_every_kind_and_fraction_is_there_once():
     kinds = {"resample": fake_sweep(0), "optimal": fake_sweep(1, ablation="optimal")}
     table = counting.multiverse(kinds)

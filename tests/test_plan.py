@@ -246,9 +246,11 @@ def test_a_run_that_left_no_marks_has_none_to_forget(tmp_path):
 
 
 @pytest.mark.parametrize("given", [[], ["--key", "of the plan"]])
-def test_a_notebook_s_job_finds_the_key_that_it_is_not_given(tmp_path, monkeypatch, given):
+def test_the_job_of_a_notebook_finds_the_key_that_it_is_not_given(tmp_path, monkeypatch, given):
     ran = {}
     monkeypatch.setattr(notebooks, "notebook_keys", lambda _: {"01_one": "of today", "02_two": "other"})
-    monkeypatch.setattr(notebooks, "run_notebook_of", lambda *_: ran.update(number=_[2], key=_[3]))
+    monkeypatch.setattr(
+        notebooks, "run_notebook_of", lambda study, profile, number, key: ran.update(number=number, key=key)
+    )
     main(["notebook", "--number", "01", "--out", str(tmp_path / "out"), *given])
     assert ran == {"number": "01", "key": given[-1] if given else "of today"}
