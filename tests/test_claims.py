@@ -304,11 +304,11 @@ def test_a_table_for_people(registered):
         "| claim | measured by; holds if; control | published | measured | verdict |",
         "| --- | --- | --- | --- | --- |",
         "| It exists. (R&N) | mean repair \\| all heads; ≥ 0; control: 0, random signs. Rule written after looking, "
-        "2026-11-25 | gpt2 0.026 yes<br>*reproduced* "
-        "| m&#124;1 0.050 [0.030, 0.071] yes<br>NA -1.23 [-2.50, -0.25] no | **partly** |",
+        "2026-11-25 | gpt2 0.026 yes<br>*reproduced, 1 of 1* "
+        "| m&#124;1 0.050 [0.030, 0.071] yes<br>NA -1.23 [-2.50, -0.25] no | **partly, 1 of 2** |",
         "| Some. (R&N) | share of repair; ≥ 0.2 and ≤ 0.4; control: share of harm. Rule written after looking, "
-        "2026-11-25 | opt 0.38 (control 0.50) no<br>neo 0.25 yes<br>*partly* "
-        "| m&#124;1 0.30 [0.25, 0.35] (control 0.12) yes<br>NA 0.30 [0.25, 0.35] (control 0.30) open | **partly** |",
+        "2026-11-25 | opt 0.38 (control 0.50) no<br>neo 0.25 yes<br>*partly, 1 of 2* "
+        "| m&#124;1 0.30 [0.25, 0.35] (control 0.12) yes<br>NA 0.30 [0.25, 0.35] (control 0.30) open | **partly, 1 of 2** |",
         "",
         LEGEND,
     ]

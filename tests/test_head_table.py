@@ -259,6 +259,13 @@ def test_statistics_have_samples_head_by_head():
         assert {name: estimate.drawn[k] for name, estimate in found.items()} == pytest.approx(wanted)
 
 
+@pytest.mark.parametrize(("n_layers", "n_early"), [(1, 1), (2, 1), (4, 1), (6, 2), (12, 3), (24, 6)])
+def test_a_quarter_of_the_layers_is_rounded_but_never_none(n_layers, n_early):
+    repair = np.arange(n_layers, dtype=float)[:, None, None]
+    found = head_statistics(HeadMeans(Estimate(repair), Estimate(np.ones_like(repair))))
+    assert found["self-repair-first-quarter"].value == sum(range(n_early)) / n_early
+
+
 def test_claims_of_notebook_01_are_computed():
     measured = head_statistics(HeadMeans.of_sweep(fake_sweep(), 0.05, 100))
     released = head_statistics(HeadMeans.of_table(heads_table(fake_sweep(), 0.05)))

@@ -175,6 +175,7 @@ def test_noise_gives_every_statistic_its_control():
         ("tokens-repaired-by-one-neuron", "tokens-broken-by-one-neuron", 0.03),
         ("repairing-neurons-overlap", "strongest-neurons-overlap", 0.003),
         ("erasing-share", "erasers-part-of-change", 0.01),
+        ("erasers-weaken", "supporters-weaken", 0.01),
         ("first-repairer-erases", "first-changer-erases", 0.03),
     ):
         assert 0.01 < found[name].value < 0.99, name
@@ -194,7 +195,8 @@ def test_anti_erasure_beats_its_controls_and_general_weakening_shows_in_the_mirr
         assert statistics["erasing-share"].value > statistics["erasers-part-of-change"].value + 0.02
         assert statistics["first-repairer-erases"].value > 0.9
         assert statistics["first-repairer-erases"].value > statistics["first-changer-erases"].value
-    assert found[0]["supporting-share"].value < 0.9 and found[1]["supporting-share"].value == 1
+    alone, with_all = ([of[name].value for name in ("erasers-weaken", "supporters-weaken")] for of in found)
+    assert alone[0] > 0.9 and alone[1] == pytest.approx(0.5, abs=0.01) and with_all == [1, 1]
     assert found[0]["tokens-repaired-by-one-neuron"].value > found[0]["tokens-broken-by-one-neuron"].value
 
 
@@ -214,9 +216,8 @@ def test_the_mirror_may_be_of_other_tokens():
     mixed = repair_statistics(one, other, np.ones((1, 50)))
     for name, of in (("tokens-repaired-by-one-neuron", one), ("tokens-broken-by-one-neuron", other)):
         assert mixed[name].value == repair_statistics(of, of, np.ones((1, 50)))[name].value
-    assert mixed["supporting-share"].value == pytest.approx(
-        sum(other.by_erasing[:, 1]) / sum(other.total[:, 1])
-    )
+    weakened = sum(other.by_erasing[:, 1]) / sum(other.changed_by_erasing[:, 1])
+    assert mixed["supporters-weaken"].value == pytest.approx(weakened)
 
 
 def made_parts(n=400, share=0.0, seed=0):

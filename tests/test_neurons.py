@@ -369,7 +369,8 @@ def head_statistics(repair, mirror, n):
         "erasers-part-of-change": sum(repair.changed_by_erasing[:, 0]) / repair.total.sum(),
         "first-repairer-erases": np.mean(first),
         "first-changer-erases": np.mean(either),
-        "supporting-share": sum(mirror.by_erasing[:, 1]) / sum(mirror.total[:, 1]),
+        "erasers-weaken": sum(repair.by_erasing[:, 0]) / sum(repair.changed_by_erasing[:, 0]),
+        "supporters-weaken": sum(mirror.by_erasing[:, 1]) / sum(mirror.changed_by_erasing[:, 1]),
     }
 
 
@@ -423,7 +424,8 @@ def slow_statistics(clean, change, effect, mirrored, prompt):
         "erasers-part-of-change": sum(moved) / np.abs(change).sum(),
         "first-repairer-erases": np.mean(first),
         "first-changer-erases": np.mean(either),
-        "supporting-share": down[other_clean > 0].sum() / down.sum(),
+        "erasers-weaken": sum(erasing) / sum(moved),
+        "supporters-weaken": down[other_clean > 0].sum() / -np.abs(other_change[other_clean > 0]).sum(),
     }
 
 
@@ -474,12 +476,12 @@ def test_claims_are_about_the_tokens_that_the_paper_selects(measured):
         assert estimate is (by_repair if name.startswith("first-") else by_effect)[name]
     known = load_statistics()
     own = [claim for claim in load_claims() if claim.notebook == "04"]
-    assert len(own) == 5
+    assert len(own) == 6
     for claim in own:
         assert {claim.statistic, known[claim.statistic].control} < set(made)
-    assert len(claims_table("04", claimed(by))) == 5
+    assert len(claims_table("04", claimed(by))) == 6
     table = statistics_table(by).set_index(["statistic", "tokens by"])["llama"]
-    assert len(table) == 2 * (len(made) + 1)  # and the mirror image of the erasing share
+    assert len(table) == 2 * len(made)
     for selected, statistics in by.items():
         for name, estimate in statistics["llama"].items():
             assert table[name, selected] == estimate.value
@@ -521,6 +523,11 @@ def test_tables(measured):
     for row, of, part in ((0, repair, repair.mlps_repair), (3, everyone, everyone.mlp_repair)):
         assert parts.iloc[row]["part"] == pytest.approx(part.mean())
         assert parts.iloc[row]["repaired"] == (of.self_repair > 0).mean()
+        repaired = [
+            (p, all_of_it) for p, all_of_it in zip(part, of.self_repair, strict=True) if all_of_it > 0
+        ]
+        between = [0 < p < all_of_it for p, all_of_it in repaired]
+        assert parts.iloc[row]["between"] == np.mean(between) and 0 < np.mean(between) < 1
 
     first = found.first_neurons()
     assert first["change"].tolist() == ["repairs", "breaks"] * 2
@@ -707,7 +714,6 @@ def test_figures_after_the_authors_code_show_the_numbers(measured):
     claims = [claim for claim in load_claims() if claim.notebook == "04"]
     for axis, claim in zip(axes, claims, strict=False):
         names = [claim.statistic, known[claim.statistic].control]
-        names += ["supporting-share"] if claim.id == "erasure-neurons" else []
         points = [line.get_xdata()[0] for line in axis.lines if len(line.get_xdata()) == 1]
         assert points == [of["llama"][name].value for of in found.values() for name in names]
         assert [label.get_text() for label in axes[0].get_yticklabels()] == ["llama"]

@@ -5,7 +5,7 @@ import pytest
 import xarray as xr
 from readings import cosines_of
 
-from selfrepair.analysis.head_growth import CONTROL, TOP, PairGrowth, all_pairs, gaussian_cumulative
+from selfrepair.analysis.head_growth import CONTROL, TOP, PairGrowth, all_pairs
 from selfrepair.analysis.joint_ablation import JointCosts, excess_table
 from selfrepair.analysis.rules import load_statistics
 from selfrepair.analysis.who_repairs import (
@@ -90,13 +90,47 @@ def test_luck_does_not_carry_over_to_the_other_half():
     assert n == 15 and same > 0.2 and abs(other) < 0.1
 
 
-def test_gaussian_pairs_carry_what_the_control_says():
-    """By the formula, and by many pairs whose measured growth has as much noise again."""
-    control = load_statistics()["growth-of-strongest-tenth"].control
-    assert gaussian_cumulative(np.array([0.1]))[0] == pytest.approx(control, abs=0.001)
-    true = noise(5, 20, 1, seed=1) + np.zeros(16)
-    found = PairGrowth.of(grown(true + noise(5, 20, 16, seed=2) * np.sqrt(8), prompts=16), 10)
-    assert found.share_of_strongest().value == pytest.approx(control, abs=0.05)
+def shares_of_gaussians(spreads, noise_of_half, seed=9):
+    """What the strongest tenth carries, by drawing: chosen with noise, read without."""
+    true = np.random.default_rng(seed).normal(size=(20_000, len(spreads))) * spreads
+    chosen = true + np.random.default_rng(seed + 1).normal(size=true.shape) * noise_of_half
+    strongest = chosen > np.quantile(chosen, 0.9)
+    return true[strongest].sum() / true[chosen > 0].sum()
+
+
+@pytest.mark.parametrize("differ", [False, True])
+def test_gaussian_pairs_carry_what_the_control_says(differ):
+    """Growth with as much noise again, and heads after which others grow more: no head is a backup."""
+    spreads = np.geomspace(0.2, 3, 20) if differ else np.ones(20)
+    true = noise(2, 20, 1, seed=1) * spreads[:, None, None, None] + np.zeros(16)
+    made = true + noise(2, 20, 16, seed=2) * np.sqrt(8)
+    found = PairGrowth.of(grown(made, prompts=16), 10)
+    drawn = shares_of_gaussians(spreads, 1.0)
+    assert drawn > 0.55 if differ else drawn == pytest.approx(0.44, abs=0.01)
+    assert found.share_if_gaussian().value == pytest.approx(drawn, abs=0.05)
+    assert found.share_of_strongest().value == pytest.approx(drawn, abs=0.1)
+
+
+def test_few_backups_of_each_head_carry_more_than_the_control_says():
+    growth = noise(3, 10, 1, seed=6) * 0.1 + np.zeros(16)
+    growth[:, :, :, 0] += 1
+    found = PairGrowth.of(grown(growth + noise(3, 10, 16, seed=7) * 0.1, prompts=16), 10)
+    share, by_chance = found.share_of_strongest(), found.share_if_gaussian()
+    assert (share - by_chance).interval().low > 0.1
+    shares, _ = found.if_gaussian(np.array([0.0, 1e9]))
+    np.testing.assert_allclose(shares, [0.5, 0], atol=1e-12)
+
+
+def test_the_pair_that_grows_most_is_read_where_it_was_not_chosen():
+    """By hand: even prompts choose, odd ones are read."""
+    made = noise(3, 4, PROMPTS, seed=8)
+    table = PairGrowth.of(grown(made), 50).table()
+    row = table.loc[table["chosen_by"].idxmax()]
+    (a, b), (c, d) = ((int(name[1]), int(name[3])) for name in (row["ablated"], row["later"]))
+    assert row["chosen_by"] == pytest.approx(made[a, b, c, d, ::2].mean())
+    assert row["read"] == pytest.approx(made[a, b, c, d, 1::2].mean())
+    assert row["read_low"] < row["read"] < row["read_high"]
+    assert row["growth"] == pytest.approx(made[a, b, c, d].mean())
 
 
 def test_heads_that_shrink_outweigh():
@@ -131,6 +165,11 @@ def test_backups_that_are_shared_by_all_heads_and_by_none():
     own = np.repeat(noise(3, 12, 1), PROMPTS, -1)
     shared, same = PairGrowth.of(grown(own), 10).shared()
     assert abs(shared.value) < 0.05 and same.value == pytest.approx(1)
+    on_control_tokens = (
+        np.broadcast_to(common[:3, :1, None], (3, 12, 3, 12, PROMPTS)) * np.arange(12)[:, None]
+    )
+    both = PairGrowth.of(grown(own, control=on_control_tokens), 10)
+    assert both.shared(CONTROL)[0].value == pytest.approx(1) and abs(both.shared()[0].value) < 0.05
     reversed_order = np.zeros((3, 2, 3, 2))
     reversed_order[:, 0, :, 0] = reversed_order[:, 1, :, 1] = 1
     assert PairGrowth.of(grown(reversed_order), 10).shared()[0].value == pytest.approx(-1)

@@ -223,6 +223,8 @@ def claimed(arms: xr.Dataset) -> dict[str, dict[str, Estimate]]:
                 f"head-dropout-gain-{quantity}": against_control(treated, curve.untreated(arms), quantity)
                 for quantity in ("non-norm", *COMPENSATIONS)
             }
+            level = over_seeds(effect_of(treated, "non-norm").drawn)
+            found[name]["head-dropout-level-non-norm"] = level
     return found
 
 

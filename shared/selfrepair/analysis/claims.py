@@ -22,6 +22,7 @@ from selfrepair.analysis.rules import (
     PUBLISHED,
     STATISTICS_FILE,
     VERDICTS,
+    YES,
     Claim,
     Statistic,
     judge,
@@ -53,7 +54,7 @@ LEGEND = (
     "Published numbers have no intervals and are judged as they are, by the range alone where their control "
     "was not released. Verdicts: "
     + "; ".join(f"*{name}*: {meaning}" for name, meaning in VERDICTS.items())
-    + "."
+    + ". Beside a verdict stands how many models say yes, of those that have what the claim is about."
 )
 
 
@@ -77,6 +78,21 @@ class ClaimResult:
     measured: list[ModelResult]
     verdict: str
     published_verdict: str
+
+    @property
+    def verdict_in_full(self) -> str:
+        """On our numbers: ``partly, 2 of 6``."""
+        return _in_full(self.verdict, self.measured)
+
+    @property
+    def published_verdict_in_full(self) -> str:
+        """On the published ones; empty without any."""
+        return _in_full(self.published_verdict, self.published)
+
+
+def _in_full(verdict: str, models: Sequence[ModelResult]) -> str:
+    yes = sum(model.holds == YES for model in models)
+    return f"{verdict}, {yes} of {len(models)}" if models else verdict
 
 
 def claims_table(
@@ -227,9 +243,10 @@ def to_markdown(table: pd.DataFrame) -> str:
             f"{claim.claim} ({claim.source})",
             f"{statistic.sentence}; {claim.rule}; control: {result.control}. "
             f"Rule written {claim.written} looking, {claim.date}",
-            _lines(result.published) + (f"<br>*{result.published_verdict}*" if result.published else ""),
+            _lines(result.published)
+            + (f"<br>*{result.published_verdict_in_full}*" if result.published else ""),
             _lines(result.measured),
-            f"**{result.verdict}**",
+            f"**{result.verdict_in_full}**",
         )
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join([*lines, "", LEGEND])

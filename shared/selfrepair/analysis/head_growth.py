@@ -140,6 +140,47 @@ class PairGrowth:
         strongest = self.strongest()
         return self._total(strongest & lowers) / self._total(strongest), float(lowers.mean())
 
+    def if_gaussian(
+        self, thresholds: Float[np.ndarray, " threshold"]
+    ) -> tuple[Float[np.ndarray, " threshold"], Estimate]:
+        """How many of the pairs would grow by more than each threshold (logits), and what these would carry.
+
+        Were growth Gaussian around 0, as large for each ablated head as it is, whatever the later head: a
+        share of the pairs, and as :meth:`share_of_strongest` one of the positive growth. Growth that chooses
+        has variance ``τ²``, its mean square; its covariance with the growth that is read, ``κ``, is without
+        noise. Where pairs above ``t`` are chosen, one in ``1 − Φ(t/τ)`` is, and they carry ``κ/τ φ(t/τ)``.
+        """
+        n = self.n_layers * self.n_heads
+        n_pairs = np.bincount(self.ablated, minlength=n)
+        spread = np.sqrt(np.bincount(self.ablated, self.chosen_by**2, n) / np.maximum(n_pairs, 1))
+        covariance = np.zeros((n, 1 + self.n_bootstrap))
+        np.add.at(covariance, self.ablated, self.chosen_by[:, None] * self._read())
+        some = spread > 0
+        of_head = covariance[some] / spread[some, None]
+        above, density = _normal_tail(np.asarray(thresholds)[:, None] / spread[some])
+        _, density_at_0 = _normal_tail(np.zeros(int(some.sum())))
+        return above @ n_pairs[some] / len(self.later), Estimate(density @ of_head) / Estimate(
+            density_at_0 @ of_head
+        )
+
+    def share_if_gaussian(self) -> Estimate:
+        """:meth:`share_of_strongest`, were growth as in :meth:`if_gaussian`."""
+        low, high = 0.0, 10 * float(np.abs(self.chosen_by).max())
+        for _ in range(60):
+            middle = (low + high) / 2
+            if self.if_gaussian(np.array([middle]))[0][0] > self.n_strongest / len(self.later):
+                low = middle
+            else:
+                high = middle
+        return self.if_gaussian(np.array([low]))[1][0]
+
+    def _read(self) -> Float[np.ndarray, "pair draw"]:
+        """Growth of every pair on prompts of odd number; 0 where none has tokens."""
+        weights = self.draws_of_half(even=False).T
+        counts = (self.counts[TOP] @ weights)[self.ablated]
+        sums = self.sums[TOP] @ weights
+        return np.divide(sums, counts, out=np.zeros_like(sums), where=counts > 0)
+
     def _total(self, chosen: Bool[np.ndarray, " pair"], selection: str = TOP) -> Estimate:
         """Growth of the chosen pairs together, on prompts of odd number."""
         weights = self.draws_of_half(even=False).T
@@ -172,7 +213,7 @@ class PairGrowth:
             found.append([of_pairs[chosen].mean(), of_distance[apart[chosen]].mean()])
         return _centred(found)
 
-    def shared(self) -> tuple[Estimate, Estimate]:
+    def shared(self, selection: str = TOP) -> tuple[Estimate, Estimate]:
         """Rank correlation of a later layer's growth after different heads of one layer, and after the same.
 
         One head's growth is of the chosen half of the prompts, the other's of the half that is read; the
@@ -180,16 +221,16 @@ class PairGrowth:
         :func:`_centred` has them.
         """
         weights = zip(self.draws_of_half(even=True), self.draws_of_half(even=False), strict=True)
-        return _centred([self._rank_correlations(*pair) for pair in weights])
+        return _centred([self._rank_correlations(selection, *pair) for pair in weights])
 
     def _rank_correlations(
-        self, one: Float[np.ndarray, " prompt"], other: Float[np.ndarray, " prompt"]
+        self, selection: str, one: Float[np.ndarray, " prompt"], other: Float[np.ndarray, " prompt"]
     ) -> list[float]:
         shape = (self.n_layers, self.n_heads, self.n_layers, self.n_heads)
         growths = []
         for weights in (one, other):
             matrix = np.full((self.n_layers * self.n_heads,) * 2, np.nan)
-            matrix[self.ablated, self.later] = self.growth(weights)
+            matrix[self.ablated, self.later] = self.growth(weights, selection)
             growths.append(_standard_ranks(matrix.reshape(shape)))
         # correlation [layer, head, other head, later layer]
         found = np.einsum("ahlg,ailg->ahil", *growths) / self.n_heads
@@ -200,45 +241,53 @@ class PairGrowth:
         """A row for each pair, the strongest growth first, with 95% intervals over prompts.
 
         ``model, ablated, later, growth, low, high, share`` (of the ablated head's direct effect),
-        ``control, control_low, control_high, later_effect`` (the later head's clean one).
+        ``control, control_low, control_high, later_effect`` (the later head's clean one), ``chosen_by``
+        (growth on prompts of even number alone) and ``read, read_low, read_high`` (on those of odd number).
         """
         known = np.maximum(self.counts[TOP].sum(1), 1)
         own = (self.effects[1].sum(1) / known)[self.ablated]
-        later_effect = self.effects[0].sum(1) / known[self.ablated]
-        intervals = {selection: np.hstack(list(self._intervals(selection))) for selection in (TOP, CONTROL)}
-        growth, low, high = intervals[TOP]
-        control = dict(zip(("control", "control_low", "control_high"), intervals[CONTROL], strict=True))
-        found = pd.DataFrame(
-            {
-                "model": self.model,
-                "ablated": self.names(self.ablated),
-                "later": self.names(self.later),
-                **{"growth": growth, "low": low, "high": high, "share": growth / own},
-                **control,
-                "later_effect": later_effect,
-            }
-        )
-        return found.sort_values("growth", ascending=False, ignore_index=True)
+        found = {
+            "model": self.model,
+            "ablated": self.names(self.ablated),
+            "later": self.names(self.later),
+            **self._intervals(TOP, self.draws(), ("growth", "low", "high")),
+        }
+        found["share"] = found["growth"] / own
+        found |= self._intervals(CONTROL, self.draws(), ("control", "control_low", "control_high"))
+        found["later_effect"] = self.effects[0].sum(1) / known[self.ablated]
+        found["chosen_by"] = self.chosen_by
+        found |= self._intervals(TOP, self.draws_of_half(even=False), ("read", "read_low", "read_high"))
+        return pd.DataFrame(found).sort_values("growth", ascending=False, ignore_index=True)
 
-    def _intervals(self, selection: str) -> Iterator[Float[np.ndarray, "bound pair"]]:
-        """Growth of the pairs of each ablated head, and the ends of its interval."""
-        weights = self.draws().T
+    def _intervals(
+        self, selection: str, weights: Float[np.ndarray, "draw prompt"], names: Sequence[str]
+    ) -> dict[str, Float[np.ndarray, " pair"]]:
+        """Growth of every pair and the ends of its interval, by these names."""
+        bounds = np.hstack(list(self._bounds(selection, weights.T)))
+        return dict(zip(names, bounds, strict=True))
+
+    def _bounds(
+        self, selection: str, weights: Float[np.ndarray, "prompt draw"]
+    ) -> Iterator[Float[np.ndarray, "bound pair"]]:
+        """The same for the pairs of one ablated head after the other."""
         for head in dict.fromkeys(self.ablated.tolist()):
             sums = Estimate(self.sums[selection][self.ablated == head] @ weights)
             mean = sums / Estimate(self.counts[selection][head] @ weights)
             yield np.stack([mean.value, *mean.interval()])
 
 
-def gaussian_cumulative(shares: Float[np.ndarray, " x"]) -> Float[np.ndarray, " x"]:
-    """:meth:`PairGrowth.cumulative` by share of the pairs, were growth Gaussian around 0, alike for all."""
-    normal = NormalDist()
-    within = np.clip(shares, 1e-9, 1 - 1e-9)
-    return np.array([normal.pdf(normal.inv_cdf(1 - share)) / normal.pdf(0) for share in within])
-
-
 def all_pairs(found: Sequence[PairGrowth]) -> pd.DataFrame:
     """:meth:`PairGrowth.table` of several models, one under the other."""
     return pd.concat([one.table() for one in found], ignore_index=True)
+
+
+def _normal_tail(
+    values: Float[np.ndarray, "*what"],
+) -> tuple[Float[np.ndarray, "*what"], Float[np.ndarray, "*what"]]:
+    """How much of a standard normal distribution lies above, and its density."""
+    normal = NormalDist()
+    above = [1 - normal.cdf(value) for value in values.flat]
+    return np.reshape(above, values.shape), np.exp(-(values**2) / 2) / np.sqrt(2 * np.pi)
 
 
 def _largest(values: Float[np.ndarray, " pair"], n: int) -> Bool[np.ndarray, " pair"]:

@@ -92,7 +92,7 @@ def statistics_of_models(models: Mapping[str, HeadMeans]) -> dict[str, Statistic
 
 def head_statistics(heads: HeadMeans) -> Statistics:
     """What the claims of notebook 01 are about; heads without tokens in a draw are left out of it."""
-    repair, quarter = heads.self_repair[heads.later], slice(round(0.25 * len(heads.self_repair)))
+    repair, quarter = heads.self_repair[heads.later], slice(max(1, round(0.25 * len(heads.self_repair))))
     mean_later, mean_early = (part.nanmean((0, 1)) for part in (repair, heads.self_repair[quarter]))
     return {
         "self-repair-later-half": mean_later,

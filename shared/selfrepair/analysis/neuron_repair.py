@@ -36,7 +36,8 @@ NOTICEABLE = 0.05
 HALF, GAUSSIAN_HALF = "neurons-for-half", "neurons-for-half-gaussian"
 SINGLE, BROKEN = "tokens-repaired-by-one-neuron", "tokens-broken-by-one-neuron"
 OVERLAP, STRONGEST = "repairing-neurons-overlap", "strongest-neurons-overlap"
-ERASING, ERASERS, SUPPORTING = "erasing-share", "erasers-part-of-change", "supporting-share"
+ERASING, ERASERS = "erasing-share", "erasers-part-of-change"
+WEAKENING, SUPPORTERS = "erasers-weaken", "supporters-weaken"
 FIRST, FIRST_OF_EITHER = "first-repairer-erases", "first-changer-erases"
 
 Head = tuple[int, int]
@@ -101,6 +102,13 @@ class NeuronRepair:
         nth = np.arange(1, min(N_FOLLOWED, self.d_mlp) + 1)
         reached = self.n_above[:, side].T[:, None] >= nth[:, None]
         return self.token_ratio(reached.astype(np.float64), np.ones(len(self.prompt)), weights)
+
+    def weakening(self, side: int, weights: Float[np.ndarray, "draw prompt"]) -> Estimate:
+        """Of the absolute change of neurons that erase, the share by which they erase less.
+
+        Of the other side: of neurons that support, by which they support less.
+        """
+        return self.token_ratio(self.by_erasing[:, side], self.changed_by_erasing[:, side], weights)
 
     def token_ratio(
         self,
@@ -277,5 +285,6 @@ def repair_statistics(
         FIRST_OF_EITHER: repair.token_ratio(
             (repair.largest_clean[:, :, 0] * (1, -1) < 0).mean(1), every, weights
         ),
-        SUPPORTING: mirror.token_ratio(mirror.by_erasing[:, BREAKING], mirror.total[:, BREAKING], weights),
+        WEAKENING: repair.weakening(REPAIRING, weights),
+        SUPPORTERS: mirror.weakening(BREAKING, weights),
     }

@@ -22,7 +22,6 @@ from selfrepair.analysis.neuron_repair import (
     FIRST_OF_EITHER,
     REPAIR,
     REPAIRING,
-    SUPPORTING,
     Head,
     NeuronRepair,
     NeuronTotals,
@@ -101,17 +100,20 @@ class ModelNeurons:
     def mlp_parts(self) -> pd.DataFrame:
         """How much of self-repair later MLPs are, as :func:`mlp_part` counts it, selected by direct effect.
 
-        ``repaired`` is the share of tokens with positive self-repair.
+        ``repaired`` is the share of tokens with positive self-repair, ``between`` the share of these on which
+        MLPs do some of it and not all.
         """
         rows = []
         for scope, repair in self.scopes().items():
             parts = {"all later MLPs": repair.mlps_repair, "last MLP": repair.mlp_repair}
+            is_repaired = repair.self_repair > 0
             for name, part in parts.items():
                 found = mlp_part(repair, part, self.draws())
                 values = [x for of in found.values() for x in (of.value, *of.interval())]
-                rows.append((self.model, scope, (repair.self_repair > 0).mean(), name, *values))
+                between = ((part > 0) & (part < repair.self_repair))[is_repaired].mean()
+                rows.append((self.model, scope, is_repaired.mean(), name, between, *values))
         columns = [f"{name}{end}" for name in found for end in ("", " low", " high")]
-        return pd.DataFrame(rows, columns=["model", "heads", "repaired", "of", *columns])
+        return pd.DataFrame(rows, columns=["model", "heads", "repaired", "of", "between", *columns])
 
     def single_neurons(self) -> pd.DataFrame:
         """Share of tokens on which the most repairing neuron of each later MLP alone repairs so much.
@@ -283,7 +285,6 @@ def claimed(found: Mapping[str, Mapping[str, Statistics]]) -> dict[str, Statisti
         model: {
             name: (by_repair[model] if name in (FIRST, FIRST_OF_EITHER) else statistics)[name]
             for name in statistics
-            if name != SUPPORTING
         }
         for model, statistics in by_effect.items()
     }

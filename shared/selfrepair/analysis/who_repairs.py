@@ -9,7 +9,7 @@ import xarray as xr
 
 from selfrepair.analysis.cosines import head_cosines
 from selfrepair.analysis.estimates import Estimate
-from selfrepair.analysis.head_growth import PairGrowth
+from selfrepair.analysis.head_growth import CONTROL, PairGrowth
 from selfrepair.analysis.joint_ablation import JointCosts
 
 
@@ -28,6 +28,7 @@ def resemblances(
             name = f"backups-{kind}-cosine"
             of_model[name], of_model[f"{name}-same-distance"] = growth.resemblance(cosine)
         of_model["same-backups"], of_model["same-head"] = growth.shared()
+        of_model["same-backups-control-tokens"], _ = growth.shared(CONTROL)
         found[model] = of_model
     return found
 
@@ -39,7 +40,10 @@ def who_repairs_statistics(
 ) -> dict[str, dict[str, Estimate]]:
     """By model, then by ids of ``statistics.yaml``; ``alike`` is what :func:`resemblances` gives."""
     return {
-        model: {"growth-of-strongest-tenth": growth.share_of_strongest()}
+        model: {
+            "growth-of-strongest-tenth": growth.share_of_strongest(),
+            "growth-of-strongest-tenth-gaussian": growth.share_if_gaussian(),
+        }
         | costs[model].statistics()
         | {name: estimate for name, estimate in alike[model].items() if name != "same-head"}
         for model, growth in growths.items()
@@ -50,7 +54,8 @@ def counted_pairs(growths: Mapping[str, PairGrowth], pairs: pd.DataFrame) -> pd.
     """How many pairs surely grow or shrink, on top tokens and on control tokens; ``pairs`` has all of them.
 
     Surely: the 95% interval lies above or below 0, which chance alone does on 2.5% of the pairs each. Beside
-    them what the strongest tenth, and all pairs together, carry of the positive growth.
+    them what the strongest tenth carries of the positive growth, what it would carry by
+    :meth:`PairGrowth.share_if_gaussian`, and what all pairs together do.
     """
     rows = []
     for model, growth in growths.items():
@@ -58,6 +63,7 @@ def counted_pairs(growths: Mapping[str, PairGrowth], pairs: pd.DataFrame) -> pd.
         share, net = growth.share_of_strongest(), growth.net()
         row = {"model": model, "pairs": len(here), "strongest tenth carries": float(share.value)}
         row |= {"low": float(share.interval().low), "high": float(share.interval().high)}
+        row["if Gaussian"] = float(growth.share_if_gaussian().value)
         row["all pairs together"] = float(net.value)
         for prefix, tokens in (("", "top tokens"), ("control_", "control tokens")):
             row[f"grow, {tokens}"] = float((here[f"{prefix}low"] > 0).mean())

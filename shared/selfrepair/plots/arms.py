@@ -86,6 +86,7 @@ def over_training(arms: xr.Dataset) -> Figure:
     for axis in (left, right):
         _log_steps(axis, table["step"].to_numpy())
     legend_below(figure, left, columns=4)
+    say(figure, "Left: given back of the heads' direct effects; bands: 95% intervals over prompts")
     return figure
 
 
@@ -99,7 +100,7 @@ def _log_steps(axis: Axes, steps: np.ndarray) -> None:
 
 
 def live_against_table(table: pd.DataFrame) -> Figure:
-    """Quantities measured now (crosses) and in the arms' table (points, with intervals), by model."""
+    """Quantities measured now (crosses) and in the arms' table (points, with 95% intervals), by model."""
     quantities = [name for name in QUANTITIES if name in set(table["quantity"])]
     figure, axes = grid(len(quantities), 4, 2.35, 2.0)
     models = list(dict.fromkeys(table["model"]))
@@ -117,4 +118,6 @@ def live_against_table(table: pd.DataFrame) -> Figure:
     for axis in axes[::4]:
         axis.set_yticks(range(len(models)), models, fontsize=7)
     legend_below(figure, axes[0], columns=2)
+    says = "Given back of the direct effect of heads, and of attention layers (layers downstream)"
+    say(figure, f"{says}; bars: the table's 95% intervals over prompts")
     return figure

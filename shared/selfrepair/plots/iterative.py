@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from selfrepair.analysis.cosines import cosine_by_distance, head_cosines
 from selfrepair.analysis.earlier_input import correlation, mean_changes
@@ -120,6 +121,7 @@ def alignment_by_layer(found: dict[str, xr.Dataset]) -> Figure:
         ylabel="loss (nats per token)", xlabel="blocks that have run", title="logit lens", yscale="log"
     )
     axes[2].yaxis.set_major_formatter("{x:g}")
+    axes[2].yaxis.set_minor_locator(LogLocator(subs=(2, 4, 6)))
     axes[2].yaxis.set_minor_formatter("{x:g}")
     axes[0].axhline(0, color="0.4", lw=0.8, ls="--", zorder=0)
     for axis in axes:

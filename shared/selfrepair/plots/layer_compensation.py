@@ -195,5 +195,6 @@ def over_training(table: pd.DataFrame) -> Figure:
         if len(quantities) > 1:
             axis.legend(frameon=False, fontsize=8, loc="best")
     axes[0].set_ylim(-0.03, 1.03)
-    figure.suptitle(f"{table['model'].iloc[0]}, {table['prompts'].iloc[0]} prompts", fontsize=10)
+    of = f"{table['model'].iloc[0]}, {table['prompts'].iloc[0]} prompts; bars: 95% intervals over prompts"
+    figure.suptitle(of, fontsize=10)
     return figure

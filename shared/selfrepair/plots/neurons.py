@@ -12,9 +12,11 @@ from jaxtyping import Float, Int
 from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator
 
-from selfrepair.analysis.neuron_repair import BREAKING, REPAIRING, NeuronTotals, gaussian_half
+from selfrepair.analysis.neuron_repair import BREAKING, HALF, REPAIRING, NeuronTotals, gaussian_half
 from selfrepair.analysis.neurons import ModelNeurons
+from selfrepair.analysis.rules import load_claims
 from selfrepair.plots.style import looks
 
 #: Red below 0 (erasing), blue above, as tokens in context have them.
@@ -136,7 +138,8 @@ def neurons_for_half(models: Sequence[ModelNeurons]) -> Figure:
 
     Dashed: of its negative change. Vertical: the claim's limit, and what Gaussian changes would need.
     """
-    figure, axes = plt.subplots(1, 2, figsize=(7.2, 3.2 + 0.2 * len(models)), sharex=True, sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(9.2, 3.9 + 0.2 * len(models)), sharex=True, sharey=True)
+    (limit,) = [claim.at_most for claim in load_claims() if claim.statistic == HALF]
     look = looks(model.model for model in models)
     gaussian = []
     for model in models:
@@ -149,17 +152,20 @@ def neurons_for_half(models: Sequence[ModelNeurons]) -> Figure:
         line.set_label(f"{model.model}: {'; '.join(label)}")
         gaussian.append(gaussian_half(repair.d_mlp))
     for axis, title in zip(axes, ("chosen head", "all heads of its layer"), strict=True):
-        axis.axvline(5, color="0.3", lw=0.9, ls=":", label="the claim's limit")
+        axis.axvline(100 * limit, color="0.3", lw=0.9, ls=":", label="the claim's limit")
         axis.axvline(100 * np.mean(gaussian), color="0.3", lw=1.2, ls="-.", label="Gaussian changes")
         axis.set(
             title=title,
             xlabel="neurons that carry half of the\npositive change (% of the last MLP)",
-            xlim=(0, None),
+            xscale="log",
         )
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        axis.xaxis.set_minor_formatter("{x:g}")
     axes[0].set_ylabel("cumulative share of tokens")
     handles, labels = axes[1].get_legend_handles_labels()
     handles += [Line2D([], [], color="0.3", lw=0.9, ls="--")]
-    labels += ["dashed: of the negative change"]
+    labels += ["dashed: of the negative change (tokens without any change are left out)"]
     figure.legend(handles, labels, loc="outside lower center", frameon=False, fontsize=8, ncol=1)
     return figure
 

@@ -111,12 +111,15 @@ def share_distributions(
     figure.suptitle(title, fontsize=10)
     look = looks([*noise, *(model for source in heads.values() for model in source)])
     for model, found in noise.items():
-        axes[0].plot(THRESHOLDS, found.share_at_most.mean((0, 1)), color=look[model][0], label=model)
+        colour, marker = look[model]
+        shares = found.share_at_most.mean((0, 1))
+        axes[0].plot(THRESHOLDS, shares, color=colour, marker=marker, markevery=0.2, ms=4, label=model)
     axes[0].set(title="single tokens, measured", xlabel="self-repair / direct effect")
     axes[0].set_ylabel("cumulative share")
     for axis, (source, models) in zip(axes[1:], heads.items(), strict=True):
         for model, values in models.items():
-            axis.ecdf(values, color=look[model][0], label=model)
+            colour, marker = look[model]
+            axis.ecdf(values, color=colour, marker=marker, markevery=0.2, ms=4, label=model)
         axis.set(title=f"means of heads, {source}", xlabel="mean self-repair / mean direct effect")
     for axis in axes:
         axis.axvspan(-1, 0, color="C3", alpha=0.1, lw=0)

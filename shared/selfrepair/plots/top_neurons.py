@@ -27,7 +27,7 @@ from selfrepair.analysis.neuron_repair import (
     REPAIR,
     REPAIRING,
     SINGLE,
-    SUPPORTING,
+    WEAKENING,
     NeuronRepair,
     mlp_part,
     part_of_self_repair,
@@ -209,20 +209,15 @@ def against_controls(found: Mapping[str, Mapping[str, Statistics]], notebook: st
     figure, axes = plt.subplots(2, 3, figsize=(10.4, 0.9 * len(names) + 3.0), sharey=True)
     for axis, claim in zip(axes.flat, claims, strict=False):
         control = str(known[claim.statistic].control_id)
-        drawn = {claim.statistic: ("o", True), control: ("o", False)}
-        if claim.statistic == ERASING:
-            drawn[SUPPORTING] = ("x", True)
+        drawn = {claim.statistic: True, control: False}
         for i, models in enumerate(found.values()):
             for y, statistics in enumerate(models.values()):
                 height = y + 0.3 * i - 0.15
-                for name, (marker, is_filled) in drawn.items():
-                    look: dict[str, Any] = {
-                        "color": f"C{i}",
-                        "marker": marker,
-                        "mfc": f"C{i}" if is_filled else "none",
-                    }
+                for name, is_filled in drawn.items():
+                    look: dict[str, Any] = {"color": f"C{i}", "mfc": f"C{i}" if is_filled else "none"}
                     axis.plot(statistics[name].interval(), [height, height], color=f"C{i}", lw=1.3, zorder=1)
-                    axis.plot(statistics[name].value, height, ms=5 if is_filled else 7.5, ls="", **look)
+                    size = 5 if is_filled else 7.5
+                    axis.plot(statistics[name].value, height, ls="", marker="o", ms=size, **look)
         reach = 1.08 * axis.dataLim.x1 if names else 1.0
         for end in (claim.at_least, claim.at_most):
             if 0 < end < reach:
@@ -236,10 +231,10 @@ def against_controls(found: Mapping[str, Mapping[str, Statistics]], notebook: st
     axes[0, 0].set_yticks(range(len(names)), names)
     axes[0, 0].invert_yaxis()
     handles = [Line2D([], [], color=f"C{i}", lw=3) for i in range(len(found))]
-    for marker, face, size in (("o", "0.3", 5), ("o", "none", 7.5), ("x", "0.3", 5)):
-        handles.append(Line2D([], [], color="0.3", marker=marker, mfc=face, ms=size, ls=""))
+    for face, size in (("0.3", 5), ("none", 7.5)):
+        handles.append(Line2D([], [], color="0.3", marker="o", mfc=face, ms=size, ls=""))
     labels = [f"tokens of {name}" for name in found]
-    labels += ["statistic", "control", "erasure-neurons: its mirror image"]
+    labels += ["statistic", "control"]
     figure.legend(handles, labels, loc="outside lower center", ncol=3, frameon=False, fontsize=8)
     return figure
 
@@ -250,6 +245,7 @@ _UNITS = {
     SINGLE: "share of tokens",
     OVERLAP: "Jaccard overlap",
     ERASING: "share of the positive change",
+    WEAKENING: "share of a group's own change",
     FIRST: "share of tokens",
 }
 

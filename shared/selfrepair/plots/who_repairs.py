@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from selfrepair.analysis.estimates import Estimate
-from selfrepair.analysis.head_growth import CONTROL, STRONGEST, TOP, PairGrowth, gaussian_cumulative
+from selfrepair.analysis.head_growth import CONTROL, STRONGEST, TOP, PairGrowth
 from selfrepair.analysis.joint_ablation import JointCosts
 from selfrepair.analysis.words import signed
 from selfrepair.plots.panels import grid, label_left, legend_below, say
@@ -24,12 +24,24 @@ OTHERS = {
     "backup": ("C0", "o", "C0", "with its strongest backup"),
     "middling": ("0.35", "s", "white", "with a later head of middling growth"),
 }
-#: By panel: the statistic, its control, and labels of the panel and of both.
-ALIKE = (
-    ("backups-output-cosine", "backups-output-cosine-same-distance", "cosine of outputs"),
-    ("backups-pattern-cosine", "backups-pattern-cosine-same-distance", "cosine of attention patterns"),
-    ("same-backups", "same-head", "rank correlation of growth"),
-)
+#: By panel: what it shows, and the label of each estimate in it: the claim's statistic, then its control.
+ALIKE = {
+    "cosine of outputs": {
+        "backups-output-cosine": "head and its backups",
+        "backups-output-cosine-same-distance": "all heads as far apart",
+    },
+    "cosine of attention patterns": {
+        "backups-pattern-cosine": "head and its backups",
+        "backups-pattern-cosine-same-distance": "all heads as far apart",
+    },
+    "rank correlation of growth": {
+        "same-backups": "after another head",
+        "same-backups-control-tokens": "the same on control tokens",
+        "same-head": "ceiling: after the same head",
+    },
+}
+#: Colour, marker and filling of the estimates of a panel, in order.
+ALIKE_LOOKS = (("C0", "o", "C0"), ("0.35", "s", "white"), ("0.35", "|", "0.35"))
 
 
 def growth_matrices(growths: Sequence[PairGrowth]) -> Figure:
@@ -79,9 +91,11 @@ def concentration(growths: Sequence[PairGrowth]) -> Figure:
         share = np.arange(1, len(one.later) + 1) / len(one.later)
         axis.plot(share, one.cumulative(), color=colour, lw=1.6, label=one.model)
         axis.plot(share, one.cumulative(CONTROL), color=colour, lw=1, ls=":")
-    axis.plot([], [], color="0.4", lw=1, ls=":", label="control tokens")
-    shares = np.linspace(0, 1, 201)
-    axis.plot(shares, gaussian_cumulative(shares), color="0", lw=1, ls="--", label="Gaussian growth around 0")
+        thresholds = np.linspace(0, 6 * np.abs(one.chosen_by).max(), 400)
+        by_chance, carried = one.if_gaussian(thresholds)
+        axis.plot(by_chance, carried.value, color=colour, lw=0.9, ls="--")
+    for line, label in ((":", "control tokens"), ("--", "Gaussian growth, as large for each ablated head")):
+        axis.plot([], [], color="0.4", lw=1, ls=line, label=label)
     axis.axhline(0, color="0.6", lw=0.7, zorder=0)
     axis.plot([STRONGEST, STRONGEST, 0], [0, 0.5, 0.5], color="0.6", lw=0.8, zorder=0)
     axis.set(
@@ -90,34 +104,27 @@ def concentration(growths: Sequence[PairGrowth]) -> Figure:
         xlabel="share of the pairs, those that grow most first",
         ylabel="share of the positive growth",
     )
-    axis.legend(frameon=False, fontsize=8, loc="center right")
+    legend_below(figure, [axis], columns=2)
     axis.set_title("order by prompts of even number, growth by those of odd number", fontsize=9)
     return figure
 
 
 def alike(found: Mapping[str, Mapping[str, Estimate]]) -> Figure:
     """Three panels, a row for each model: the statistic and its control, with 95% intervals."""
-    figure, axes = plt.subplots(1, 3, figsize=(10.4, 0.36 * len(found) + 1.9), sharey=True)
-    labels = (
-        ("head and its backups", "all heads as far apart"),
-        ("head and its backups", "all heads as far apart"),
-        ("after another head", "ceiling: after the same head"),
-    )
-    for axis, (own, control, title), names in zip(axes, ALIKE, labels, strict=True):
+    figure, axes = plt.subplots(1, 3, figsize=(10.4, 0.36 * len(found) + 2.2), sharey=True)
+    for axis, (title, labels) in zip(axes, ALIKE.items(), strict=True):
         axis.axvline(0, color="0.6", lw=0.7, zorder=0)
-        for row, (_, estimates) in enumerate(found.items()):
-            for name, colour, marker, filling, up in (
-                (own, "C0", "o", "C0", -0.12),
-                (control, "0.35", "s", "white", 0.12),
-            ):
-                estimate = estimates[name]
-                axis.plot(estimate.interval(), [row + up] * 2, color=colour, lw=1.2)
-                label = names[name == control] if row == 0 else None
+        for row, estimates in enumerate(found.values()):
+            for i, (name, label) in enumerate(labels.items()):
+                estimate, (colour, marker, filling) = estimates[name], ALIKE_LOOKS[i]
+                height = row + 0.24 * i - 0.12 * (len(labels) - 1)
+                axis.plot(estimate.interval(), [height] * 2, color=colour, lw=1.2)
                 look = {"color": colour, "marker": marker, "mfc": filling, "ms": 5, "ls": "none"}
-                axis.plot(estimate.value, row + up, label=label, **look)
+                axis.plot(estimate.value, height, label=label if row == 0 else None, **look)
         axis.set_xlabel(title)
         axis.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1))
     axes[0].set(yticks=range(len(found)), yticklabels=list(found), ylim=(len(found) - 0.5, -0.5))
+    say(figure, "bars: 95% intervals over prompts, of which pairs are the strongest (the cosines are fixed)")
     return figure
 
 

@@ -65,10 +65,10 @@ def findings_table(claims: Path) -> str:
     for result in results(read_claims(claims)):
         claim = result.claim
         if (same := claim.id.removesuffix("-prose")) in verdicts:
-            verdicts[same].append(f"on prose: {result.verdict}")
+            verdicts[same].append(f"on prose: {result.verdict_in_full}")
             continue
-        verdicts[claim.id] = [result.verdict]
-        rows.append((claim, result.published_verdict))
+        verdicts[claim.id] = [result.verdict_in_full]
+        rows.append((claim, result.published_verdict_in_full))
     lines = ["| | claim | pocket models | published |", "| --- | --- | --- | --- |"]
     for claim, published in rows:
         said = f"{claim.claim} ({claim.source})"
