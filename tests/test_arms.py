@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import xarray as xr
 import yaml
 from fake_sweeps import FRACTION, HEADS, LAYERS, fake_sweep, tokens_of
 from filelock import FileLock
@@ -15,10 +17,13 @@ from selfrepair.analysis import arms as analysis
 from selfrepair.analysis.estimates import Estimate
 from selfrepair.cli.main import main
 from selfrepair.errors import UserError
-from selfrepair.models.loading import load_model
-from selfrepair.paths import HELD_OUT_TEXT, MODELS
+from selfrepair.models.loading import load_hf, load_model
+from selfrepair.paths import HELD_OUT_TEXT, MODELS, PROFILES
 from selfrepair.run import arms as running
 from selfrepair.run.arms import load_arms, run_arms
+from selfrepair.run.study import Study
+from selfrepair.store import code_identity
+from selfrepair.training.evaluate import evaluate
 
 CONFIG = {
     "architecture": "gpt2", "n_layers": 4, "n_heads": 2, "d_model": 16, "d_mlp": 32, "vocab_size": 512,
@@ -129,13 +134,135 @@ def test_the_command_trains_measures_and_goes_on(tmp_path, own_cache, monkeypatc
     assert arms["weights_sha256"].values[1] == table["weights_sha256"][1]
     metrics = json.loads((out / "trained" / second / "metrics.json").read_text())
     assert metrics["config"]["head_dropout"] == 0.5
-    assert metrics["loss_held_out_prose"] == pytest.approx(table["loss_held_out_prose"][1], abs=1e-5)
+    can_do = evaluate(*load_hf(str(out / "trained" / second), torch.device("cpu")), gazetteer_seed=0)
+    assert can_do["loss_held_out_prose"] == pytest.approx(table["loss_held_out_prose"][1], abs=1e-5)
     # Nothing is made again, unless the configuration changes.
     assert run_arms(file, None, out, "cpu") and len(trained) == 3
     changed = CONFIG | {"lr_other": 0.001}
     write(tmp_path, {"trained": [TWO["trained"][0] | {"config": changed}]})
     with pytest.raises(UserError, match="must be trained first"):
         run_arms(file, None, out, "cpu")
+
+
+class Made:
+    """Names of the models that were measured and trained, in order; what is measured is made up."""
+
+    def __init__(self, monkeypatch):
+        self.measured, self.trained = [], []
+        effects = {name: Estimate(np.zeros(3)) for name in analysis.QUANTITIES}
+        can_do = {"loss_held_out_prose": 5.0, "fact_recall_held_out_phrasings": 0.0}
+        train = running.train
+
+        def measured(study, name):
+            if name == "heads":
+                self.measured.append(study.profile.models[0].split("/")[-1])
+            return {"model": xr.Dataset(attrs={"weights_sha256": "0123"})}
+
+        def trained(config, *arguments):
+            self.trained.append(config.name)
+            return train(config, *arguments)
+
+        monkeypatch.setattr(Study, "measured", measured)
+        monkeypatch.setattr(running, "effects_of_arm", lambda *_: effects)
+        monkeypatch.setattr(running, "evaluate", lambda *_, **__: can_do)
+        monkeypatch.setattr(running, "train", trained)
+
+
+@pytest.fixture
+def made(monkeypatch, own_cache):
+    return Made(monkeypatch)
+
+
+def edit_code(name, monkeypatch, _folder):
+    content = code_identity._content
+
+    def of_an_edited_one(file, *state):
+        return content(file, *state) + (b"# edited" if file.as_posix().endswith(name) else b"")
+
+    monkeypatch.setattr(code_identity, "_content", of_an_edited_one)
+
+
+def edit_profile(name, monkeypatch, folder):
+    settings = yaml.safe_load((PROFILES / "pocket.yaml").read_text())
+    (folder / "other.yaml").write_text(yaml.safe_dump(settings | {name: settings[name] / 2}))
+    monkeypatch.setattr(running, "PROFILE", str(folder / "other.yaml"))
+
+
+def edit_held_out_text(name, monkeypatch, folder):
+    shutil.copytree(HELD_OUT_TEXT, folder / "text")
+    with (folder / "text" / name).open("a") as file:
+        file.write("And one more sentence.\n")
+    monkeypatch.setattr("selfrepair.measure.tokens.HELD_OUT_TEXT", folder / "text")
+
+
+def edit_model(name, _monkeypatch, folder):
+    file = folder / "mine" / name
+    file.write_text(file.read_text().replace("\n", "\n ", 1))
+
+
+@pytest.mark.parametrize(
+    ("edit", "name", "is_made_again"),
+    [
+        (edit_code, "analysis/arms.py", True),
+        (edit_code, "engine/head_ablation.py", True),
+        (edit_code, "measure/layers_on_prose.py", True),
+        (edit_code, "training/evaluate.py", True),
+        (edit_profile, "fraction", True),
+        (edit_held_out_text, "nature.txt", True),
+        (edit_model, "config.json", True),
+        (edit_code, "plots/arms.py", False),
+        (edit_code, "run/page.py", False),
+    ],
+)
+def test_a_row_is_made_again_when_what_it_was_made_of_changes(
+    tmp_path, made, monkeypatch, edit, name, is_made_again
+):
+    shutil.copytree(MODELS / "pocket-pythia-small", tmp_path / "mine")
+    file = write(tmp_path, {"given": [{"group": "g", "models": [str(tmp_path / "mine")]}]})
+    for _ in range(2):
+        assert run_arms(file, None, tmp_path / "out", "cpu") == tmp_path / "arms.csv"
+    assert made.measured == ["mine"]
+    edit(name, monkeypatch, tmp_path)
+    run_arms(file, None, tmp_path / "out", "cpu")
+    assert made.measured == ["mine"] * (1 + is_made_again)
+
+
+def test_a_model_is_trained_again_for_another_text_or_by_other_code(tmp_path, made, monkeypatch):
+    """And then measured again; without a text, the one that it was trained on is good."""
+    file = write(tmp_path, {"trained": [TWO["trained"][0] | {"vary": {"seed": [3]}}]})
+    (arm,), out = load_arms(file), tmp_path / "out"
+    texts = [HELD_OUT_TEXT / name for name in ("nature.txt", "stories.txt")]
+    for text in (texts[0], None, texts[0]):
+        run_arms(file, text, out, "cpu")
+        assert made.trained == made.measured == [arm.name]
+    run_arms(file, texts[1], out, "cpu")
+    assert made.trained == made.measured == [arm.name] * 2
+    edit_code("training/head_dropout.py", monkeypatch, tmp_path)
+    with pytest.raises(UserError, match="must be trained first; give the folder of its text with --text"):
+        run_arms(file, None, out, "cpu")
+    run_arms(file, texts[1], out, "cpu")
+    assert made.trained == [arm.name] * 3
+
+
+def test_nothing_is_written_beside_a_model_of_ones_own(tmp_path, made):
+    models, out = tmp_path / "models", tmp_path / "out"
+    shutil.copytree(MODELS / "pocket-pythia-small", models / "mine")
+    (models / "mine.zarr").mkdir()
+    (models / "mine.zarr" / "thesis.txt").write_text("years of work")
+    before = set(models.rglob("*"))
+    file = write(tmp_path, {"given": [{"group": "g", "models": [str(models / "mine")]}]})
+    run_arms(file, None, out, "cpu")
+    assert set(models.rglob("*")) == before
+    assert (out / "rows" / "mine.zarr").is_dir()
+    assert list(pd.read_csv(tmp_path / "arms.csv")["name"]) == ["mine"]
+
+
+def test_models_of_one_name_are_refused(tmp_path):
+    folders = [str(tmp_path / place / "mine") for place in "ab"]
+    for folder in folders:
+        shutil.copytree(MODELS / "pocket-pythia-small", folder)
+    with pytest.raises(UserError, match="two arms are called 'mine'; their groups, or folders, need other"):
+        load_arms(write(tmp_path, {"given": [{"group": "g", "models": folders}]}))
 
 
 # ------------------------------------------------------------------------------------------------- analysis
@@ -204,6 +331,23 @@ def test_a_dose_curve_has_the_means_over_seeds():
     rows = curve[curve["quantity"] == "mlps"].set_index("dose")
     assert rows["estimate"].to_dict() == pytest.approx({0.0: 0.1, 0.5: 1.0})
     assert rows["n_seeds"].to_dict() == {0.0: 2, 0.5: 1}
+
+
+def test_claims_are_of_gains_and_of_what_is_left_at_the_claimed_dose():
+    """By hand: two seeds take away 0.3 and 0.1 without dropout, and give back −0.1 and 0.2 with it."""
+    groups = [curve.group for curve in analysis.CURVES.values() if curve.dose == "head_dropout"]
+    values = [[value] * 41 for value in (-0.3, -0.1, 9.0, -0.1, 0.2)] * len(groups)
+    arms = some_arms(
+        values, group=[group for group in groups for _ in range(5)], seed=[1, 2, 1, 1, 2] * len(groups),
+        head_dropout=[0.0, 0.0, 0.25, 0.5, 0.5] * len(groups),
+    )  # fmt: skip
+    found = analysis.claimed(arms)
+    assert list(found) == ["gpt2, fine-tuned", "gpt2, from scratch", "pythia, fine-tuned"]
+    for of_group in found.values():
+        assert of_group["head-dropout-gain-non-norm"].value == pytest.approx(0.25)
+        level = of_group["head-dropout-level-non-norm"]
+        assert level.value == pytest.approx(0.05)
+        assert set(np.round(level.samples, 6)) == {-0.1, 0.05, 0.2}  # seeds are drawn too
 
 
 # --------------------------------------------------------------------------------------- what is committed

@@ -19,12 +19,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selfrepair.cli.main import main
 from selfrepair.errors import UserError
-from selfrepair.paths import HELD_OUT_TEXT, MODELS
+from selfrepair.paths import HELD_OUT_TEXT, MODELS, cache_dir
+from selfrepair.store import code_identity
 from selfrepair.training import loop
+from selfrepair.training.architecture import build_model
 from selfrepair.training.card import finish, render_card, render_table
 from selfrepair.training.config import Phase, TrainingConfig, load_config
 from selfrepair.training.data import prepare
-from selfrepair.training.loop import log_spaced_steps, lr_factor, train
+from selfrepair.training.loop import log_spaced_steps, lr_factor, save_model, train
 
 BATCH = 64 * 4
 
@@ -96,6 +98,26 @@ def test_resumed_at_any_step_ends_with_the_same_weights(tmp_path, monkeypatch, d
             assert a["step"] == b["step"] and float(a["loss"]) == pytest.approx(float(b["loss"]), abs=1e-4)
 
 
+@pytest.mark.parametrize("is_begun", [False, True])
+def test_killed_at_the_start_of_a_phase_ends_with_the_same_weights(tmp_path, monkeypatch, data, is_begun):
+    """Where a phase starts at a step at which states are saved: killed before it, and before its first one."""
+    config = dataclasses.replace(TINY, phases=phases(20, 5))
+    whole = train(config, data, tmp_path / "whole", CPU, save_every=10).state_dict()
+    begin = loop._begin_phase
+
+    def dying(*arguments):
+        if is_begun:
+            begin(*arguments)
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(loop, "_begin_phase", dying)
+        train(config, data, tmp_path / "killed", CPU, save_every=10)
+    resumed = train(config, data, tmp_path / "killed", CPU, save_every=10).state_dict()
+    for name, weight in whole.items():
+        torch.testing.assert_close(resumed[name], weight, rtol=0, atol=1e-5, msg=name)
+
+
 def test_another_seed_ends_elsewhere(tmp_path, data):
     ends = [
         train(dataclasses.replace(TINY, seed=seed), data, tmp_path / str(seed), CPU).state_dict()[
@@ -115,6 +137,79 @@ def test_state_of_another_configuration_is_not_continued(tmp_path, monkeypatch, 
     (tmp_path / "w" / "state.pt").write_bytes(b"damaged")
     with pytest.raises(UserError, match="damaged"):
         train(TINY, data, tmp_path / "w", CPU)
+
+
+def a_text(folder: Path, kind: str) -> Path:
+    """Some passages of a kind of held-out prose."""
+    passages = (HELD_OUT_TEXT / f"{kind}.txt").read_text().split("\n---\n")[:12]
+    (folder / f"{kind}.txt").write_text("\n---\n".join(passages))
+    return folder / f"{kind}.txt"
+
+
+def test_state_of_another_text_is_not_continued(tmp_path, monkeypatch, data):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(12, patch)
+        train(TINY, data, tmp_path / "w", CPU, save_every=10)
+    of_another = prepare(TINY, a_text(tmp_path, "nature"))
+    before = (tmp_path / "w" / "state.pt").read_bytes()
+    with pytest.raises(UserError, match="another text or tokenizer; delete it or choose another --out"):
+        train(TINY, of_another, tmp_path / "w", CPU, save_every=10)
+    of_another_tokenizer = dataclasses.replace(data, tokenizer=of_another.tokenizer)
+    without_gazetteer = dataclasses.replace(TINY, phases=(Phase(BATCH * 25, 0.0),))
+    digests = {
+        one.digest(one.training_rows(without_gazetteer)) for one in (data, of_another, of_another_tokenizer)
+    }
+    assert len(digests) == 3
+    assert (tmp_path / "w" / "state.pt").read_bytes() == before
+
+
+def test_state_of_another_start_model_is_not_continued(tmp_path, monkeypatch, data):
+    """One of the same name."""
+    start = tmp_path / "start"
+    save_model(build_model(TINY, data.tokenizer.bos_token_id), data, start)
+    config = dataclasses.replace(TINY, start=str(start))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(12, patch)
+        train(config, data, tmp_path / "w", CPU, save_every=10)
+    save_model(build_model(dataclasses.replace(TINY, seed=1), data.tokenizer.bos_token_id), data, start)
+    with pytest.raises(UserError, match="another start model; delete it or choose another --out"):
+        train(config, data, tmp_path / "w", CPU, save_every=10)
+
+
+def edited(monkeypatch, name: str) -> None:
+    """To whoever asks for a code version, a module of the library is another."""
+    content = code_identity._content
+
+    def of_an_edited_one(file, *state):
+        return content(file, *state) + (b"# edited" if file.as_posix().endswith(name) else b"")
+
+    monkeypatch.setattr(code_identity, "_content", of_an_edited_one)
+
+
+def test_state_of_other_code_is_not_continued(tmp_path, monkeypatch, data):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(12, patch)
+        train(TINY, data, tmp_path / "w", CPU, save_every=10)
+    edited(monkeypatch, "training/head_dropout.py")
+    with pytest.raises(UserError, match="another version of the code; delete it or choose another --out"):
+        train(TINY, data, tmp_path / "w", CPU, save_every=10)
+
+
+@pytest.mark.parametrize(
+    "changed", ["text/world.py", "text/gazetteer.py", "text/corpora.py", "training/data.py", "tokenizers"]
+)
+def test_prepared_rows_are_made_again_by_other_code(tmp_path, monkeypatch, changed):
+    text, prepared = a_text(tmp_path, "nature"), cache_dir() / "prepared"
+    prepare(TINY, text)
+    before = set(prepared.iterdir())
+    prepare(TINY, text)
+    assert set(prepared.iterdir()) == before
+    if changed == "tokenizers":
+        monkeypatch.setattr("tokenizers.__version__", "0.0.1")
+    else:
+        edited(monkeypatch, changed)
+    prepare(TINY, text)
+    assert len(set(prepared.iterdir()) - before) == 1
 
 
 def config_of_rows(*parts: Phase, seed: int = 0) -> TrainingConfig:

@@ -19,17 +19,19 @@ from filelock import FileLock, Timeout
 
 from selfrepair import __version__
 from selfrepair.analysis.arms import COMPENSATIONS, arms_dataset, arms_table, effects_of_arm
+from selfrepair.analysis.estimates import Estimate
 from selfrepair.errors import NotMeasurable, UserError
-from selfrepair.models.checkpoints import checkpoints, find_model, model_identity, training_metrics
+from selfrepair.models.checkpoints import checkpoints, find_model, short_name, training_metrics
 from selfrepair.models.devices import resolve_device
 from selfrepair.models.loading import load_hf
 from selfrepair.run.study import Study
-from selfrepair.store.files import write_atomically
+from selfrepair.store.code_identity import code_version
+from selfrepair.store.files import slug, write_atomically
 from selfrepair.store.stores import attributes_of, open_store, write_store
 from selfrepair.training.config import TrainingConfig, config_of, load_mapping
 from selfrepair.training.data import prepare
 from selfrepair.training.evaluate import evaluate
-from selfrepair.training.loop import save_model, train
+from selfrepair.training.loop import run_identity, save_model, train
 
 #: What arms are measured on: heads and layers of this profile's text, and planted facts.
 PROFILE = "pocket"
@@ -49,12 +51,9 @@ class Arm:
     step: int = -1
 
     @property
-    def determined_by(self) -> str:
-        """What makes its weights, as JSON."""
-        if self.config is None:
-            return json.dumps({"files": model_identity(self.model_name)})
-        started = {"start": model_identity(self.config.start)} if self.config.start else {}
-        return json.dumps(dataclasses.asdict(self.config) | started, sort_keys=True)
+    def file_name(self) -> str:
+        """What its row and its trained model are called, whatever its name."""
+        return slug(self.name)
 
 
 def load_arms(path: Path) -> list[Arm]:
@@ -74,10 +73,12 @@ def load_arms(path: Path) -> list[Arm]:
         _check(isinstance(groups, list), path, f"{key} must be a list of groups")
     arms = [arm for group in values.get("trained", []) for arm in _trained(group, path)]
     arms += [arm for group in values.get("given", []) for arm in _given(group, path)]
-    names = [arm.name for arm in arms]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"{path}: two arms are called '{name}'; their groups need other names")
+    names = [arm.file_name for arm in arms]
+    for arm in arms:
+        if names.count(arm.file_name) > 1:
+            raise UserError(
+                f"{path}: two arms are called '{arm.name}'; their groups, or folders, need other names"
+            )
     return arms
 
 
@@ -100,14 +101,14 @@ def _given(group: object, path: Path) -> Iterator[Arm]:
         known = _checked(group, ("group", "checkpoints_of"), path)
         _check(isinstance(known["checkpoints_of"], str), path, "checkpoints_of must be the name of a model")
         for saved in checkpoints(known["checkpoints_of"]):
-            name = f"{known['checkpoints_of']}-step-{saved.step}"
+            name = f"{short_name(known['checkpoints_of'])}-step-{saved.step}"
             yield Arm(name, known["group"], model_name=saved.model_name, step=saved.step)
         return
     known = _checked(group, ("group", "models"), path)
     is_names = isinstance(known["models"], list) and all(isinstance(name, str) for name in known["models"])
     _check(is_names, path, "models must be a list of names")
     for name in known["models"]:
-        yield Arm(name, known["group"], model_name=name)
+        yield Arm(short_name(name), known["group"], model_name=name)
 
 
 def _checked(group: object, keys: tuple[str, ...], path: Path) -> dict[str, Any]:
@@ -125,6 +126,9 @@ def _check(is_right: bool, path: Path, wanted: str) -> None:
 def run_arms(file: Path, text: Path | None, folder: Path, device: str) -> Path | None:
     """Makes every arm of ``file`` that is not there yet, and then the table beside it; returns its path.
 
+    What was made of another configuration, text, model, code or settings of :data:`PROFILE` is made again;
+    without ``text``, of trained models the text is not compared.
+
     The same command started several times shares the work: an arm that another process is making is passed
     over, and who is last writes the table (others: ``None``). Killed, it goes on where it was. Models, stores
     and one small store for each arm go into ``folder``.
@@ -136,15 +140,13 @@ def run_arms(file: Path, text: Path | None, folder: Path, device: str) -> Path |
     for arm in arms:
         if arm.config is None:
             find_model(arm.model_name)
-    rows = {arm.name: folder / "rows" / f"{arm.name}.zarr" for arm in arms}
+    rows = {arm.name: folder / "rows" / f"{arm.file_name}.zarr" for arm in arms}
     (folder / "rows").mkdir(parents=True, exist_ok=True)
     others = []
     for arm in arms:
         try:
             with FileLock(rows[arm.name].with_suffix(".lock"), blocking=False):
-                if not _is_done(arm, rows[arm.name]):
-                    print(f"{arm.name}: {'measuring' if arm.config is None else 'training'}", file=sys.stderr)
-                    write_store([_made(arm, text, folder, device)], rows[arm.name], "arm")
+                _make(arm, text, folder, device, rows[arm.name])
         except Timeout:
             others.append(arm.name)
     if others:
@@ -153,29 +155,13 @@ def run_arms(file: Path, text: Path | None, folder: Path, device: str) -> Path |
     return _write_table(file, [open_store(row) for row in rows.values()])
 
 
-def _is_done(arm: Arm, row: Path) -> bool:
-    attributes = attributes_of(row)
-    return attributes is not None and attributes["determined_by"] == arm.determined_by
-
-
-def _made(arm: Arm, text: Path | None, folder: Path, device: str) -> xr.Dataset:
-    """Of one arm, what :func:`arms_dataset` gives."""
+def _make(arm: Arm, text: Path | None, folder: Path, device: str, row: Path) -> None:
+    """Leaves an arm's ``row``, what :func:`arms_dataset` gives of it, on the disk, unless it is there."""
     model_name = arm.model_name if arm.config is None else str(_train(arm, text, folder, device))
     study = Study.of(PROFILE, model_name, device=device, out_dir=folder)
-    (sweep,) = study.measured("heads").values()
-    layers = {}
-    for name in COMPENSATIONS.values():
-        try:
-            (layers[name],) = study.measured(name).values()
-        except NotMeasurable as why:  # a model that answers no facts
-            print(f"{arm.name}: {why}", file=sys.stderr)
-    effects = effects_of_arm(sweep, layers, study.profile.fraction)
-    metrics: dict[str, Any] = training_metrics(Path(find_model(model_name))) if arm.step < 0 else {}
-    if "loss_held_out_prose" not in metrics:
-        hf, tokenizer = load_hf(model_name, resolve_device(device))
-        metrics = evaluate(hf, tokenizer, gazetteer_seed=0)
-    config: dict[str, Any] = cast(dict[str, Any], metrics).get("config", {})
-    about = {
+    metrics = training_metrics(Path(find_model(model_name))) if arm.step < 0 else {}
+    config: dict[str, Any] = metrics.get("config", {})
+    known = {
         "name": arm.name,
         "group": arm.group,
         "step": arm.step,
@@ -183,13 +169,52 @@ def _made(arm: Arm, text: Path | None, folder: Path, device: str) -> xr.Dataset:
         "seed": int(config.get("seed", 0)),
         "start": str(config.get("start", "")),
         "tokens": int(metrics.get("training_tokens", 0)),
-        "loss_held_out_prose": metrics["loss_held_out_prose"],
-        "fact_recall": metrics["fact_recall_held_out_phrasings"],
-        "weights_sha256": str(sweep.attrs["weights_sha256"])[:16],
-        "made_on": _made_on(device),
     }
-    made = arms_dataset([(about, effects)])
-    return made.assign_attrs(determined_by=arm.determined_by, version=__version__)
+    determined_by = json.dumps(known | _measured_by(study), sort_keys=True)
+    attributes = attributes_of(row)
+    if attributes is not None and attributes["determined_by"] == determined_by:
+        return
+    print(f"{arm.name}: measuring", file=sys.stderr)
+    measured, effects = _measured(arm, study, config)
+    made = arms_dataset([(known | measured, effects)])
+    write_store([made.assign_attrs(determined_by=determined_by, version=__version__)], row, "arm")
+
+
+def _measured_by(study: Study) -> dict[str, object]:
+    """What determines all that is measured of the study's model: stores' names say which model, settings,
+    text and code."""
+    (model_name,) = study.profile.models
+    tasks = [study.task(name, model_name) for name in ("heads", *COMPENSATIONS.values())]
+    return {
+        "stores": [task.path.stem for task in tasks],
+        "fraction": study.profile.fraction,
+        "code": code_version("selfrepair.run.arms"),
+    }
+
+
+def _measured(
+    arm: Arm, study: Study, config: dict[str, Any]
+) -> tuple[dict[str, object], dict[str, Estimate]]:
+    """What is measured of the study's model, trained by ``config``, and its effects."""
+    (model_name,) = study.profile.models
+    (sweep,) = study.measured("heads").values()
+    layers = {}
+    for name in COMPENSATIONS.values():
+        try:
+            (layers[name],) = study.measured(name).values()
+        except NotMeasurable as why:  # a model that answers no facts
+            print(f"{arm.name}: {why}", file=sys.stderr)
+    hf, tokenizer = load_hf(model_name, resolve_device(study.device))
+    can_do = evaluate(
+        hf, tokenizer, int(config.get("gazetteer_seed", 0)), int(config.get("sequence_length", 128))
+    )
+    about: dict[str, object] = {
+        "loss_held_out_prose": can_do["loss_held_out_prose"],
+        "fact_recall": can_do["fact_recall_held_out_phrasings"],
+        "weights_sha256": str(sweep.attrs["weights_sha256"])[:16],
+        "made_on": _made_on(study.device),
+    }
+    return about, effects_of_arm(sweep, layers, study.profile.fraction)
 
 
 def _made_on(device: str) -> str:
@@ -199,26 +224,28 @@ def _made_on(device: str) -> str:
 
 
 def _train(arm: Arm, text: Path | None, folder: Path, device: str) -> Path:
-    """Trains an arm unless its folder is there already."""
-    out = folder / "trained" / arm.name
-    if training_metrics(out).get("made_from") == arm.determined_by:
-        return out
-    if text is None:
-        raise UserError(f"{arm.name}: must be trained first; give the folder of its text with --text")
+    """Trains an arm unless its folder is there already, of the same configuration, start, text and code."""
+    out = folder / "trained" / arm.file_name
     config = cast(TrainingConfig, arm.config)  # of what is trained
-    data = prepare(config, text)
+    found = training_metrics(out).get("trained_from", {})
+    data = None if text is None else prepare(config, text)
+    of_text = found.get("text or tokenizer", "")
+    trained_from = run_identity(config, data.digest(data.training_rows(config)) if data else of_text)
+    if found == trained_from:
+        return out
+    if data is None:
+        raise UserError(f"{arm.name}: must be trained first; give the folder of its text with --text")
+    print(f"{arm.name}: training", file=sys.stderr)
     work = out.with_name(f"{out.name}.training")
     model = train(config, data, work, resolve_device(device))
     save_model(model, data, work / "model")
-    model.eval()
-    metrics = evaluate(model, data.tokenizer, config.gazetteer_seed, config.sequence_length)
-    of_training = {
+    metrics = {
         "config": dataclasses.asdict(config),
         "steps": config.n_steps,
         "training_tokens": config.n_steps * config.batch_size * config.sequence_length,
-        "made_from": arm.determined_by,
+        "trained_from": trained_from,
     }
-    content = json.dumps(of_training | metrics, indent=2) + "\n"
+    content = json.dumps(metrics, indent=2) + "\n"
     (work / "model" / "metrics.json").write_text(content, encoding="utf-8")
     shutil.copy(work / "curve.csv", work / "model" / "training_curve.csv")
     shutil.rmtree(out, ignore_errors=True)

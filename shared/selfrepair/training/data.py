@@ -13,18 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from selfrepair.errors import UserError
 from selfrepair.paths import cache_dir
+from selfrepair.store.code_identity import code_version
 from selfrepair.text.corpora import pack, read_documents
 from selfrepair.text.gazetteer import Gazetteer
 from selfrepair.training.config import TrainingConfig
 
 BOS = "<|endoftext|>"
 N_VALIDATION_ROWS = 512
-FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,14 @@ class TrainingData:
             used += n_corpus
         return np.concatenate(rows)
 
+    def digest(self, rows: np.ndarray) -> str:
+        """Differs where anything does that a run on these :meth:`training_rows` reads: they, the validation
+        rows, or what a token stands for."""
+        digest = hashlib.sha256(json.dumps(self.tokenizer.get_vocab(), sort_keys=True).encode())
+        for array in (rows, self.validation):
+            digest.update(f"{array.dtype} {array.shape} ".encode() + array.tobytes())
+        return digest.hexdigest()[:16]
+
     def _corpus_rows(self, start: int, count: int, seed: int) -> np.ndarray:
         n = len(self.corpus)
         epochs = range(start // n, -(-(start + count) // n))
@@ -84,13 +93,14 @@ class TrainingData:
 
 def prepare(config: TrainingConfig, text: str | Path) -> TrainingData:
     """Tokenizer and rows for ``config`` from the folder ``text``, from the cache where they are there
-    already.
+    already, made of the same text by the same code and version of ``tokenizers``.
 
     Raises:
         UserError: no readable text, or less of it than one batch besides the validation rows.
     """
     documents = read_documents(text)
-    digest = hashlib.sha256(json.dumps([FORMAT, config.data_key()], sort_keys=True).encode())
+    made_by = [code_version("selfrepair.training.data"), tokenizers.__version__]
+    digest = hashlib.sha256(json.dumps([made_by, config.data_key()], sort_keys=True).encode())
     for document in documents:
         digest.update(hashlib.sha256(document.encode()).digest())
     folder = cache_dir() / "prepared" / digest.hexdigest()[:16]

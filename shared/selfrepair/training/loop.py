@@ -21,6 +21,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from selfrepair.errors import UserError
+from selfrepair.models.checkpoints import model_identity
+from selfrepair.store.code_identity import code_version
 from selfrepair.training.architecture import build_model, start_from
 from selfrepair.training.config import TrainingConfig
 from selfrepair.training.data import TrainingData
@@ -44,8 +46,8 @@ def train(
     is returned in float32. Killed at any step and started again, the run ends with the same weights.
 
     Raises:
-        UserError: the state in ``work`` is damaged or of another configuration, or the configuration starts
-            from a model that is missing or of another shape or tokenizer.
+        UserError: the state in ``work`` is damaged or of another run (:func:`run_identity`), or the
+            configuration starts from a model that is missing or of another shape or tokenizer.
     """
     if save_every % CURVE_EVERY:
         raise ValueError(
@@ -59,7 +61,8 @@ def train(
     cast(nn.Module, model).to(device)
     optimizers = build_optimizers(model, config)
     rows = data.training_rows(config)
-    start = _resume(work, config, model, optimizers)
+    made_from = run_identity(config, data.digest(rows))
+    start = _resume(work, config, made_from, model, optimizers)
     curve = _Curve(work / "curve.csv", start)
     checkpoint_steps = set(log_spaced_steps(config.phase_steps[0], config.n_checkpoints)[:-1])
     phase_starts = set(itertools.accumulate(config.phase_steps[:-1]))
@@ -74,7 +77,7 @@ def train(
             if step in phase_starts and step != start:
                 _begin_phase(model, config, step)
                 optimizers = build_optimizers(model, config)
-                _save_state(work, config, model, optimizers, step)
+                _save_state(work, made_from, model, optimizers, step)
             if step in checkpoint_steps:
                 save_model(model, data, work / "checkpoints" / f"step-{step:06d}")
             batch = torch.from_numpy(
@@ -93,8 +96,9 @@ def train(
                 losses, clock = [], now
                 progress.set_postfix_str(f"loss {mean:.3f}, {speed:,.0f} tokens/s")
                 curve.add(done, done * batch.numel(), mean, validation, lr_factor(config, step), speed)
-            if done % save_every == 0 and done < config.n_steps:
-                _save_state(work, config, model, optimizers, done)
+            # Where a phase starts, its first state is saved above: one of before would go on without a start.
+            if done % save_every == 0 and done < config.n_steps and done not in phase_starts:
+                _save_state(work, made_from, model, optimizers, done)
     return model
 
 
@@ -184,15 +188,30 @@ def save_model(model: PreTrainedModel, data: TrainingData, folder: Path) -> None
     os.replace(unfinished, folder)
 
 
+def run_identity(config: TrainingConfig, digest: str) -> dict[str, str]:
+    """What determines a run that reads what has this ``digest`` (:meth:`TrainingData.digest`), by what each
+    is called.
+
+    Raises:
+        UserError: no such model to start from, or it cannot be read.
+    """
+    return {
+        "configuration": json.dumps(dataclasses.asdict(config)),
+        "start model": model_identity(config.start) if config.start else "",
+        "text or tokenizer": digest,
+        "version of the code": code_version("selfrepair.training.loop"),
+    }
+
+
 def _save_state(
     work: Path,
-    config: TrainingConfig,
+    made_from: dict[str, str],
     model: PreTrainedModel,
     optimizers: list[torch.optim.Optimizer],
     step: int,
 ) -> None:
     state = {
-        "config": json.dumps(dataclasses.asdict(config)),
+        "made_from": made_from,
         "step": step,
         "model": model.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
@@ -205,7 +224,11 @@ def _save_state(
 
 
 def _resume(
-    work: Path, config: TrainingConfig, model: PreTrainedModel, optimizers: list[torch.optim.Optimizer]
+    work: Path,
+    config: TrainingConfig,
+    made_from: dict[str, str],
+    model: PreTrainedModel,
+    optimizers: list[torch.optim.Optimizer],
 ) -> int:
     path = work / "state.pt"
     if not path.exists():
@@ -213,11 +236,12 @@ def _resume(
         return 0
     try:
         state = torch.load(path, map_location=model.device, weights_only=True)
+        others = [what for what, own in made_from.items() if state["made_from"][what] != own]
     except Exception as error:  # torch.load raises many types for a damaged file
         raise UserError(f"{path}: damaged ({type(error).__name__}); delete {work} to start again") from error
-    if state["config"] != json.dumps(dataclasses.asdict(config)):
+    if others:
         raise UserError(
-            f"{work}: holds an unfinished run of another configuration; delete it or choose another --out"
+            f"{work}: holds an unfinished run of another {others[0]}; delete it or choose another --out"
         )
     model.load_state_dict(state["model"])
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
