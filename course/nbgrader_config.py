@@ -31,6 +31,8 @@ config.Autograde.sanitize_preprocessors = [
 # nbgrader's own database code makes its database library warn at every student.
 warnings.filterwarnings("ignore", module=r"nbgrader\.api")
 
+# A warning is no mistake: without this, nbgrader would give the test cell that shows it no points.
+os.environ.setdefault("PYTHONWARNINGS", "ignore")
 # Models and texts are in the repository: no student's code needs the hub while it is graded.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Kernels use the environment and the library that nbgrader itself runs in.

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+from jaxtyping import Int
 from torch import Tensor
+
+from selfrepair.course.plain import PlainModel
 
 #: How far an answer may be from the right one (absolute), by the coarser of both precisions.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
@@ -61,3 +67,21 @@ def check_number(what: str, answer: object, right: float) -> None:
     answer = torch.as_tensor(answer, dtype=torch.float64) if not isinstance(answer, Tensor) else answer
     assert answer.numel() == 1, f"{what}: should be one number, not {answer.numel()}"
     check(what, answer.reshape(()), torch.tensor(float(right), dtype=torch.float64))
+
+
+@contextmanager
+def check_arrival(what: str, model: PlainModel, tokens: Int[Tensor, "prompt position"]) -> Iterator[None]:
+    """Whether something that is put into the model meanwhile changes what the final norm gets.
+
+    Raises:
+        AssertionError: every run of these tokens was as the one before.
+    """
+    clean = model.run(tokens).residuals[-1]
+    seen: list[Tensor] = []
+    handle = model.final_norm.register_forward_pre_hook(lambda _, streams: seen.append(streams[0]))
+    try:
+        yield
+    finally:
+        handle.remove()
+    moved = [largest_distance(stream, clean) for stream in seen if stream.shape == clean.shape]
+    assert max(moved, default=0) > 0.01, f"{what}: changes nothing in the model"

@@ -87,7 +87,8 @@ def _random_model(family: str, seed: int) -> PlainModel:
     )
     own_names = CONFIG_MAPPING[model_type].attribute_map
     shape = {own_names.get(name, name): size for name, size in TINY_SHAPE.items()}
-    config = AutoConfig.for_model(model_type, vocab_size=VOCABULARY, **shape, **settings)
+    no_ends = dict(bos_token_id=None, eos_token_id=None)  # the usual ones are not in so small a vocabulary
+    config = AutoConfig.for_model(model_type, vocab_size=VOCABULARY, **no_ends, **shape, **settings)
     hf = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
