@@ -15,6 +15,8 @@ import pytest
 from selfrepair import models
 from selfrepair.errors import UserError
 from selfrepair.models.checkpoints import (
+    checkpoints,
+    dataset_identity,
     embedded_models,
     find_model,
     model_folder,
@@ -111,13 +113,25 @@ def test_the_hub_is_asked_once_and_its_answer_is_said(hub, tmp_path):
         and login.startswith("who/401: gated")
         and "log in" in forbidden
     )
-    assert (
-        unknown
-        == "who/404: no embedded model, no local folder and no model on the Hugging Face hub: check the name"
+    assert unknown.startswith(
+        "who/404: no embedded model, no local folder and no model on the Hugging Face hub: check the name"
     )
     assert "answered with error 503" in broken
     assert "no possible id" in twice
     assert Hub.asked == [f"/who/{status}/resolve/main/config.json" for status in (200, 401, 403, 404, 503)]
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("pocket-gtp2", "pocket-gpt2"), ("pocket-pythia-smal", "pocket-pythia-small")]
+)
+def test_a_misspelt_name_is_told_from_the_embedded_ones(name, meant):
+    with pytest.raises(UserError, match=f"did you mean {meant}[?]") as error:
+        find_model(name)
+    assert all(embedded in str(error.value) for embedded in embedded_models())
+    assert "--" not in str(error.value)
+    with pytest.raises(UserError) as unlike:
+        find_model("gpt2")
+    assert "did you mean" not in str(unlike.value) and meant in str(unlike.value)
 
 
 @pytest.mark.slow("without a network, a hub's model is one line soon")
@@ -134,7 +148,7 @@ def test_an_unreachable_hub_is_one_line_within_five_seconds(tmp_path):
             assert (
                 endpoint in line
                 and "path of a local model folder" in line
-                and "--profile pocket, which needs no network" in line
+                and "embedded models, which need no network, are pocket-gpt2" in line
             )
     assert "HF_HUB_OFFLINE is set" in found(["gpt2"], tmp_path, closed, HF_HUB_OFFLINE="1")[0]
 
@@ -252,3 +266,82 @@ def test_a_hub_model_is_its_commit(tmp_path):
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout == "0123abc {'model_type': 'gpt2'}\n"
+
+
+def test_what_lies_beside_checkpoints_of_training_is_none(folder):
+    """A copy that a file manager made, or one that was never finished."""
+    (folder / "metrics.json").write_text('{"steps": 48, "config": {"gazetteer_seed": 0}}')
+    for name in ("step-000048", "step-000004", "step-000048 (copy)", "step-000012.unfinished", "step-"):
+        (folder / "checkpoints" / name).mkdir(parents=True)
+    assert [saved.step for saved in checkpoints(str(folder))] == [4, 48, 48]
+
+
+# --- identities of data sets ------------------------------------------------------------------------------
+
+
+def test_another_file_of_a_data_set_is_another_identity(tmp_path, monkeypatch):
+    (tmp_path / "ds" / "data" / ".git").mkdir(parents=True)
+    file = tmp_path / "ds" / "data" / "train.jsonl"
+    file.write_text('{"text": "old"}')
+    identities = [dataset_identity(str(tmp_path / "ds"), "")]
+    (tmp_path / "ds" / "data" / ".git" / "index").write_text("no data")
+    monkeypatch.chdir(tmp_path)
+    assert dataset_identity("ds", "") == identities[0]
+    file.write_text('{"text": "new"}')
+    identities.append(dataset_identity("ds", ""))
+    file.rename(tmp_path / "ds" / "train.jsonl")
+    identities.append(dataset_identity("ds", ""))
+    assert len(set(identities)) == 3
+
+
+class DatasetHub(http.server.BaseHTTPRequestHandler):
+    """Has the data sets ``who/has`` and, without a README.md, ``who/bare``, at the newest of ``commits``."""
+
+    commits: list[str] = []  # noqa: RUF012
+
+    def do_HEAD(self):
+        is_there = self.path.startswith(("/datasets/who/has/", "/datasets/who/bare/"))
+        is_there &= not self.path.startswith("/datasets/who/bare/") or self.path.endswith(".gitattributes")
+        self.send_response(200 if is_there else 404)
+        if not is_there:
+            is_bare = self.path.startswith("/datasets/who/bare/")
+            self.send_header("X-Error-Code", "EntryNotFound" if is_bare else "RepoNotFound")
+        self.send_header("X-Repo-Commit", self.commits[-1])
+        self.send_header("ETag", f'"{self.commits[-1]}"')
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+
+    def do_GET(self):
+        self.do_HEAD()
+        self.wfile.write(b"{}")
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_data_set_of_the_hub_is_its_commit_with_a_network_and_later_without(tmp_path):
+    code = "import sys\nfrom selfrepair.errors import UserError\n"
+    code += "from selfrepair.models.checkpoints import dataset_identity\nfor name in sys.argv[1:]:\n"
+    code += " try: print(dataset_identity(name, 'do this'))\n except UserError as error: print(error)"
+    names = ["who/has", "who/bare", "who/not", "no name"]
+
+    def said(**environment):
+        environment = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub, "HF_HOME": str(tmp_path), **environment}
+        command = [sys.executable, "-c", code, *names]
+        done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+        return done.stdout.splitlines()
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), DatasetHub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    hub = f"http://127.0.0.1:{server.server_port}"
+    for commit in ("a" * 40, "b" * 40):
+        DatasetHub.commits.append(commit)
+        has, bare, *refused = said()
+        assert has == bare == commit
+        assert all("gave nothing for it" in line and line.endswith("do this") for line in refused)
+    server.shutdown()
+    server.server_close()
+    for environment in ({}, {"HF_HUB_OFFLINE": "1"}):
+        has, bare, unknown, _ = said(**environment)
+        assert has == bare == "b" * 40
+        assert unknown.startswith("who/not: wanted from the Hugging Face hub, which was not reachable")

@@ -56,6 +56,11 @@ def test_documents_of_files_and_folders(tmp_path):
     assert read_documents(tmp_path / "b.txt") == ["one\n\ntwo", "three"]
 
 
+def test_lines_of_windows_divide_documents_too(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one\r\n---\r\ntwo\r\n --- \r\n")
+    assert [document.split() for document in read_documents(tmp_path / "a.txt")] == [["one"], ["two", "---"]]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
@@ -100,7 +105,10 @@ def test_what_editors_keep_beside_a_text_is_not_read(tmp_path):
     assert read_documents(tmp_path) == ["Once."]
 
 
-@pytest.mark.parametrize("read", [lambda: list(_dataset_documents("a/b")), lambda: counterfact_facts("a/b")])
+READS = {"corpora": lambda: list(_dataset_documents("a/b")), "facts": lambda: counterfact_facts("a/b")}
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
 def test_a_hub_that_does_not_answer_is_not_asked_again_and_again(monkeypatch, read):
     """Its own library tries for half a minute, in a dozen lines."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
@@ -108,6 +116,21 @@ def test_a_hub_that_does_not_answer_is_not_asked_again_and_again(monkeypatch, re
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("asked again"))
     with pytest.raises(UserError, match=r"not reachable \(no answer from https://\S+\): "):
         read()
+
+
+@pytest.mark.parametrize("module", READS)
+def test_a_data_set_is_read_at_the_commit_that_names_what_is_measured_on_it(monkeypatch, module):
+    rewrite = {"prompt": "{} is", "subject": "It", "target_true": {"str": "here"}}
+    asked = {}
+
+    def load(name, **options):
+        asked.update(options, name=name)
+        return [{"text": "It is here.", "requested_rewrite": rewrite}]
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    monkeypatch.setattr(f"selfrepair.text.{module}.dataset_revision", lambda *_: "0123abc")
+    READS[module]()
+    assert (asked["name"], asked["revision"]) == ("a/b", "0123abc")
 
 
 def test_a_local_data_set_needs_no_hub(tmp_path, monkeypatch):

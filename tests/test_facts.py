@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selfrepair.errors import NotMeasurable, UserError
+from selfrepair.models import checkpoints
 from selfrepair.models.loading import load_model
 from selfrepair.paths import MODELS
+from selfrepair.text.corpora import load_tokens
 from selfrepair.text.facts import (
     AskedFact,
     choose_prompts,
@@ -91,7 +93,8 @@ def test_counterfact_file_and_data_set(tmp_path, monkeypatch):
     wanted = [AskedFact("The mother tongue of Danielle Darrieux is", " French", "P103", "CounterFact")]
     assert counterfact_facts(counterfact_file(tmp_path, [record()])) == wanted
     assert counterfact_facts(counterfact_file(tmp_path, [record(relation_id=None)]))[0].relation == "fact"
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: datasets.Dataset.from_list([record()]))
+    monkeypatch.setattr("selfrepair.text.facts.dataset_revision", lambda *_: "0123abc")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list([record()]))
     assert counterfact_facts("someone/counterfact") == wanted
 
 
@@ -114,10 +117,11 @@ def test_bad_counterfact_files_are_one_line(tmp_path, content, said):
     assert "\n" not in str(error.value)
 
 
-def test_what_determines_the_facts(tmp_path):
+def test_what_determines_the_facts(tmp_path, monkeypatch):
     assert facts_identity("pocket-pythia-small") == {"gazetteer_seed": 0}
     assert facts_identity("gpt2") == {"gazetteer_seed": None}
-    assert facts_identity("gpt2", "someone/counterfact") == {}
+    monkeypatch.setattr(checkpoints, "dataset_revision", lambda *_: "0123abc")
+    assert facts_identity("gpt2", "someone/counterfact") == {"facts_files": "0123abc"}
     one, other = (
         facts_identity("gpt2", counterfact_file(tmp_path, [record(subject=who)])) for who in ("A", "B")
     )
@@ -128,7 +132,7 @@ def test_what_determines_the_facts(tmp_path):
 
 @pytest.mark.parametrize(
     ("source", "said"),
-    [("nowhere.json", "no such file"), ("no/such-data-set", "the Hugging Face hub gave nothing")],
+    [("nowhere.json", "no such file"), ("no/such-data-set", "wanted from the Hugging Face hub")],
 )
 def test_missing_facts_are_one_line(source, said):
     with pytest.raises(UserError, match=said) as error:
@@ -199,6 +203,16 @@ def test_too_few_facts_are_one_line(model):
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="at least 2"):
         choose_prompts(model, wrong, 1)
+
+
+def test_a_tokenizer_with_nothing_to_begin_prompts_with_is_one_line(monkeypatch):
+    bare = load_model("pocket-pythia-small", device="cpu")
+    bare.tokenizer.bos_token = bare.tokenizer.eos_token = None
+    for read in (lambda: choose_prompts(bare, own_facts(), 4), lambda: load_tokens(bare.tokenizer)):
+        with pytest.raises(
+            UserError, match=r"no BOS and no EOS token to begin prompts with; name its bos_token"
+        ):
+            read()
 
 
 def test_longer_than_the_context_is_left_out(model):

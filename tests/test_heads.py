@@ -1,5 +1,6 @@
 """Every head ablated: values against the reference, batches, memory, and bad input from the command line."""
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -8,19 +9,28 @@ import pandas as pd
 import pytest
 import reference
 import torch
-from families import VOCAB, random_tokens, save_family
+from families import VOCAB, build_family, random_tokens, save_family
 from tasks import OF_HEADS, heads_task
-from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GPT2LMHeadModel, OPTConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    GPT2LMHeadModel,
+    OPTConfig,
+    T5Config,
+)
 
+from selfrepair.cli import commands
 from selfrepair.cli.main import main
-from selfrepair.engine import batches
+from selfrepair.engine import batches, optimal
 from selfrepair.engine import head_ablation as engine_module
 from selfrepair.engine.identity_check import IDENTITY_POSITIONS
 from selfrepair.errors import UserError
 from selfrepair.measure import pairs
-from selfrepair.models.loading import load_model
+from selfrepair.measure.task import Task
+from selfrepair.models.loading import _why_not_loaded, load_model
 from selfrepair.models.support import check_supported
-from selfrepair.paths import PUBLISHED
+from selfrepair.paths import MODELS, PUBLISHED
 from selfrepair.store.stores import open_store
 
 N = 22
@@ -244,6 +254,18 @@ def test_an_odd_last_row_is_left_out_and_that_is_said(tmp_path, folder, capsys):
         assert "left out" not in capsys.readouterr().err
 
 
+def test_prompts_that_an_ablation_learns_from_are_left_of_all(tmp_path, folder, capsys, monkeypatch):
+    """Without --n-prompts, all are measured on but these, which nothing is measured on."""
+    rows = random_tokens(optimal.N_PROMPTS + 5).numpy()
+    np.save(tmp_path / "all.npy", rows)
+    taken = []
+    monkeypatch.setattr(Task, "merge", lambda task, *_, **__: taken.append(task.settings) or task.path)
+    for kind in ("optimal", "mean"):
+        assert main(command(folder, tmp_path / "all.npy", tmp_path / "out", "--ablation", kind)) == 0
+        assert f"it has {len(rows)}\n" in capsys.readouterr().err
+    assert [settings["n_prompts"] for settings in taken] == [4, len(rows) - 1]
+
+
 def test_the_working_directory_as_a_model_has_its_name(tmp_path, folder, token_file, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     assert main(command(".", token_file, tmp_path / "out")) == 0
@@ -260,7 +282,7 @@ def test_no_network_is_one_line(tmp_path, token_file, capsys, folder):
         "gpt2",
         "not reachable",
         "local model folder",
-        "--profile pocket",
+        "embedded models",
     )
     arguments = [
         "sweep",
@@ -276,11 +298,53 @@ def test_no_network_is_one_line(tmp_path, token_file, capsys, folder):
     one_line(capsys, main(arguments), "NeelNanda/pile-10k", "network")
 
 
+def test_evaluating_no_causal_language_model_says_what_sweep_says(tmp_path, capsys):
+    T5Config().save_pretrained(tmp_path)
+    for arguments in (["evaluate", str(tmp_path)], command(tmp_path, "none.npy", tmp_path / "out")):
+        said = f"{tmp_path}: architecture 't5' is not supported: an encoder-decoder"
+        one_line(capsys, main(arguments), said)
+
+
+def test_evaluating_a_model_without_a_tokenizer_is_one_line(tmp_path, capsys):
+    build_family("gpt2").save_pretrained(tmp_path)
+    capsys.readouterr()
+    arguments = ["evaluate", str(tmp_path), "--device", "cpu"]
+    one_line(capsys, main(arguments), "no tokenizer with a vocabulary")
+
+
+def test_a_long_reason_is_cut_between_words():
+    said = _why_not_loaded("mine", str(MODELS), ValueError("words\n" * 99))
+    assert re.search(r"\(ValueError: (words )+…\)", said)
+
+
+@pytest.mark.parametrize("below", [".", "further/below"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["sweep", "--model", "pocket-gpt2"],
+        ["plan"],
+        ["notebooks"],
+        ["arms", "arms.yaml"],
+        ["train", "x.yaml", "--text", "."],
+    ],
+)
+def test_a_file_in_the_place_of_a_folder_is_said_at_once(tmp_path, monkeypatch, capsys, arguments, below):
+    monkeypatch.setattr(commands, arguments[0], lambda _: pytest.fail("began"))
+    (tmp_path / "file").touch()
+    out = str(tmp_path / "file" / below)
+    one_line(capsys, main([*arguments, "--out", out]), "file: is no folder but a file; give --out a folder")
+
+
 def test_damaged_weights_are_one_line(tmp_path, token_file, capsys):
     folder = save_family("gpt2", tmp_path / "m")
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-50])
-    one_line(capsys, main(command(folder, token_file, tmp_path)), "not a loadable")
+    one_line(capsys, main(command(folder, token_file, tmp_path)), "not a loadable", ": download it again")
+    for file in folder.glob("tokenizer*"):
+        file.rename(tmp_path / file.name)
+    one_line(capsys, main(command(folder, token_file, tmp_path)), "save the model's tokenizer in its folder")
+    for file in tmp_path.glob("tokenizer*"):
+        file.rename(folder / file.name)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_layer=1, n_head=2, n_embd=8, n_positions=32))
     with torch.no_grad():
         model.transformer.ln_f.weight[0] = torch.nan

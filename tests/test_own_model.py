@@ -1,7 +1,9 @@
 """``selfrepair.measure_heads``: the numbers of plain passes, for names and for models in memory; its example."""
 
 import re
+from pathlib import Path
 
+import jaxtyping
 import matplotlib
 import numpy as np
 import pandas as pd
@@ -9,12 +11,13 @@ import pytest
 import reference
 import torch
 from families import FAMILIES, build_family, random_tokens
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 import selfrepair
 from selfrepair.analysis.head_table import heads_table
 from selfrepair.errors import UserError
 from selfrepair.paths import MODELS, REPOSITORY
+from selfrepair.run import own_model
 from selfrepair.run.study import Study
 
 SMALL = "pocket-pythia-small"
@@ -66,17 +69,30 @@ def test_text_is_cut_into_prompts():
     [
         ({"text": "short"}, "^text: gives 0 prompts of 128 tokens"),
         ({"text": ["", " "]}, "^text: holds no text"),
+        ({"text": []}, "^text: holds no text"),
+        ({"text": "hi there", "prompt_len": 32}, "^text: .*one pair is needed: lower prompt_len or add text"),
+        ({"text": "many words " * 99, "prompt_len": 8, "n_prompts": 900}, "lower n_prompts or add text"),
+        ({"text": "a\ud800b"}, "^text/.*not UTF-8 text"),
         ({"text": "a", "tokens": [[1, 2], [3, 4]]}, "not both"),
         ({"tokens": [[1, 2], [3, 4], [5, 6]], "n_prompts": 3}, "even number"),
         ({"tokens": [[1, 2], [3, 4]], "n_prompts": 4}, "^tokens: gives 2 prompts of 2 tokens; 4 were asked"),
         ({"tokens": [[1.0, 2.0], [3.0, 4.0]]}, "^tokens: must hold integer token ids"),
         ({"tokens": [1, 2, 3, 4]}, "^tokens: must hold integer token ids"),
         ({"tokens": [[1, -2], [3, 4]]}, "^tokens: holds a negative token id"),
-        ({"tokens": [[1, 10**6], [3, 4]]}, "outside pocket-pythia-small's vocabulary"),
+        ({"tokens": [[1, 10**6], [3, 4]]}, "^tokens: .* is outside pocket-pythia-small's vocabulary"),
+        (
+            {"tokens": np.zeros((0, 8), int)},
+            "^tokens: gives 0 prompts of 8 tokens; one pair is needed: add rows",
+        ),
+        (
+            {"tokens": [[1, 2]] * 5, "n_prompts": 8},
+            "^tokens: .*8 were asked for: lower n_prompts or add rows",
+        ),
         ({"tokens": [[1] * 2000] * 2}, "context"),
         ({"ablation": "none"}, "none"),
         ({"fraction": 0}, "fraction"),
         ({"n_prompts": 3}, "even"),
+        ({"n_prompts": 0}, "even"),
     ],
 )
 def test_bad_requests_are_one_line(settings, said):
@@ -85,6 +101,71 @@ def test_bad_requests_are_one_line(settings, said):
     with pytest.raises(UserError, match=said) as error:
         selfrepair.measure_heads(SMALL, device="cpu", **settings)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"model": None},
+        {"model": 3},
+        {"model": np.zeros(2)},
+        {"text": Path("README.md")},
+        {"text": b"some text"},
+        {"text": ["some text", 3]},
+        {"tokens": [[1, 2], [3]]},
+        {"tokens": np.array([["a", "b"], ["c", "d"]])},
+        {"tokenizer": SMALL},
+        {"n_prompts": 8.0},
+        {"n_prompts": "8"},
+        {"n_prompts": True},
+        {"prompt_len": "a"},
+        {"fraction": "a"},
+        {"fraction": np.nan},
+        {"ablation": ["zero"]},
+        {"device": 0},
+    ],
+)
+def test_an_argument_of_another_type_is_one_line(given, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for readers
+    monkeypatch.setattr(own_model, "load_model", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(UserError, match=f"^{next(iter(given))} must be .*, not ") as error:
+        selfrepair.measure_heads(**{"model": SMALL, **given})
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_may_be_given_as_a_path_and_numbers_as_numpys(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # a NumPy integer is no int
+    amounts = {"n_prompts": np.int64(2), "prompt_len": np.int64(8), "fraction": np.float32(0.5)}
+    found = selfrepair.measure_heads(MODELS / SMALL, device="cpu", **amounts)
+    assert found.model == SMALL and found.effects.sizes["prompt"] == 2
+
+
+def test_what_was_given_is_named_and_not_its_temporary_copy():
+    hf = build_family("gpt2")
+    found = selfrepair.measure_heads(hf, tokens=random_tokens(2), device="cpu")
+    assert found.effects.attrs["corpus"] == "tokens"
+    with torch.no_grad():
+        hf.transformer.h[0].attn.c_proj.weight[0, 0] = torch.nan
+    with pytest.raises(UserError, match=r"^gpt2: .*c_proj\.weight is not finite: the weights are damaged"):
+        selfrepair.measure_heads(hf, tokens=random_tokens(2), device="cpu")
+    t5 = T5ForConditionalGeneration(
+        T5Config(vocab_size=9, d_model=4, d_ff=4, num_layers=1, num_heads=1, d_kv=4)
+    )
+    with pytest.raises(UserError, match=r"^t5: architecture 't5' is not supported: an encoder-decoder"):
+        selfrepair.measure_heads(t5, tokens=random_tokens(2), device="cpu")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "neox-parallel"])
+def test_a_folder_without_a_tokenizer_reads_no_text(tmp_path, family):
+    """transformers makes a tokenizer of special tokens alone; token ids need none."""
+    build_family(family).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"no tokenizer with a vocabulary, .*: save the model's tokenizer in"):
+        selfrepair.measure_heads(str(tmp_path), n_prompts=4, prompt_len=8, device="cpu")
+    found = selfrepair.measure_heads(str(tmp_path), tokens=random_tokens(2), device="cpu")
+    assert found.effects.sizes["prompt"] == 2
+    empty = AutoTokenizer.from_pretrained(tmp_path)
+    with pytest.raises(UserError, match="no tokenizer with a vocabulary"):
+        selfrepair.measure_heads(build_family(family), tokenizer=empty, n_prompts=4, device="cpu")
 
 
 def test_a_model_in_memory_needs_its_tokenizer_for_text():

@@ -1,6 +1,7 @@
 """The plan of a run: stages of shards, what jobs need, and marks that are forgotten when something is lost."""
 
 import json
+import re
 
 import pytest
 
@@ -91,9 +92,8 @@ def test_stages_leave_what_the_plan_names_and_marks_that_answer_for_it(measured)
     for stage, units in enumerate(plan(here)["models"][MODEL]["stages"]):
         said = json.loads(mark(measured, "measured", f"{MODEL}-{stage}").read_text())
         labels = {unit.split(":")[0] for unit in units}
-        wanted = [
-            task for task in here.tasks(MODEL) if task.label in labels and workflow.stage_of(task) == stage
-        ]
+        every = with_needs(list(here.tasks(MODEL)))
+        wanted = [task for task in every if task.label in labels and workflow.stage_of(task) == stage]
         left = {measured / name for name in said["left"] if name.endswith(".zarr")}
         assert left == {task.path for task in with_needs(wanted)}
         assert all(task.is_done() for task in wanted)
@@ -109,6 +109,46 @@ def test_what_is_measured_is_not_measured_again(measured, monkeypatch):
     monkeypatch.setattr(Study, "load", lambda *_: pytest.fail("loaded again"))
     measure(study(measured), MODEL)
     compute_units(study(measured), MODEL, ["heads-mean:0", "heads-zero:0"], "1-1")
+
+
+def test_the_stage_with_the_network_makes_all_that_needs_one(tmp_path, monkeypatch):
+    """What others need on demand too: a cluster's nodes could not fetch it."""
+    here = study(tmp_path)
+    here = Study(here.profile.changed(ablations=["resample", "optimal"]), 0, "cpu", tmp_path)
+    made = []
+    monkeypatch.setattr(workflow, "make", lambda study, name, tasks, _: made.extend(tasks) or [])
+    measure(here, MODEL, "0")
+    planned = plan(here)["models"][MODEL]["stages"][0]
+    assert planned == [f"{task.label}:0" for task in made] == ["tokens:0", "unseen_tokens:0"]
+
+
+@pytest.mark.parametrize(
+    "command", [["plan"], ["measure", "--model", "mine"], ["notebooks", "--only", "01"]], ids=lambda c: c[0]
+)
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"model_type": "t5"}, "architecture 't5' is not supported: an encoder-decoder"),
+        (
+            {"model_type": "gpt2", "n_positions": 64},
+            "mine: prompts of 65 tokens do not fit its context: give",
+        ),
+        ({"model_type": "llama", "max_position_embeddings": 8}, r"\(prompt_len\) of 8 tokens or less"),
+        ({}, "architecture 'None' is not supported"),
+    ],
+)
+def test_what_no_stage_could_measure_is_said_before_any_begins(
+    tmp_path, monkeypatch, capsys, command, config, said
+):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text(json.dumps(config))
+    profile = {"models": ["mine"], "ablations": ["zero"], "n_prompts": 4, "prompt_len": 65}
+    (tmp_path / "p.yaml").write_text(json.dumps(profile))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Study, "of", lambda *_, **__: pytest.fail("began"))
+    assert main([*command, "--profile", "p.yaml", "--out", "out"]) == 1
+    error = capsys.readouterr().err
+    assert re.search(said, error) and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(

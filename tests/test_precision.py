@@ -14,7 +14,13 @@ from selfrepair.engine.forward import Replay, float32_residual, run_clean
 from selfrepair.engine.head_ablation import ablate_heads
 from selfrepair.engine.sites import HEADS
 from selfrepair.errors import UserError
-from selfrepair.models.devices import all_devices, precision, set_precision, unless_out_of_memory
+from selfrepair.models.devices import (
+    all_devices,
+    precision,
+    resolve_device,
+    set_precision,
+    unless_out_of_memory,
+)
 from selfrepair.models.loading import load_model
 from selfrepair.text.corpora import load_tokens
 
@@ -123,6 +129,14 @@ def test_auto_is_every_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     assert all_devices("auto") == [torch.device("cuda", index) for index in range(3)]
+
+
+def test_a_device_without_float64_is_refused_even_where_there_is_one(monkeypatch):
+    """Apple's: means, and the constants of ablations, are summed in float64."""
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    assert resolve_device("cpu") == torch.device("cpu")
+    with pytest.raises(UserError, match="device 'mps' is not available here; use cpu or auto"):
+        resolve_device("mps")
 
 
 def test_out_of_memory_leaves_nothing_behind():

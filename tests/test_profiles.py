@@ -142,7 +142,7 @@ def test_bad_profiles_are_one_line(tmp_path, changes, said):
     ("text", "said"),
     [
         ("models: [a]\n", "missing ablations, n_prompts"),
-        ("", "must give models, ablations"),
+        ("", r"must give models, ablations, n_prompts as .* lines; it may also give prompt_len, fraction,"),
         ("- models", "must give models"),
         ("just\n  words", "must give models"),
         ("a: [", r"not YAML \(line 1: "),

@@ -1,6 +1,7 @@
 """Heads fed what heads write, against full passes; slopes and the table of what was fed."""
 
 import csv
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -38,6 +39,7 @@ from selfrepair.analysis.self_feeding import (
 from selfrepair.engine import forward
 from selfrepair.engine.forward import Replay, attention_z, z_reached
 from selfrepair.engine.one_position import OnePosition
+from selfrepair.errors import NotMeasurable
 from selfrepair.measure import self_feeding as measure
 from selfrepair.measure.self_feeding import SCALES, VECTORS
 from selfrepair.paths import PUBLISHED
@@ -205,6 +207,12 @@ def test_random_head_is_another_one_and_every_other_one_can_be_drawn():
     heads = [(layer, head) for layer in range(2) for head in range(3)]
     drawn = {measure._another_head((1, 1), heads, seed) for seed in range(100)}
     assert drawn == set(heads) - {(1, 1)}
+
+
+def test_a_model_of_one_head_cannot_be_fed_anothers_output():
+    one = SimpleNamespace(name="tiny", n_layers=1, n_heads=1)
+    with pytest.raises(NotMeasurable, match="tiny: has one head"):
+        measure.MEASUREMENT.compute(one, {}, {}, 0)
 
 
 def test_only_the_first_prompts_are_fed_and_say_which_heads_are(family, monkeypatch):

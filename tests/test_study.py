@@ -218,7 +218,7 @@ def test_two_folders_of_the_same_name_are_refused(tmp_path):
 def test_two_folders_of_the_same_name_are_one_line_before_anything_is_made(tmp_path, capsys):
     for folder in ("runA", "runB"):
         (tmp_path / folder / "ckpt").mkdir(parents=True)
-        (tmp_path / folder / "ckpt" / "config.json").write_text("{}")
+        (tmp_path / folder / "ckpt" / "config.json").write_text('{"model_type": "gpt2"}')
     file = tmp_path / "twins.yaml"
     file.write_text("models: [runA/ckpt, runB/ckpt]\nablations: [zero]\nn_prompts: 4\n")
     for command in ("plan", "notebooks", "summary"):

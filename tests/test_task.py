@@ -16,7 +16,7 @@ import pytest
 import torch
 import xarray as xr
 from families import random_tokens, save_family
-from tasks import NO_MODEL, Made, heads_task, register
+from tasks import NO_MODEL, Made, heads_task, register, wanted_settings
 
 from selfrepair.errors import UserError
 from selfrepair.measure import heads as heads_module
@@ -420,6 +420,35 @@ def test_changed_inputs_are_another_store(folder, token_file, tmp_path):
     assert len({identity(task.determined_by) for task in tasks}) == len(tasks)
     np.save(other_tokens, TOKENS)
     assert heads_task(folder, other_tokens, tmp_path).path != tasks[5].path  # the same file, of other content
+
+
+@pytest.mark.parametrize("name", ("tokens", "unseen_tokens", "facts"))
+def test_a_folder_of_data_is_known_by_what_it_holds(folder, token_file, tmp_path, name):
+    """As a text and a token file are: else the numbers of its old text would be shown as those of the new."""
+    (tmp_path / "ds").mkdir()
+    given = {"tokens": None, "dataset": str(tmp_path / "ds"), "facts": str(tmp_path / "ds"), "n_facts": 4}
+    wanted = wanted_settings(token_file) | given
+    paths = []
+    for text in ("old", "new", "old"):
+        (tmp_path / "ds" / "train.jsonl").write_text(json.dumps({"text": text}))
+        paths.append(Task(name, str(folder), wanted, tmp_path).path)
+    assert paths[0] != paths[1] and paths[0] == paths[2]
+
+
+def test_a_device_with_too_little_memory_is_one_line_and_the_shards_made_before_stay(tmp_path, monkeypatch):
+    room = {0}
+
+    def compute(shard):
+        if shard not in room:
+            raise torch.OutOfMemoryError
+        return rows([shard])
+
+    task = of_one(Made(compute, [0, 1]), tmp_path, monkeypatch)
+    with pytest.raises(UserError, match=r"^made of none: cpu has too little memory for it; use shorter"):
+        task.merge([SimpleNamespace(name="none", fast=True, device="cpu")])
+    room.add(1)
+    assert open_store(task.merge([NO_MODEL])).prompt.values.tolist() == [0, 1]
+    assert task.measurement.computed == [0, 1, 1]
 
 
 def test_what_a_measurement_does_not_use_leaves_its_name_alone(folder, token_file, tmp_path):

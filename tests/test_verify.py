@@ -708,6 +708,21 @@ def test_sweeps_need_no_manifest_of_a_run(sweeps):
     assert len(computed_again(findings)) == 2  # of heads and of tokens
 
 
+def test_notebooks_run_by_hand_need_none_either(sweeps, tmp_path):
+    """What was measured is checked; what the notebooks show is said not to be."""
+    by_hand = tmp_path / "by hand"
+    for name in ("notebooks", "figures", "claims"):
+        (by_hand / name).mkdir(parents=True)
+        (by_hand / name / "01.csv").touch()
+    sweeps.rename(by_hand / "measured")
+    findings = found(by_hand)
+    of_notebooks = findings.pop("notebooks, figures, claims")
+    assert of_notebooks.agrees is None and "made by hand" in of_notebooks.detail
+    assert all(finding.agrees for finding in findings.values()) and len(computed_again(findings)) == 2
+    spoil(sweep_of(by_hand / "measured", "zero"), one_is(np.nan), "logit_change")
+    assert any(finding.agrees is False for finding in found(by_hand).values())
+
+
 #: What is done to sweeps, and what is said of it.
 OF_SWEEPS = {
     "value changed with its checksum": (

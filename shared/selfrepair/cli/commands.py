@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from selfrepair.errors import UserError
 from selfrepair.models.checkpoints import find_model, training_metrics, whole_name
-from selfrepair.run.profiles import load_profile, whole_profile
+from selfrepair.run.profiles import check_models, load_profile, whole_profile
 from selfrepair.store.disk_full import disk_full_is_said
 from selfrepair.training.folders import check_replaceable, check_working_folder, training_folders
 
@@ -29,7 +29,9 @@ def _study(options: argparse.Namespace) -> Study:
             raise UserError(
                 f"{options.model}: not a model of {options.profile}; it has {', '.join(profile.models)}"
             )
-        find_model(options.model)
+        check_models(profile, [options.model])
+    elif options.run == "plan":
+        check_models(profile, profile.models)
     from selfrepair.run.study import Study
 
     folder = profile.run_folder if options.out is None else options.out
@@ -166,8 +168,10 @@ def sweep(options: argparse.Namespace) -> None:
     import torch
     from transformers.utils import logging
 
+    from selfrepair.engine.ablations import find_ablation
     from selfrepair.engine.fast import compile_norms
     from selfrepair.engine.identity_check import check_tokens
+    from selfrepair.engine.optimal import N_PROMPTS
     from selfrepair.measure.task import Task
     from selfrepair.models.devices import all_devices, set_precision
     from selfrepair.models.loading import load_model
@@ -187,13 +191,15 @@ def sweep(options: argparse.Namespace) -> None:
         "seed": options.seed,
     }
     prompt_len = 128 if options.prompt_len is None else options.prompt_len
-    drawn = load_tokens(models[0].tokenizer, **source, n_prompts=options.n_prompts, prompt_len=prompt_len)
+    amount = {"n_prompts": options.n_prompts, "prompt_len": prompt_len}
+    n_unseen = N_PROMPTS if find_ablation(options.ablation).fits_unseen else 0
+    drawn = load_tokens(models[0].tokenizer, **source, **amount, n_unseen=n_unseen)
     prompts = torch.from_numpy(drawn.tokens)
     check_tokens(models[0], prompts, drawn.source)  # what is wrong is said before anything is written
     if drawn.last_row_left_out:
         print(
             f"{drawn.source}: its last row is left out: prompts are each other's donors in pairs, and it has "
-            f"{len(prompts) + 1}",
+            f"{len(prompts) + n_unseen + 1}",
             file=sys.stderr,
         )
     amount = {"n_prompts": len(prompts), "prompt_len": prompts.shape[1]}
@@ -249,9 +255,8 @@ def notebooks(options: argparse.Namespace) -> None:
     parameters: dict[str, Any] = {"profile": whole_profile(options.profile)}
     parameters |= {} if options.model is None else {"model": whole_name(options.model)}
     parameters |= {} if options.out is None else {"out_dir": os.path.abspath(options.out)}
-    models = load_profile(options.profile).models
-    for model in models if options.model is None else [parameters["model"]]:
-        find_model(model)
+    profile = load_profile(options.profile)
+    check_models(profile, profile.models if options.model is None else [parameters["model"]])
     from selfrepair.analysis.comparison import report
     from selfrepair.run.marks import belongs_to_a_run
     from selfrepair.run.notebooks import run_notebooks

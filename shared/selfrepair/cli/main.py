@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say_whose_library(Path(sys.argv[0]))
     try:
         _check_home()
+        _check_out(getattr(options, "out", None))
         getattr(commands, options.run)(options)
         sys.stdout.flush()
     except UserError as error:
@@ -57,6 +58,13 @@ def _check_home() -> None:
         Path.home()
     except RuntimeError as error:
         raise UserError("this user has no home folder: set HOME to a folder that you may write to") from error
+
+
+def _check_out(out: Path | None) -> None:
+    """Refuses a file in the place of the folder that a command writes to, or of one that this lies in."""
+    for place in () if out is None else (out, *out.parents):
+        if os.path.exists(place) and not os.path.isdir(place):
+            raise UserError(f"{place}: is no folder but a file; give --out a folder")
 
 
 def _say_whose_library(script: Path) -> None:

@@ -10,7 +10,7 @@ from selfrepair.engine.direct_effect import FinalNorm, token_directions
 from selfrepair.engine.forward import run_clean
 from selfrepair.errors import UserError
 from selfrepair.models.loading import Model
-from selfrepair.models.support import check_window
+from selfrepair.models.support import check_context, check_window
 
 #: Logits of this many positions of two prompts are enough to know the final norm and the unembedding.
 IDENTITY_POSITIONS = 16
@@ -24,10 +24,7 @@ def check_tokens(model: Model, tokens: Int[Tensor, "prompt position"], source: s
     """
     if len(tokens) < 2 or len(tokens) % 2:
         raise UserError(f"{source}: {len(tokens)} prompts; an even number of at least 2 is needed")
-    if tokens.shape[1] > model.context_length:
-        raise UserError(
-            f"prompts of {tokens.shape[1]} tokens do not fit {model.name}'s context of {model.context_length}"
-        )
+    check_context(model.context_length, tokens.shape[1], model.name)
     check_window(model.hf.config, tokens.shape[1], model.name)
     if tokens.max() >= model.W_U.shape[0]:
         raise UserError(

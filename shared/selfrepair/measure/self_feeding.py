@@ -18,6 +18,7 @@ from selfrepair.engine.batches import prompts_that_fit
 from selfrepair.engine.forward import Replay, attention_z, z_reached
 from selfrepair.engine.one_position import CleanKeys, OnePosition
 from selfrepair.engine.reading import Reading
+from selfrepair.errors import NotMeasurable
 from selfrepair.measure.measurement import Inputs, Measurement, Settings
 from selfrepair.measure.pairs import tokens_of
 from selfrepair.models.devices import on_device
@@ -64,6 +65,8 @@ class SelfFeeding(Measurement):
         return range(0, min(int(settings["n_prompts"]), SELF_FEEDING_PROMPTS), SHARD_PROMPTS)
 
     def compute(self, model: Model, settings: Settings, inputs: Inputs, shard: int) -> xr.Dataset:
+        if model.n_layers * model.n_heads == 1:
+            raise NotMeasurable(f"{model.name}: has one head, and no other one whose output it could be fed")
         effects = inputs["heads"]["direct_effect"].isel(prompt=slice(SELF_FEEDING_PROMPTS))
         seed = int(settings["seed"])
         fed = choose_fed(effects.values, seed)

@@ -175,9 +175,16 @@ class Task:
 
     def _measured(self, model: Model, inputs: Inputs, shard: int) -> xr.Dataset:
         from selfrepair.engine.fast import fast_path
+        from selfrepair.models.devices import unless_out_of_memory
 
         with fast_path(model) as quick:
-            return self.measurement.compute(quick, self.settings, inputs, shard)
+            made = unless_out_of_memory(lambda: self.measurement.compute(quick, self.settings, inputs, shard))
+        if made is None:
+            raise UserError(
+                f"{self.label} of {model.name}: {model.device} has too little memory for it; use shorter "
+                "prompts, a dtype of 16 bits or a larger device"
+            )
+        return made
 
     def of_shard(self, merged: xr.Dataset, shard: int) -> xr.Dataset:
         """The part of the store that a shard made."""

@@ -13,7 +13,13 @@ import xarray as xr
 from selfrepair.errors import UserError
 from selfrepair.measure.measurement import Inputs, Measurement, Settings
 from selfrepair.paths import HELD_OUT_TEXT
-from selfrepair.text.corpora import Prompts, hash_documents, load_tokens, read_documents
+from selfrepair.text.corpora import (
+    Prompts,
+    hash_documents,
+    identity_of_dataset,
+    load_tokens,
+    read_documents,
+)
 
 if TYPE_CHECKING:
     from selfrepair.models.loading import Model
@@ -36,7 +42,7 @@ class Tokens(Measurement):
                 raise UserError(f"{file}: no such file")
             return {"corpus_sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
         if settings["dataset"] is not None:
-            return {}
+            return {"dataset_files": identity_of_dataset(str(settings["dataset"]))}
         text = HELD_OUT_TEXT if settings["text"] is None else str(settings["text"])
         return {"corpus_sha256": hash_documents(read_documents(text))}
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
+import glob
 import hashlib
 import json
 import os
+import re
+import textwrap
 import threading
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -67,9 +73,11 @@ def read_config(model_name: str) -> dict[str, Any]:
     try:
         config = json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
-        raise UserError(f"{model_name}: its config.json cannot be read ({error})") from error
+        raise UserError(
+            f"{model_name}: its config.json cannot be read ({error}): download it again"
+        ) from error
     if not isinstance(config, dict):
-        raise UserError(f"{model_name}: its config.json is no JSON object")
+        raise UserError(f"{model_name}: its config.json is no JSON object: download it again")
     return config
 
 
@@ -88,19 +96,13 @@ def short_name(model_name: str) -> str:
     return Path(os.path.abspath(model_name)).name if os.path.isdir(model_name) else model_name
 
 
-#: What of a model folder determines its numbers: configuration, weights and tokenizer.
-MODEL_FILES = (
-    "config.json",
-    "*.index.json",
-    "*.safetensors",
-    "*.bin",
-    "*.model",
-    "tokenizer*",
-    "vocab.*",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
+#: What of a model folder is its tokenizer.
+TOKENIZER_FILES = (
+    *("*.model", "tokenizer*", "vocab.*", "merges.txt"),
+    *("added_tokens.json", "special_tokens_map.json"),
 )
+#: What of a model folder determines its numbers: configuration, weights and tokenizer.
+MODEL_FILES = ("config.json", "*.index.json", "*.safetensors", "*.bin", *TOKENIZER_FILES)
 
 
 def model_identity(model_name: str) -> str:
@@ -112,20 +114,36 @@ def model_identity(model_name: str) -> str:
     found = Path(find_model(model_name))
     if not found.is_dir():
         return _config_from_hub(model_name).parent.name
-    files = {file for pattern in MODEL_FILES for file in found.glob(pattern) if file.is_file()}
+    return _identity_of(found, (file for pattern in MODEL_FILES for file in found.glob(pattern)))
+
+
+def dataset_identity(name: str, instead: str) -> str:
+    """What tells a data set from others of its name: a hash of a folder's files, or the commit of the hub's.
+
+    Hidden files are left out, which no data set is read from.
+
+    Raises:
+        UserError: a file cannot be read, or as :func:`dataset_revision`.
+    """
+    files = (Path(name, file) for file in glob.iglob("**", root_dir=name, recursive=True))
+    return dataset_revision(name, instead) or _identity_of(Path(name), files)
+
+
+def _identity_of(folder: Path, files: Iterable[Path]) -> str:
     try:
-        states = ((file, file.stat()) for file in sorted(files))
-        return _hash_of(tuple((file, state.st_size, state.st_mtime_ns) for file, state in states))
+        states = [(file, file.stat()) for file in sorted(set(files)) if file.is_file()]
+        return _hash_of(folder, tuple((file, state.st_size, state.st_mtime_ns) for file, state in states))
     except OSError as error:
-        raise UserError(f"{model_name}: its files cannot be read ({error})") from error
+        raise UserError(f"{folder}: its files cannot be read ({error})") from error
 
 
 @cache
-def _hash_of(files: tuple[tuple[Path, int, int], ...]) -> str:
-    """SHA-256 of files' names and contents; sizes and times say whether they changed in this process."""
+def _hash_of(folder: Path, files: tuple[tuple[Path, int, int], ...]) -> str:
+    """SHA-256 of files' names in a folder and contents; sizes and times say whether they changed in this
+    process."""
     digest = hashlib.sha256()
     for file, size, _ in files:
-        digest.update(f"{file.name} {size} ".encode())
+        digest.update(f"{file.relative_to(folder).as_posix()} {size} ".encode(errors="surrogateescape"))
         with file.open("rb") as content:
             digest.update(hashlib.file_digest(content, "sha256").digest())
     return digest.hexdigest()[:16]
@@ -163,8 +181,9 @@ def checkpoints(model_name: str) -> list[Checkpoint]:
     if folder is None:
         return []
     saved = [
-        Checkpoint(int(path.name.removeprefix("step-")), str(path))
+        Checkpoint(int(named[1]), str(path))
         for path in folder.glob("checkpoints/step-*")
+        if (named := re.fullmatch("step-([0-9]+)", path.name))
     ]
     steps = training_metrics(folder).get("steps")
     if not saved or steps is None:
@@ -183,31 +202,42 @@ def _check_on_hub(model_name: str) -> None:
         url = hf_hub_url(model_name, "config.json")
     except HFValidationError as error:
         raise UserError(
-            f"{model_name}: no embedded model, no folder "
-            "and no possible id of a model on the Hugging Face hub"
+            f"{model_name}: no embedded model, no folder and no possible id of a model on the Hugging Face "
+            f"hub: {_other_names(model_name)}"
         ) from error
     status = None if HF_HUB_OFFLINE else _hub_status(url)
     if status is None:
         why = "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else f"no answer from {url.split('/resolve/')[0]}"
         raise UserError(
             f"{model_name}: wanted from the Hugging Face hub, which was not reachable ({why}): "
-            "give the path of a local model folder instead, or use --profile pocket, which needs no network"
+            f"{_other_names(model_name)}"
         )
     if status in (401, 403):  # to whom is not logged in, the hub says 401 of models that do not exist, too
         raise UserError(
             f"{model_name}: gated, private or no model on the Hugging Face hub: "
-            "log in with 'hf auth login', or check the name"
+            f"log in with 'hf auth login', or check the name: {_other_names(model_name)}"
         )
     if status == 404:
         raise UserError(
             f"{model_name}: no embedded model, no local folder "
-            "and no model on the Hugging Face hub: check the name"
+            f"and no model on the Hugging Face hub: check the name: {_other_names(model_name)}"
         )
     if status >= 400:
         raise UserError(
             f"{model_name}: the Hugging Face hub answered with error {status}: "
             "try again later, or give a local model folder"
         )
+
+
+def _other_names(model_name: str) -> str:
+    """What may have been meant, and what there is without a network."""
+    embedded = embedded_models()
+    close = difflib.get_close_matches(model_name, embedded, 1)
+    meant = f"did you mean {close[0]}? " if close else ""
+    return (
+        f"{meant}embedded models, which need no network, are {', '.join(embedded)}; or give the path of a "
+        "local model folder"
+    )
 
 
 def check_dataset_reachable(name: str, instead: str) -> None:
@@ -221,7 +251,7 @@ def check_dataset_reachable(name: str, instead: str) -> None:
     from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import HFValidationError
 
-    if HF_HUB_OFFLINE or os.path.exists(name):
+    if HF_HUB_OFFLINE or os.path.isdir(name):
         return
     try:
         url = hf_hub_url(name, "README.md", repo_type="dataset")
@@ -232,6 +262,41 @@ def check_dataset_reachable(name: str, instead: str) -> None:
             f"{name}: wanted from the Hugging Face hub, which was not reachable "
             f"(no answer from {url.split('/resolve/')[0]}): {instead}"
         )
+
+
+@cache
+def dataset_revision(name: str, instead: str) -> str | None:
+    """The commit of a data set of the hub, as the hub says it or, without an answer, as it was when last
+    downloaded; ``None`` for a folder.
+
+    The hub is asked once by a process, so that all of it takes the data set for the same.
+
+    Raises:
+        UserError: the hub has no such data set, or did not answer now nor before; ends with what to do
+            ``instead``.
+    """
+    from huggingface_hub import hf_hub_download, hf_hub_url
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+
+    if os.path.isdir(name):
+        return None
+    why = "HF_HUB_OFFLINE is set"
+    try:
+        if not HF_HUB_OFFLINE:
+            url = hf_hub_url(name, "README.md", repo_type="dataset")
+            why = "" if _hub_status(url) is not None else f"no answer from {url.split('/resolve/')[0]}"
+        for file in ("README.md", ".gitattributes"):  # what its library reads; what all repositories have
+            with suppress(EntryNotFoundError):
+                found = hf_hub_download(name, file, repo_type="dataset", local_files_only=bool(why))
+                return Path(found).parent.name
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        raise UserError(
+            f"{name}: the Hugging Face hub gave nothing for it ({type(error).__name__}); "
+            f"check the name and the network, or {instead}"
+        ) from error
+    said = f"was not reachable ({why})" if why else "shows no file of it"
+    raise UserError(f"{name}: wanted from the Hugging Face hub, which {said}: {instead}")
 
 
 @cache
@@ -249,7 +314,7 @@ def _config_from_hub(model_name: str) -> Path:
     try:
         return Path(hf_hub_download(model_name, "config.json"))
     except (OSError, HfHubHTTPError) as error:
-        said = " ".join(str(error).split())[:200]
+        said = textwrap.shorten(str(error), 200, placeholder=" …")
         raise UserError(
             f"{model_name}: the Hugging Face hub did not give its config.json ({said})"
         ) from error

@@ -13,8 +13,8 @@ from selfrepair.errors import UserError
 
 T = TypeVar("T")
 
-#: Of torch's devices; others have no arithmetic, or were never tried.
-KINDS = ("cpu", "cuda", "mps", "xpu")
+#: Of torch's devices; others have no arithmetic or no float64, or were never tried.
+KINDS = ("cpu", "cuda", "xpu")
 
 
 def resolve_device(name: str) -> torch.device:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import re
+import textwrap
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import transformers
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformer_lens.model_bridge import TransformerBridge
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,13 +25,19 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from selfrepair.errors import UserError
 from selfrepair.models.architectures import is_parallel
-from selfrepair.models.checkpoints import embedded_models, find_model, short_name
+from selfrepair.models.checkpoints import TOKENIZER_FILES, embedded_models, find_model, short_name
 from selfrepair.models.devices import precision, resolve_device
 from selfrepair.models.parts import NormedMaps, first_maps, unhooked, value_biases, weight_out_in
-from selfrepair.models.support import check_supported, find_architecture
+from selfrepair.models.support import check_reads_text, check_supported, find_architecture
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+transformers.logging.set_verbosity_error()  # as TransformerLens has it: what matters is checked and said here
 
 
 @dataclass(frozen=True)
@@ -118,11 +125,12 @@ def load_model(
         UserError: it cannot be found, read or reached, or breaks the definitions (see
             :mod:`selfrepair.models.support`).
     """
+    from transformer_lens.model_bridge import TransformerBridge  # seconds, which not every command needs
+
     device = resolve_device(str(device))
     where = find_model(model_name)
     with _unloadable_is_said(model_name, where):
-        config = PretrainedConfig.get_config_dict(where)[0]
-        find_architecture(config.get("model_type") and str(config["model_type"]), model_name)
+        find_architecture(_model_type(where), model_name)
         check_supported(AutoConfig.from_pretrained(where, trust_remote_code=False), model_name)
         hf = _load_weights(model_name, where, device, dtype)
         bridge = TransformerBridge.boot_transformers(where, hf_model=hf, device=device, dtype=dtype)
@@ -130,6 +138,11 @@ def load_model(
     if bridge.cfg.n_heads != n_heads:
         raise UserError(f"{model_name}: its config.json gives both {n_heads} and {bridge.cfg.n_heads} heads")
     return name_parts(model_name, bridge)
+
+
+def _model_type(where: str) -> str | None:
+    model_type = PretrainedConfig.get_config_dict(where)[0].get("model_type")
+    return model_type and str(model_type)
 
 
 @contextmanager
@@ -194,7 +207,7 @@ def _check_weights(model_name: str, hf: PreTrainedModel, report: Mapping[str, It
         if not values.isfinite().all():
             raise UserError(
                 f"{model_name}: {weight} is not finite: "
-                f"the checkpoint is damaged, or {hf.dtype} is too narrow for it"
+                f"the weights are damaged, or {hf.dtype} is too narrow for them"
             )
 
 
@@ -226,11 +239,15 @@ def load_hf(
     """The Hugging Face causal language model and tokenizer of an embedded name, local folder or hub id.
 
     Raises:
-        UserError: it cannot be found, read or reached.
+        UserError: it cannot be found, read or reached, is no causal language model or reads no text.
     """
     where = find_model(model_name)
     with _unloadable_is_said(model_name, where):
+        model_type = _model_type(where)
+        if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            find_architecture(model_type, model_name)
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+        check_reads_text(tokenizer)
         model = _load_weights(model_name, where, device, dtype)
     if tokenizer.bos_token_id is None:
         tokenizer.bos_token = tokenizer.eos_token
@@ -238,11 +255,13 @@ def load_hf(
 
 
 def _why_not_loaded(model_name: str, where: str, error: Exception) -> str:
-    said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    said = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" …")
     if Path(where).is_dir():
-        return f"{model_name}: not a loadable causal language model ({said})"
+        has_tokenizer = any(file for pattern in TOKENIZER_FILES for file in Path(where).glob(pattern))
+        instead = "" if has_tokenizer else "save the model's tokenizer in its folder, which has none, or "
+        return f"{model_name}: not a loadable causal language model ({said}): {instead}download it again"
     return (
         f"{model_name}: the Hugging Face hub did not give all of it ({said}): check the network, "
         f"or give the path of a local model folder; the embedded models ({', '.join(embedded_models())}) "
-        "and --profile pocket need no network"
+        "need no network"
     )

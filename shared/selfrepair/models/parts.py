@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
 
 
 class NormedMaps(NamedTuple):
@@ -49,7 +50,9 @@ def unhooked(bridge: TransformerBridge) -> tuple[PreTrainedModel, Callable[[nn.M
 
 def _unhooked(module: nn.Module, twins: dict[int, nn.Module]) -> nn.Module:
     """The twin of a module; ``twins`` has all that were made, by the ``id`` of the original."""
-    while isinstance(module, GeneralizedComponent):
+    from transformer_lens.model_bridge.generalized_components import base  # not above: see load_model
+
+    while isinstance(module, base.GeneralizedComponent):
         module = cast(nn.Module, module.original_component)
     if id(module) not in twins:
         twin = copy.copy(module)

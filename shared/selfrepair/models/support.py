@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -13,7 +13,7 @@ from selfrepair.errors import UserError
 from selfrepair.models.architectures import ARCHITECTURES, CONDITIONS, SUPPORTED, Architecture
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ REFUSALS: tuple[Refusal, ...] = tuple(
 
 #: What every configuration gives, by these names or others that stand for them.
 SIZES = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size", "max_position_embeddings")
+#: Names under which config.json gives the longest prompt.
+CONTEXT = ("max_position_embeddings", "n_positions")
 UNKNOWN = "its definitions were not checked"
 SHORT_WINDOW = "only prompts that lie within the sliding window were checked"
 
@@ -83,6 +85,30 @@ def _check_sizes(config: PretrainedConfig, architecture: Architecture, model_nam
         )
 
 
+def check_config(config: Mapping[str, Any], prompt_len: int, model_name: str) -> None:
+    """Refuses by what config.json gives, before anything is loaded, what is refused later in any case.
+
+    Raises:
+        UserError: the architecture is not supported, or as :func:`check_context`.
+    """
+    find_architecture(config.get("model_type") and str(config["model_type"]), model_name)
+    for context in (config[name] for name in CONTEXT if type(config.get(name)) is int):
+        check_context(context, prompt_len, model_name)
+
+
+def check_context(context: int, prompt_len: int, model_name: str) -> None:
+    """Refuses prompts that are longer than the model's context.
+
+    Raises:
+        UserError: they are; says how long prompts may be.
+    """
+    if prompt_len > context:
+        raise UserError(
+            f"{model_name}: prompts of {prompt_len} tokens do not fit its context: "
+            f"give prompts (prompt_len) of {context} tokens or less"
+        )
+
+
 def check_window(config: PretrainedConfig, prompt_len: int, model_name: str) -> None:
     """Refuses prompts that are longer than the model's sliding attention window.
 
@@ -94,6 +120,19 @@ def check_window(config: PretrainedConfig, prompt_len: int, model_name: str) -> 
         raise UserError(
             f"{model_name}: its attention looks back {window} tokens and {SHORT_WINDOW}: "
             f"give --prompt-len {window} or less"
+        )
+
+
+def check_reads_text(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses a tokenizer that knows special tokens alone: of a folder without one, transformers makes some.
+
+    Raises:
+        UserError: it does.
+    """
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise UserError(
+            f"{tokenizer.name_or_path or 'tokenizer'}: no tokenizer with a vocabulary, so it reads no text: "
+            "save the model's tokenizer in its folder"
         )
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 from selfrepair.analysis.head_means import HeadMeans
 from selfrepair.analysis.head_table import heads_table
 from selfrepair.analysis.self_repair import with_self_repair
-from selfrepair.engine.ablations import find_ablation
+from selfrepair.engine.ablations import ABLATIONS, find_ablation
 from selfrepair.engine.fast.switch import fast_path
 from selfrepair.engine.optimal import N_PROMPTS
 from selfrepair.errors import UserError
@@ -31,6 +34,7 @@ from selfrepair.measure.tokens import of_prompts
 from selfrepair.measure.unseen_tokens import of_unseen
 from selfrepair.models.loading import Model, load_model
 from selfrepair.plots.across_models import self_repair_by_depth
+from selfrepair.run.profiles import Possible, refuse_impossible
 from selfrepair.text.corpora import Prompts, load_tokens
 
 
@@ -66,7 +70,7 @@ class MeasuredHeads:
 
 
 def measure_heads(
-    model: str | PreTrainedModel,
+    model: str | os.PathLike[str] | PreTrainedModel,
     *,
     text: str | Sequence[str] | None = None,
     tokens: np.ndarray | Tensor | None = None,
@@ -93,18 +97,21 @@ def measure_heads(
         fraction: share of the tokens that each head is judged on.
 
     Raises:
-        UserError: the model is not supported or cannot be loaded; the prompts are too few, an odd number, too
-            long, or not the model's; says what to do.
+        UserError: an argument of another type; the model is not supported or cannot be loaded; the prompts
+            are too few, an odd number, too long, or not the model's; says what to do.
     """
+    given: dict[str, Any] = {"text": text, "tokens": tokens, "tokenizer": tokenizer, "n_prompts": n_prompts}
+    given = {name: value for name, value in given.items() if value is not None}
+    given |= {"model": model, "prompt_len": prompt_len, "fraction": fraction}
+    refuse_impossible(given | {"ablation": ablation, "device": device}, _OF_CALLERS)
     n_unseen = N_PROMPTS if find_ablation(ablation).fits_unseen else 0
-    if not 0 < fraction <= 1:
-        raise UserError(f"fraction must lie in (0, 1], not {fraction}")
     if text is not None and tokens is not None:
         raise UserError("give a text or tokens, not both")
     if isinstance(model, PreTrainedModel) and tokens is None and tokenizer is None:
         raise UserError("a Hugging Face model needs its tokenizer for text: give tokenizer= or tokens=")
     loaded = _loaded(model, tokenizer, device)
-    prompts = _prompts(tokenizer or loaded.tokenizer, text, tokens, n_prompts, prompt_len, n_unseen)
+    reader = loaded.tokenizer if tokenizer is None else tokenizer
+    prompts = _prompts(reader, text, tokens, n_prompts, prompt_len, n_unseen)
     settings = {"ablation": ablation, "n_prompts": len(prompts.tokens)}
     inputs = {"tokens": of_prompts(prompts), "unseen_tokens": of_unseen(prompts)}
     heads = find_measurement("heads")
@@ -117,12 +124,66 @@ def measure_heads(
     return MeasuredHeads(loaded.name, ablation, fraction, effects)
 
 
-def _loaded(model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, device: str) -> Model:
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_text(value: object) -> bool:
+    several = isinstance(value, Sequence) and all(isinstance(document, str) for document in value)
+    return isinstance(value, str) or several
+
+
+def _as_array(tokens: Any) -> np.ndarray | None:
+    """``None`` of what is no array: rows of several lengths for instance."""
+    try:
+        return torch.as_tensor(tokens).detach().cpu().numpy()
+    except (TypeError, ValueError, RuntimeError):
+        return None
+
+
+#: What callers may give.
+_OF_CALLERS: Possible = {
+    "model": (
+        lambda value: isinstance(value, str | os.PathLike | PreTrainedModel),
+        "the name of a model, its folder or a Hugging Face model",
+    ),
+    "text": (_is_text, "a text or a list of texts (of a file, what it holds)"),
+    "tokens": (
+        lambda value: _as_array(value) is not None,
+        "an array of token ids [prompt, position], all rows of one length",
+    ),
+    "tokenizer": (lambda value: isinstance(value, PreTrainedTokenizerBase), "a Hugging Face tokenizer"),
+    "n_prompts": (
+        lambda value: _is_whole(value) and value >= 2 and value % 2 == 0,
+        "a positive even number (prompts are each other's donors in pairs)",
+    ),
+    "prompt_len": (lambda value: _is_whole(value) and value >= 2, "a whole number of at least 2"),
+    "fraction": (
+        lambda value: isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) <= 1,
+        "a number above 0 and at most 1",
+    ),
+    "ablation": (lambda value: value in ABLATIONS, f"one of {', '.join(ABLATIONS)}"),
+    "device": (lambda value: isinstance(value, str), "auto, cpu, cuda, cuda:1 …"),
+}
+
+
+@contextmanager
+def _called(name: str, path: str) -> Iterator[None]:
+    """Says by ``name`` what is wrong with what was given, of which ``path`` is a temporary copy."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(str(error).replace(path, name)) from error
+
+
+def _loaded(
+    model: str | os.PathLike[str] | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, device: str
+) -> Model:
     """By the one path for all models, which checks what it loads."""
-    if isinstance(model, str):
-        return load_model(model, device)
-    with tempfile.TemporaryDirectory() as folder:
-        own = f"{folder}/{model.config.model_type}"
+    if not isinstance(model, PreTrainedModel):
+        return load_model(os.fspath(model), device)
+    kind = model.config.model_type
+    with tempfile.TemporaryDirectory() as folder, _called(kind, own := f"{folder}/{kind}"):
         model.save_pretrained(own)
         (_stand_in() if tokenizer is None else tokenizer).save_pretrained(own)
         return load_model(own, device)
@@ -147,17 +208,17 @@ def _prompts(
         UserError: as :func:`~selfrepair.text.corpora.load_tokens`; the file is called ``text`` or ``tokens``.
     """
     if text is None and tokens is None:
-        return load_tokens(tokenizer, n_prompts=n_prompts or 32, prompt_len=prompt_len, n_unseen=n_unseen)
+        n_prompts = 32 if n_prompts is None else n_prompts
+        return load_tokens(tokenizer, n_prompts=n_prompts, prompt_len=prompt_len, n_unseen=n_unseen)
     with tempfile.TemporaryDirectory() as folder:
         if tokens is not None:
             kind, file = "tokens", Path(folder) / "tokens.npy"
-            np.save(file, torch.as_tensor(tokens).cpu().numpy())
+            np.save(file, np.asarray(_as_array(tokens)))
         else:
             kind, file = "text", Path(folder)
-            for number, document in enumerate([text] if isinstance(text, str) else text or ()):
-                (file / f"{number:06d}.txt").write_text(document, encoding="utf-8")
-        try:
-            source: dict[str, Any] = {kind: file, "n_prompts": n_prompts, "n_unseen": n_unseen}
-            return load_tokens(tokenizer, **source, prompt_len=prompt_len)
-        except UserError as error:
-            raise UserError(str(error).replace(str(file), kind)) from error
+            for number, document in enumerate([text] if isinstance(text, str) else text or [""]):
+                encoded = document.encode("utf-8", "surrogatepass")  # refused when it is read
+                (file / f"{number:06d}.txt").write_bytes(encoded)
+        source: dict[str, Any] = {kind: file, "n_prompts": n_prompts, "n_unseen": n_unseen}
+        with _called(kind, str(file)):
+            return replace(load_tokens(tokenizer, **source, prompt_len=prompt_len), source=kind)

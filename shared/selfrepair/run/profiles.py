@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from reprlib import repr as shown
@@ -13,7 +13,8 @@ from typing import Any
 from selfrepair.choices import LAYER_POSITIONS, PRECISIONS
 from selfrepair.engine.ablations import ABLATIONS
 from selfrepair.errors import UserError
-from selfrepair.models.checkpoints import whole_name
+from selfrepair.models.checkpoints import read_config, whole_name
+from selfrepair.models.support import check_config
 from selfrepair.paths import PROFILES, REPOSITORY, RUNS
 from selfrepair.yaml_files import read_yaml
 
@@ -103,6 +104,16 @@ def load_profile(name: str | Path) -> Profile:
         raise UserError(f"{path}: {error}") from error
 
 
+def check_models(profile: Profile, models: Sequence[str]) -> None:
+    """Refuses what no stage of a run could measure, before anything is loaded.
+
+    Raises:
+        UserError: a model that cannot be found, or as :func:`~selfrepair.models.support.check_config`.
+    """
+    for model in models:
+        check_config(read_config(model), profile.of_model(model).prompt_len, model)
+
+
 def whole_profile(name: str | Path) -> str:
     """What names the same profile in every process: the whole path of a file, a name as it is."""
     return os.path.abspath(name) if _is_path(name) else str(name)
@@ -114,10 +125,12 @@ def _is_path(name: str | Path) -> bool:
 
 def _profile(values: object, folder: Path) -> Profile:
     fields = {f.name: f for f in dataclasses.fields(Profile) if f.name not in ("per_model", "name")}
+    required = [f.name for f in fields.values() if f.default is dataclasses.MISSING]
     if not isinstance(values, dict):
-        raise UserError(f"must give {', '.join(fields)} as 'key: value' lines")
+        others = ", ".join(name for name in fields if name not in required)
+        raise UserError(f"must give {', '.join(required)} as 'key: value' lines; it may also give {others}")
     _refuse_unknown(values, fields)
-    missing = [f.name for f in fields.values() if f.default is dataclasses.MISSING and f.name not in values]
+    missing = [name for name in required if name not in values]
     if missing:
         raise UserError(f"missing {', '.join(missing)}")
     models, per_model = _models(values["models"], folder)
@@ -171,7 +184,7 @@ def refuse_impossible(values: Mapping[str, object], possible: Possible) -> None:
     for key, value in values.items():
         is_possible, wanted = possible[key]
         if not is_possible(value):
-            raise UserError(f"{key} must be {wanted}, not {shown(value)}")
+            raise UserError(f"{key} must be {wanted}, not {' '.join(shown(value).split())}")
 
 
 def _refuse_unknown(values: dict[object, object], known: Collection[str]) -> None:

@@ -45,8 +45,10 @@ from selfrepair.store.manifest import packages
 from selfrepair.store.stores import attributes_of, open_store
 from selfrepair.text.corpora import hash_documents, read_documents
 
-#: Any of these makes a folder that of a run.
-LEFT_BY_A_RUN = ("measured", "done", "manifest.json", "index.html", "notebooks", "figures", "claims")
+#: Any of these makes a folder that of a run of the workflow: notebooks that are run by hand leave none.
+LEFT_BY_A_RUN = ("done", MANIFEST, "index.html")
+#: What such notebooks leave beside what they measure.
+LEFT_BY_NOTEBOOKS = ("notebooks", "figures", "claims")
 #: Largest difference between tables of heads, relative, that other processors may make: they hold six digits.
 TOLERANCE = 1e-4
 #: Parts of a page that no reader sees: libraries and pictures hold any short text, by chance.
@@ -57,7 +59,8 @@ def verify(folder: Path, device: str = "auto", seed: int | None = None) -> Itera
     """Checks what a run left, and computes a sample of every measurement again.
 
     ``seed`` says which shards; without it they are others every time. A folder of stores alone, as
-    ``selfrepair sweep`` leaves it, has no manifest of its own.
+    ``selfrepair sweep`` leaves it, has no manifest of its own, nor has one that notebooks were run into by
+    hand: what these show is not checked.
 
     What follows from other results is made again: names of stores from their attributes, attributes from the
     run's settings, tables of heads from stores, the page from tables, figures and manifest, notebooks as
@@ -83,6 +86,9 @@ def verify(folder: Path, device: str = "auto", seed: int | None = None) -> Itera
             if finding.agrees is None:  # of an earlier run
                 stores = [store for store in stores if finding.what != f"measured/{store.name}"]
             yield finding
+    elif shown := [name for name in LEFT_BY_NOTEBOOKS if (folder / name).exists()]:
+        why = "made by hand, so no manifest of a run says what they should be; what was measured is checked"
+        yield Finding(", ".join(shown), None, why)
     tasks: list[Task] = []
     for store in stores:
         finding, task = check_store(store)

@@ -132,7 +132,7 @@ def measure(study: Study, model_name: str, stage: str = ALL_STAGES, progress: bo
             f"{model_name}: has no stage {stage!r}; its stages are {', '.join(map(str, stages))} and "
             f"{ALL_STAGES}"
         )
-    tasks = [task for task in every if stage in (ALL_STAGES, str(stage_of(task)))]
+    tasks = [task for task in with_needs(every) if stage in (ALL_STAGES, str(stage_of(task)))]
     passed_over = make(study, model_name, tasks, progress)
     stores = [task.path for task in with_needs(tasks) if task.path.is_dir()]
     made = [place for store in stores for place in (store, manifest_of(store))]

@@ -17,7 +17,8 @@ import numpy as np
 from jaxtyping import Int
 
 from selfrepair.errors import UserError
-from selfrepair.models.checkpoints import check_dataset_reachable
+from selfrepair.models.checkpoints import check_dataset_reachable, dataset_identity, dataset_revision
+from selfrepair.models.support import check_reads_text
 from selfrepair.paths import HELD_OUT_TEXT
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def _documents(file: Path) -> Iterator[str]:
         with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as content:
             while line := content.readline(LONGEST_DOCUMENT + 1):
                 end += len(line)
-                if line.removesuffix(b"\n") == SEPARATOR:
+                if line.rstrip(b"\r\n") == SEPARATOR:
                     yield _decoded(file, b"".join(lines), start)
                     lines, start = [], end
                 elif end - start > LONGEST_DOCUMENT:
@@ -118,6 +119,8 @@ def pack(documents: Iterable[Sequence[int]], bos: int, length: int) -> np.ndarra
 
 
 PILE_SAMPLE = "NeelNanda/pile-10k"
+#: What to do without a data set of the hub.
+NO_DATASET = "use a local text, or the default held-out prose, which needs no network"
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,7 @@ def load_tokens(
         rows, source = _load_ids(Path(tokens)), str(tokens)
         further = rows[:0]
     elif dataset is not None:
-        source = PILE_SAMPLE if dataset == "pile" else dataset
+        source = _dataset_name(dataset)
         documents = _dataset_documents(source)
         rows = _pack_until(documents, tokenizer, prompt_len, n_prompts)
         further = _pack_until(documents, tokenizer, prompt_len, n_unseen) if n_unseen else rows[:0]
@@ -186,17 +189,32 @@ def load_tokens(
         further = rows[:0]
     found = len(rows) + len(further)
     available = (found - n_unseen) // 2 * 2
-    if available < max(2, n_prompts or 2):
+    if available < (n_prompts or 2):
         beside = f" and {n_unseen} others that nothing is measured on" if n_unseen else ""
+        wanted = f"one pair{beside} is needed" if n_prompts is None else f"{n_prompts}{beside} were asked for"
+        ways = ["lower n_prompts"] if available >= 2 else ["lower prompt_len"] if tokens is None else []
+        ways += ["add text" if tokens is None else "add rows"]
         raise UserError(
-            f"{source}: gives {found} prompts of {rows.shape[1]} tokens; {n_prompts or 2}{beside} were "
-            "asked for: lower n_prompts or add text"
+            f"{source}: gives {found} prompts of {rows.shape[1]} tokens; {wanted}: {' or '.join(ways)}"
         )
     drawn = np.random.Generator(np.random.PCG64(seed)).permutation(len(rows))
     order = np.arange(len(rows)) if tokens is not None else drawn
     left_out = tokens is not None and n_prompts is None and (found - n_unseen) % 2 == 1
     taken, rest = np.split(rows[order], [n_prompts or available])
     return Prompts(taken, source, left_out, np.concatenate([further, rest])[:n_unseen])
+
+
+def identity_of_dataset(dataset: str) -> str:
+    """What tells a data set of :func:`load_tokens` from others of its name.
+
+    Raises:
+        UserError: as :func:`~selfrepair.models.checkpoints.dataset_identity`.
+    """
+    return dataset_identity(_dataset_name(dataset), NO_DATASET)
+
+
+def _dataset_name(dataset: str) -> str:
+    return PILE_SAMPLE if dataset == "pile" else dataset
 
 
 def hash_documents(documents: Iterable[str]) -> str:
@@ -238,16 +256,27 @@ def _load_ids(path: Path) -> Int[np.ndarray, "prompt position"]:
     return ids.astype(np.int64)
 
 
-def _pack_until(
-    documents: Iterator[str], tokenizer: PreTrainedTokenizerBase, length: int, n_rows: int | None
-) -> Int[np.ndarray, "row position"]:
-    """Packs documents, tokenising no more of them than ``n_rows`` rows need (plus a few)."""
+def first_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What prompts begin with: BOS, or EOS of a tokenizer that has none.
+
+    Raises:
+        UserError: it has neither, or reads no text.
+    """
+    check_reads_text(tokenizer)
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if bos is None:
         raise UserError(
             f"{tokenizer.name_or_path}: its tokenizer has no BOS and no EOS token to begin prompts with; "
-            "give a token file"
+            "name its bos_token in tokenizer_config.json, or give a token file to sweep"
         )
+    return bos
+
+
+def _pack_until(
+    documents: Iterator[str], tokenizer: PreTrainedTokenizerBase, length: int, n_rows: int | None
+) -> Int[np.ndarray, "row position"]:
+    """Packs documents, tokenising no more of them than ``n_rows`` rows need (plus a few)."""
+    bos = first_token(tokenizer)
     encoded: list[list[int]] = []
     n_tokens = 0
     while batch := list(itertools.islice(documents, 100)):
@@ -269,12 +298,12 @@ def _parts(documents: list[str]) -> Iterator[list[str]]:
 
 
 def _dataset_documents(name: str) -> Iterator[str]:
-    instead = "use a local text, or the default held-out prose, which needs no network"
-    check_dataset_reachable(name, instead)
+    check_dataset_reachable(name, NO_DATASET)
+    revision = dataset_revision(name, NO_DATASET)
     import datasets
 
     try:
-        rows = datasets.load_dataset(name, split="train", streaming=True)
+        rows = datasets.load_dataset(name, split="train", streaming=True, revision=revision)
         for row in rows:
             yield row["text"]
     except KeyError as error:
@@ -282,5 +311,5 @@ def _dataset_documents(name: str) -> Iterator[str]:
     except Exception as error:  # the hub's libraries raise many types when a name or the network is missing
         raise UserError(
             f"dataset {name}: the Hugging Face hub gave nothing for it ({type(error).__name__}); "
-            f"check the name and the network, or {instead}"
+            f"check the name and the network, or {NO_DATASET}"
         ) from error

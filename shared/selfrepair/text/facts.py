@@ -1,7 +1,8 @@
 """Prompts that ask for a fact, and which of them a model answers: what the Hydra effect is measured on.
 
 McGrath et al. 2023, §2: factual recall, read at the last position of the prompt. Prompts are not padded:
-those of one length in tokens are run together, and are each other's donors.
+those of one length in tokens are run together. Where layers are ablated at all positions, they are each
+other's donors; at the last position alone, donors are of any length.
 """
 
 from __future__ import annotations
@@ -19,7 +20,14 @@ import yaml
 from jaxtyping import Bool, Int
 
 from selfrepair.errors import NotMeasurable, UserError
-from selfrepair.models.checkpoints import check_dataset_reachable, model_folder, training_metrics
+from selfrepair.models.checkpoints import (
+    check_dataset_reachable,
+    dataset_identity,
+    dataset_revision,
+    model_folder,
+    training_metrics,
+)
+from selfrepair.text.corpora import first_token
 from selfrepair.text.gazetteer import Gazetteer
 
 if TYPE_CHECKING:
@@ -35,6 +43,8 @@ GROUP = 32
 #: Prompts per length below which an amount of prompts is not spread over more lengths.
 PER_LENGTH = 5
 BATCH = 64
+#: What to do without a data set of the hub.
+NO_DATASET = "give a local CounterFact .json; without one, facts that ship with the repository are used"
 
 
 @dataclass(frozen=True)
@@ -99,14 +109,15 @@ def facts_identity(name: str, source: str | None = None) -> dict[str, object]:
     """What determines :func:`facts_for`, beside code and the files that come with it.
 
     Raises:
-        UserError: ``source`` is a file that cannot be read.
+        UserError: ``source`` is a file that cannot be read, or as
+            :func:`~selfrepair.models.checkpoints.dataset_identity`.
     """
     if source is None:
         config = training_config(name)
         return {"gazetteer_seed": None if config is None else int(config["gazetteer_seed"])}
     if source.endswith(".json"):
         return {"facts_sha256": hashlib.sha256(_read(Path(source))).hexdigest()}
-    return {}
+    return {"facts_files": dataset_identity(source, NO_DATASET)}
 
 
 def own_facts() -> list[AskedFact]:
@@ -180,16 +191,16 @@ def _local_records(path: Path) -> list[Any]:
 
 
 def _hub_records(name: str) -> Iterable[Any]:
-    instead = "give a local CounterFact .json; without one, facts that ship with the repository are used"
-    check_dataset_reachable(name, instead)
+    check_dataset_reachable(name, NO_DATASET)
+    revision = dataset_revision(name, NO_DATASET)
     import datasets
 
     try:
-        return datasets.load_dataset(name, split="train")
+        return datasets.load_dataset(name, split="train", revision=revision)
     except Exception as error:  # the hub's libraries raise many types when a name or the network is missing
         raise UserError(
             f"facts {name}: the Hugging Face hub gave nothing for it ({type(error).__name__}); "
-            f"check the name and the network, or {instead}"
+            f"check the name and the network, or {NO_DATASET}"
         ) from error
 
 
@@ -199,11 +210,12 @@ def choose_prompts(
     """Up to ``n_prompts`` of the facts, relations and phrasings drawn in turn, for which the first token of
     the answer is the model's most likely next token (or all, if not ``only_answered``).
 
-    Three times as many are asked. Few prompts are kept to the most common lengths, so that each has donors.
+    Three times as many are asked. Few prompts are kept to the most common lengths, and none that is alone in
+    its length, so that each has donors wherever layers are ablated: the prompts are the same everywhere.
 
     Raises:
         NotMeasurable: fewer than two answered prompts of any one length.
-        UserError: ``n_prompts`` below 2.
+        UserError: ``n_prompts`` below 2, or a tokenizer with nothing to begin prompts with.
     """
     if n_prompts < 2:
         raise UserError(f"n_prompts must be at least 2 (a prompt's donor is another prompt), not {n_prompts}")
@@ -257,7 +269,7 @@ def _encode(
 ) -> tuple[list[list[int]], Int[np.ndarray, " fact"]]:
     """Tokens of the prompts, BOS first, and of the answers' beginnings; -1 where the answer changes the
     prompt's own tokens."""
-    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    bos = first_token(tokenizer)
     prompts, whole = (
         tokenizer(texts, add_special_tokens=False)["input_ids"]
         for texts in ([fact.text for fact in facts], [fact.text + fact.answer for fact in facts])
@@ -299,8 +311,8 @@ def _groups(lengths: Sequence[int]) -> list[Int[np.ndarray, " _"]]:
 
 
 def draw_donors(answers: Int[np.ndarray, " prompt"], n_donors: int, seed: int) -> Int[np.ndarray, "pair 2"]:
-    """``(prompt, donor)`` pairs within one group: up to ``n_donors`` different donors for each prompt, in
-    random order.
+    """``(prompt, donor)`` pairs of prompts with these ``answers``, any of which may be each other's donors:
+    up to ``n_donors`` different ones for each prompt, in random order.
 
     A donor has another answer, but where no other prompt has; a prompt is never its own.
     """
