@@ -95,7 +95,7 @@ EDITS = {
         MODELS,
         "0123456789",
     ),
-    "shared/selfrepair/text/corpora.py": (appended(), READS_TEXT, MODELS, "0123456789"),
+    "shared/selfrepair/text/corpora.py": (appended(), READS_TEXT | {"facts"}, MODELS, "0123456789"),
     "shared/selfrepair/models/support.py": (appended(), EVERYTHING, MODELS, "0123456789"),
     "shared/selfrepair/analysis/layernorm.py": (appended(), set(), (), "37"),
     "shared/selfrepair/analysis/estimates.py": (appended(), set(), (), "123456789"),
