@@ -117,8 +117,7 @@ def test_few_backups_of_each_head_carry_more_than_the_control_says():
     found = PairGrowth.of(grown(growth + noise(3, 10, 16, seed=7) * 0.1, prompts=16), 10)
     share, by_chance = found.share_of_strongest(), found.share_if_gaussian()
     assert (share - by_chance).interval().low > 0.1
-    shares, _ = found.if_gaussian(np.array([0.0, 1e9]))
-    np.testing.assert_allclose(shares, [0.5, 0], atol=1e-12)
+    assert found.if_gaussian(np.array([0.5]))[0].value == pytest.approx(1)  # all that are positive
 
 
 def test_the_pair_that_grows_most_is_read_where_it_was_not_chosen():

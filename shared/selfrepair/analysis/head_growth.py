@@ -140,15 +140,12 @@ class PairGrowth:
         strongest = self.strongest()
         return self._total(strongest & lowers) / self._total(strongest), float(lowers.mean())
 
-    def if_gaussian(
-        self, thresholds: Float[np.ndarray, " threshold"]
-    ) -> tuple[Float[np.ndarray, " threshold"], Estimate]:
-        """How many of the pairs would grow by more than each threshold (logits), and what these would carry.
+    def if_gaussian(self, shares: Float[np.ndarray, " share"]) -> Estimate:
+        """What these shares of the pairs, those that grow most, carry of the positive growth by chance.
 
-        Were growth Gaussian around 0, as large for each ablated head as it is, whatever the later head: a
-        share of the pairs, and as :meth:`share_of_strongest` one of the positive growth. Growth that chooses
-        has variance ``τ²``, its mean square; its covariance with the growth that is read, ``κ``, is without
-        noise. Where pairs above ``t`` are chosen, one in ``1 − Φ(t/τ)`` is, and they carry ``κ/τ φ(t/τ)``.
+        Growth is Gaussian around 0, as large for each ablated head as it is, whatever the later head. That
+        which chooses has variance ``τ²``, its mean square; its covariance ``κ`` with the growth that is read
+        is without noise. Of the pairs, ``1 − Φ(t/τ)`` lie above ``t``, and carry ``κ/τ φ(t/τ)``.
         """
         n = self.n_layers * self.n_heads
         n_pairs = np.bincount(self.ablated, minlength=n)
@@ -156,23 +153,25 @@ class PairGrowth:
         covariance = np.zeros((n, 1 + self.n_bootstrap))
         np.add.at(covariance, self.ablated, self.chosen_by[:, None] * self._read())
         some = spread > 0
+        normal = NormalDist()
+
+        def above(thresholds: Float[np.ndarray, " share"]) -> Float[np.ndarray, " share"]:
+            below = [[normal.cdf(t / of_head) for of_head in spread[some]] for t in thresholds]
+            return (1 - np.array(below)) @ n_pairs[some] / len(self.later)
+
+        high = np.full(len(shares), 10 * np.abs(self.chosen_by).max())
+        low = -high
+        for _ in range(60):  # halves the bracket of each threshold
+            middle = (low + high) / 2
+            is_low = above(middle) > shares
+            low, high = np.where(is_low, middle, low), np.where(is_low, high, middle)
         of_head = covariance[some] / spread[some, None]
-        above, density = _normal_tail(np.asarray(thresholds)[:, None] / spread[some])
-        _, density_at_0 = _normal_tail(np.zeros(int(some.sum())))
-        return above @ n_pairs[some] / len(self.later), Estimate(density @ of_head) / Estimate(
-            density_at_0 @ of_head
-        )
+        density = np.exp(-((low[:, None] / spread[some]) ** 2) / 2)  # against that at 0
+        return Estimate(density @ of_head) / Estimate(of_head.sum(0))
 
     def share_if_gaussian(self) -> Estimate:
         """:meth:`share_of_strongest`, were growth as in :meth:`if_gaussian`."""
-        low, high = 0.0, 10 * float(np.abs(self.chosen_by).max())
-        for _ in range(60):
-            middle = (low + high) / 2
-            if self.if_gaussian(np.array([middle]))[0][0] > self.n_strongest / len(self.later):
-                low = middle
-            else:
-                high = middle
-        return self.if_gaussian(np.array([low]))[1][0]
+        return self.if_gaussian(np.array([self.n_strongest / len(self.later)]))[0]
 
     def _read(self) -> Float[np.ndarray, "pair draw"]:
         """Growth of every pair on prompts of odd number; 0 where none has tokens."""
@@ -279,15 +278,6 @@ class PairGrowth:
 def all_pairs(found: Sequence[PairGrowth]) -> pd.DataFrame:
     """:meth:`PairGrowth.table` of several models, one under the other."""
     return pd.concat([one.table() for one in found], ignore_index=True)
-
-
-def _normal_tail(
-    values: Float[np.ndarray, "*what"],
-) -> tuple[Float[np.ndarray, "*what"], Float[np.ndarray, "*what"]]:
-    """How much of a standard normal distribution lies above, and its density."""
-    normal = NormalDist()
-    above = [1 - normal.cdf(value) for value in values.flat]
-    return np.reshape(above, values.shape), np.exp(-(values**2) / 2) / np.sqrt(2 * np.pi)
 
 
 def _largest(values: Float[np.ndarray, " pair"], n: int) -> Bool[np.ndarray, " pair"]:

@@ -91,10 +91,9 @@ def concentration(growths: Sequence[PairGrowth]) -> Figure:
         share = np.arange(1, len(one.later) + 1) / len(one.later)
         axis.plot(share, one.cumulative(), color=colour, lw=1.6, label=one.model)
         axis.plot(share, one.cumulative(CONTROL), color=colour, lw=1, ls=":")
-        thresholds = np.linspace(0, 6 * np.abs(one.chosen_by).max(), 400)
-        by_chance, carried = one.if_gaussian(thresholds)
-        axis.plot(by_chance, carried.value, color=colour, lw=0.9, ls="--")
-    for line, label in ((":", "control tokens"), ("--", "Gaussian growth, as large for each ablated head")):
+        shares = np.linspace(0.005, 0.5, 100)
+        axis.plot(shares, one.if_gaussian(shares).value, color=colour, lw=0.9, ls="--")
+    for line, label in ((":", "control tokens"), ("--", "Gaussian, as wide as it is for each ablated head")):
         axis.plot([], [], color="0.4", lw=1, ls=line, label=label)
     axis.axhline(0, color="0.6", lw=0.7, zorder=0)
     axis.plot([STRONGEST, STRONGEST, 0], [0, 0.5, 0.5], color="0.6", lw=0.8, zorder=0)
@@ -124,7 +123,7 @@ def alike(found: Mapping[str, Mapping[str, Estimate]]) -> Figure:
         axis.set_xlabel(title)
         axis.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1))
     axes[0].set(yticks=range(len(found)), yticklabels=list(found), ylim=(len(found) - 0.5, -0.5))
-    say(figure, "bars: 95% intervals over prompts, of which pairs are the strongest (the cosines are fixed)")
+    say(figure, "bars: 95% intervals over prompts; for cosines they say only which pairs grow most")
     return figure
 
 
