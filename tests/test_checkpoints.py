@@ -16,7 +16,6 @@ from selfrepair import models
 from selfrepair.errors import UserError
 from selfrepair.models.checkpoints import (
     checkpoints,
-    dataset_identity,
     embedded_models,
     find_model,
     model_folder,
@@ -274,74 +273,3 @@ def test_what_lies_beside_checkpoints_of_training_is_none(folder):
     for name in ("step-000048", "step-000004", "step-000048 (copy)", "step-000012.unfinished", "step-"):
         (folder / "checkpoints" / name).mkdir(parents=True)
     assert [saved.step for saved in checkpoints(str(folder))] == [4, 48, 48]
-
-
-# --- identities of data sets ------------------------------------------------------------------------------
-
-
-def test_another_file_of_a_data_set_is_another_identity(tmp_path, monkeypatch):
-    (tmp_path / "ds" / "data" / ".git").mkdir(parents=True)
-    file = tmp_path / "ds" / "data" / "train.jsonl"
-    file.write_text('{"text": "old"}')
-    identities = [dataset_identity(str(tmp_path / "ds"), "")]
-    (tmp_path / "ds" / "data" / ".git" / "index").write_text("no data")
-    monkeypatch.chdir(tmp_path)
-    assert dataset_identity("ds", "") == identities[0]
-    file.write_text('{"text": "new"}')
-    identities.append(dataset_identity("ds", ""))
-    file.rename(tmp_path / "ds" / "train.jsonl")
-    identities.append(dataset_identity("ds", ""))
-    assert len(set(identities)) == 3
-
-
-class DatasetHub(http.server.BaseHTTPRequestHandler):
-    """Has the data sets ``who/has`` and, without a README.md, ``who/bare``, at the newest of ``commits``."""
-
-    commits: list[str] = []  # noqa: RUF012
-
-    def do_HEAD(self):
-        is_there = self.path.startswith(("/datasets/who/has/", "/datasets/who/bare/"))
-        is_there &= not self.path.startswith("/datasets/who/bare/") or self.path.endswith(".gitattributes")
-        self.send_response(200 if is_there else 404)
-        if not is_there:
-            is_bare = self.path.startswith("/datasets/who/bare/")
-            self.send_header("X-Error-Code", "EntryNotFound" if is_bare else "RepoNotFound")
-        self.send_header("X-Repo-Commit", self.commits[-1])
-        self.send_header("ETag", f'"{self.commits[-1]}"')
-        self.send_header("Content-Length", "2")
-        self.end_headers()
-
-    def do_GET(self):
-        self.do_HEAD()
-        self.wfile.write(b"{}")
-
-    def log_message(self, *_):
-        pass
-
-
-def test_a_data_set_of_the_hub_is_its_commit_with_a_network_and_later_without(tmp_path):
-    code = "import sys\nfrom selfrepair.errors import UserError\n"
-    code += "from selfrepair.models.checkpoints import dataset_identity\nfor name in sys.argv[1:]:\n"
-    code += " try: print(dataset_identity(name, 'do this'))\n except UserError as error: print(error)"
-    names = ["who/has", "who/bare", "who/not", "no name"]
-
-    def said(**environment):
-        environment = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub, "HF_HOME": str(tmp_path), **environment}
-        command = [sys.executable, "-c", code, *names]
-        done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
-        return done.stdout.splitlines()
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), DatasetHub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    hub = f"http://127.0.0.1:{server.server_port}"
-    for commit in ("a" * 40, "b" * 40):
-        DatasetHub.commits.append(commit)
-        has, bare, *refused = said()
-        assert has == bare == commit
-        assert all("gave nothing for it" in line and line.endswith("do this") for line in refused)
-    server.shutdown()
-    server.server_close()
-    for environment in ({}, {"HF_HUB_OFFLINE": "1"}):
-        has, bare, unknown, _ = said(**environment)
-        assert has == bare == "b" * 40
-        assert unknown.startswith("who/not: wanted from the Hugging Face hub, which was not reachable")

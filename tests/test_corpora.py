@@ -9,9 +9,7 @@ from hypothesis import strategies as st
 
 from selfrepair.errors import UserError
 from selfrepair.measure.tokens import of_prompts
-from selfrepair.models import checkpoints
-from selfrepair.text.corpora import _dataset_documents, load_tokens, pack, read_documents
-from selfrepair.text.facts import counterfact_facts
+from selfrepair.text.corpora import load_tokens, pack, read_documents
 
 BOS = 0
 documents_of_tokens = st.lists(st.lists(st.integers(1, 50), max_size=40), max_size=12)
@@ -103,37 +101,3 @@ def test_what_editors_keep_beside_a_text_is_not_read(tmp_path):
     (tmp_path / ".story.txt").write_text("Another.")
     (tmp_path / ".story.txt.swp").write_bytes(b"b0VIM\0")
     assert read_documents(tmp_path) == ["Once."]
-
-
-READS = {"corpora": lambda: list(_dataset_documents("a/b")), "facts": lambda: counterfact_facts("a/b")}
-
-
-@pytest.mark.parametrize("read", READS.values(), ids=READS)
-def test_a_hub_that_does_not_answer_is_not_asked_again_and_again(monkeypatch, read):
-    """Its own library tries for half a minute, in a dozen lines."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(checkpoints, "_hub_status", lambda url: None)
-    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("asked again"))
-    with pytest.raises(UserError, match=r"not reachable \(no answer from https://\S+\): "):
-        read()
-
-
-@pytest.mark.parametrize("module", READS)
-def test_a_data_set_is_read_at_the_commit_that_names_what_is_measured_on_it(monkeypatch, module):
-    rewrite = {"prompt": "{} is", "subject": "It", "target_true": {"str": "here"}}
-    asked = {}
-
-    def load(name, **options):
-        asked.update(options, name=name)
-        return [{"text": "It is here.", "requested_rewrite": rewrite}]
-
-    monkeypatch.setattr("datasets.load_dataset", load)
-    monkeypatch.setattr(f"selfrepair.text.{module}.dataset_revision", lambda *_: "0123abc")
-    READS[module]()
-    assert (asked["name"], asked["revision"]) == ("a/b", "0123abc")
-
-
-def test_a_local_data_set_needs_no_hub(tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(checkpoints, "_hub_status", lambda url: pytest.fail("asked the hub"))
-    checkpoints.check_dataset_reachable(str(tmp_path), "")

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selfrepair.errors import NotMeasurable, UserError
-from selfrepair.models import checkpoints
 from selfrepair.models.loading import load_model
 from selfrepair.paths import MODELS
+from selfrepair.text import hub_datasets
 from selfrepair.text.corpora import load_tokens
 from selfrepair.text.facts import (
     AskedFact,
@@ -93,7 +93,7 @@ def test_counterfact_file_and_data_set(tmp_path, monkeypatch):
     wanted = [AskedFact("The mother tongue of Danielle Darrieux is", " French", "P103", "CounterFact")]
     assert counterfact_facts(counterfact_file(tmp_path, [record()])) == wanted
     assert counterfact_facts(counterfact_file(tmp_path, [record(relation_id=None)]))[0].relation == "fact"
-    monkeypatch.setattr("selfrepair.text.facts.dataset_revision", lambda *_: "0123abc")
+    monkeypatch.setattr(hub_datasets, "_commit_of", lambda *_: None)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list([record()]))
     assert counterfact_facts("someone/counterfact") == wanted
 
@@ -120,7 +120,7 @@ def test_bad_counterfact_files_are_one_line(tmp_path, content, said):
 def test_what_determines_the_facts(tmp_path, monkeypatch):
     assert facts_identity("pocket-pythia-small") == {"gazetteer_seed": 0}
     assert facts_identity("gpt2") == {"gazetteer_seed": None}
-    monkeypatch.setattr(checkpoints, "dataset_revision", lambda *_: "0123abc")
+    monkeypatch.setattr(hub_datasets, "_commit_of", lambda *_: hub_datasets._Commit("0123abc", ""))
     assert facts_identity("gpt2", "someone/counterfact") == {"facts_files": "0123abc"}
     one, other = (
         facts_identity("gpt2", counterfact_file(tmp_path, [record(subject=who)])) for who in ("A", "B")

@@ -1,8 +1,9 @@
 """Models: finding and loading them, refusing those that break the definitions, and naming their parts.
 
-``checkpoints`` finds models by name, ``architectures`` has a record of every family that is measured,
-``support`` refuses the others with the reason, ``loading`` gives a :class:`Model` by the parts that ``parts``
-finds, and ``devices`` chooses where it runs and how exactly.
+``checkpoints`` finds models by name, ``hub`` asks whether that of Hugging Face answers,
+``architectures`` has a record of every family that is measured, ``support`` refuses the others with the
+reason, ``loading`` gives a :class:`Model` by the parts that ``parts`` finds, and ``devices`` chooses where it
+runs and how exactly.
 """
 
 import lazy_loader

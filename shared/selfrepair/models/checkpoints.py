@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import difflib
-import glob
-import hashlib
 import json
 import os
 import re
 import textwrap
-import threading
-from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from selfrepair.errors import UserError
+from selfrepair.file_identity import identity_of_files
+from selfrepair.models.hub import ask_hub
 from selfrepair.paths import MODELS
-
-#: Seconds that the hub has to answer, name resolution included.
-HUB_TIMEOUT = 3.0
 
 
 def embedded_models() -> list[str]:
@@ -114,39 +108,10 @@ def model_identity(model_name: str) -> str:
     found = Path(find_model(model_name))
     if not found.is_dir():
         return _config_from_hub(model_name).parent.name
-    return _identity_of(found, (file for pattern in MODEL_FILES for file in found.glob(pattern)))
-
-
-def dataset_identity(name: str, instead: str) -> str:
-    """What tells a data set from others of its name: a hash of a folder's files, or the commit of the hub's.
-
-    Hidden files are left out, which no data set is read from.
-
-    Raises:
-        UserError: a file cannot be read, or as :func:`dataset_revision`.
-    """
-    files = (Path(name, file) for file in glob.iglob("**", root_dir=name, recursive=True))
-    return dataset_revision(name, instead) or _identity_of(Path(name), files)
-
-
-def _identity_of(folder: Path, files: Iterable[Path]) -> str:
     try:
-        states = [(file, file.stat()) for file in sorted(set(files)) if file.is_file()]
-        return _hash_of(folder, tuple((file, state.st_size, state.st_mtime_ns) for file, state in states))
+        return identity_of_files(found, (file for pattern in MODEL_FILES for file in found.glob(pattern)))
     except OSError as error:
-        raise UserError(f"{folder}: its files cannot be read ({error})") from error
-
-
-@cache
-def _hash_of(folder: Path, files: tuple[tuple[Path, int, int], ...]) -> str:
-    """SHA-256 of files' names in a folder and contents; sizes and times say whether they changed in this
-    process."""
-    digest = hashlib.sha256()
-    for file, size, _ in files:
-        digest.update(f"{file.relative_to(folder).as_posix()} {size} ".encode(errors="surrogateescape"))
-        with file.open("rb") as content:
-            digest.update(hashlib.file_digest(content, "sha256").digest())
-    return digest.hexdigest()[:16]
+        raise UserError(f"{found}: its files cannot be read ({error})") from error
 
 
 def training_metrics(folder: Path) -> dict[str, Any]:
@@ -193,7 +158,6 @@ def checkpoints(model_name: str) -> list[Checkpoint]:
 
 def _check_on_hub(model_name: str) -> None:
     from huggingface_hub import hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import HFValidationError
 
     try:
@@ -205,26 +169,28 @@ def _check_on_hub(model_name: str) -> None:
             f"{model_name}: no embedded model, no folder and no possible id of a model on the Hugging Face "
             f"hub: {_other_names(model_name)}"
         ) from error
-    status = None if HF_HUB_OFFLINE else _hub_status(url)
-    if status is None:
-        why = "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else f"no answer from {url.split('/resolve/')[0]}"
+    answer = ask_hub(url)
+    if answer.status is None:
         raise UserError(
-            f"{model_name}: wanted from the Hugging Face hub, which was not reachable ({why}): "
+            f"{model_name}: wanted from the Hugging Face hub, which was not reachable ({answer.why}): "
             f"{_other_names(model_name)}"
         )
-    if status in (401, 403):  # to whom is not logged in, the hub says 401 of models that do not exist, too
+    if answer.status in (
+        401,
+        403,
+    ):  # to whom is not logged in, the hub says 401 of models that do not exist, too
         raise UserError(
             f"{model_name}: gated, private or no model on the Hugging Face hub: "
             f"log in with 'hf auth login', or check the name: {_other_names(model_name)}"
         )
-    if status == 404:
+    if answer.status == 404:
         raise UserError(
             f"{model_name}: no embedded model, no local folder "
             f"and no model on the Hugging Face hub: check the name: {_other_names(model_name)}"
         )
-    if status >= 400:
+    if answer.status >= 400:
         raise UserError(
-            f"{model_name}: the Hugging Face hub answered with error {status}: "
+            f"{model_name}: the Hugging Face hub answered with error {answer.status}: "
             "try again later, or give a local model folder"
         )
 
@@ -238,65 +204,6 @@ def _other_names(model_name: str) -> str:
         f"{meant}embedded models, which need no network, are {', '.join(embedded)}; or give the path of a "
         "local model folder"
     )
-
-
-def check_dataset_reachable(name: str, instead: str) -> None:
-    """Refuses a data set of a hub that does not answer: its own library tries for half a minute, in many
-    lines. With ``HF_HUB_OFFLINE`` that library looks at once for what was downloaded.
-
-    Raises:
-        UserError: no answer; ends with what to do ``instead``.
-    """
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.constants import HF_HUB_OFFLINE
-    from huggingface_hub.errors import HFValidationError
-
-    if HF_HUB_OFFLINE or os.path.isdir(name):
-        return
-    try:
-        url = hf_hub_url(name, "README.md", repo_type="dataset")
-    except HFValidationError:  # no possible name, which the library says at once
-        return
-    if _hub_status(url) is None:
-        raise UserError(
-            f"{name}: wanted from the Hugging Face hub, which was not reachable "
-            f"(no answer from {url.split('/resolve/')[0]}): {instead}"
-        )
-
-
-@cache
-def dataset_revision(name: str, instead: str) -> str | None:
-    """The commit of a data set of the hub, as the hub says it or, without an answer, as it was when last
-    downloaded; ``None`` for a folder.
-
-    The hub is asked once by a process, so that all of it takes the data set for the same.
-
-    Raises:
-        UserError: the hub has no such data set, or did not answer now nor before; ends with what to do
-            ``instead``.
-    """
-    from huggingface_hub import hf_hub_download, hf_hub_url
-    from huggingface_hub.constants import HF_HUB_OFFLINE
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
-
-    if os.path.isdir(name):
-        return None
-    why = "HF_HUB_OFFLINE is set"
-    try:
-        if not HF_HUB_OFFLINE:
-            url = hf_hub_url(name, "README.md", repo_type="dataset")
-            why = "" if _hub_status(url) is not None else f"no answer from {url.split('/resolve/')[0]}"
-        for file in ("README.md", ".gitattributes"):  # what its library reads; what all repositories have
-            with suppress(EntryNotFoundError):
-                found = hf_hub_download(name, file, repo_type="dataset", local_files_only=bool(why))
-                return Path(found).parent.name
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
-        raise UserError(
-            f"{name}: the Hugging Face hub gave nothing for it ({type(error).__name__}); "
-            f"check the name and the network, or {instead}"
-        ) from error
-    said = f"was not reachable ({why})" if why else "shows no file of it"
-    raise UserError(f"{name}: wanted from the Hugging Face hub, which {said}: {instead}")
 
 
 @cache
@@ -314,29 +221,7 @@ def _config_from_hub(model_name: str) -> Path:
     try:
         return Path(hf_hub_download(model_name, "config.json"))
     except (OSError, HfHubHTTPError) as error:
-        said = textwrap.shorten(str(error), 200, placeholder=" …")
+        said = textwrap.shorten(str(error), 200)
         raise UserError(
             f"{model_name}: the Hugging Face hub did not give its config.json ({said})"
         ) from error
-
-
-def _hub_status(url: str) -> int | None:
-    """HTTP status of a HEAD request with the hub's own client, proxies and token; ``None``: no answer."""
-    from huggingface_hub import get_hf_file_metadata
-    from huggingface_hub.errors import HfHubHTTPError
-
-    answer: list[int] = []
-
-    def ask() -> None:
-        try:
-            get_hf_file_metadata(url, timeout=HUB_TIMEOUT)
-            answer.append(200)
-        except HfHubHTTPError as error:
-            answer.append(error.response.status_code)
-        except Exception:  # whatever the client raises when there is no connection
-            return
-
-    asking = threading.Thread(target=ask, daemon=True)  # a resolver of names obeys no timeout
-    asking.start()
-    asking.join(HUB_TIMEOUT)
-    return answer[0] if answer else None

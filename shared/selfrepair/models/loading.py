@@ -255,7 +255,7 @@ def load_hf(
 
 
 def _why_not_loaded(model_name: str, where: str, error: Exception) -> str:
-    said = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" …")
+    said = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
     if Path(where).is_dir():
         has_tokenizer = any(file for pattern in TOKENIZER_FILES for file in Path(where).glob(pattern))
         instead = "" if has_tokenizer else "save the model's tokenizer in its folder, which has none, or "

@@ -1,7 +1,8 @@
 """What models read.
 
-``corpora`` cuts prose into prompts, ``gazetteer`` is the invented world that embedded models know (its words
-are in ``world``), ``facts`` are prompts that ask for one, and which of them a model answers.
+``corpora`` cuts prose into prompts, ``hub_datasets`` reads that of the Hugging Face hub, ``gazetteer`` is the
+invented world that embedded models know (its words are in ``world``), ``facts`` are prompts that ask for one,
+and which of them a model answers.
 """
 
 import lazy_loader

@@ -17,9 +17,9 @@ import numpy as np
 from jaxtyping import Int
 
 from selfrepair.errors import UserError
-from selfrepair.models.checkpoints import check_dataset_reachable, dataset_identity, dataset_revision
 from selfrepair.models.support import check_reads_text
 from selfrepair.paths import HELD_OUT_TEXT
+from selfrepair.text.hub_datasets import dataset_identity, dataset_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -208,7 +208,7 @@ def identity_of_dataset(dataset: str) -> str:
     """What tells a data set of :func:`load_tokens` from others of its name.
 
     Raises:
-        UserError: as :func:`~selfrepair.models.checkpoints.dataset_identity`.
+        UserError: as :func:`~selfrepair.text.hub_datasets.dataset_identity`.
     """
     return dataset_identity(_dataset_name(dataset), NO_DATASET)
 
@@ -298,18 +298,7 @@ def _parts(documents: list[str]) -> Iterator[list[str]]:
 
 
 def _dataset_documents(name: str) -> Iterator[str]:
-    check_dataset_reachable(name, NO_DATASET)
-    revision = dataset_revision(name, NO_DATASET)
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(name, split="train", streaming=True, revision=revision)
-        for row in rows:
-            yield row["text"]
-    except KeyError as error:
-        raise UserError(f"dataset {name}: has no column 'text'") from error
-    except Exception as error:  # the hub's libraries raise many types when a name or the network is missing
-        raise UserError(
-            f"dataset {name}: the Hugging Face hub gave nothing for it ({type(error).__name__}); "
-            f"check the name and the network, or {NO_DATASET}"
-        ) from error
+    for row in dataset_rows(name, NO_DATASET, streaming=True):
+        if "text" not in row:
+            raise UserError(f"dataset {name}: has no column 'text'")
+        yield row["text"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,15 +20,10 @@ import yaml
 from jaxtyping import Bool, Int
 
 from selfrepair.errors import NotMeasurable, UserError
-from selfrepair.models.checkpoints import (
-    check_dataset_reachable,
-    dataset_identity,
-    dataset_revision,
-    model_folder,
-    training_metrics,
-)
+from selfrepair.models.checkpoints import model_folder, training_metrics
 from selfrepair.text.corpora import first_token
 from selfrepair.text.gazetteer import Gazetteer
+from selfrepair.text.hub_datasets import dataset_identity, dataset_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -110,7 +105,7 @@ def facts_identity(name: str, source: str | None = None) -> dict[str, object]:
 
     Raises:
         UserError: ``source`` is a file that cannot be read, or as
-            :func:`~selfrepair.models.checkpoints.dataset_identity`.
+            :func:`~selfrepair.text.hub_datasets.dataset_identity`.
     """
     if source is None:
         config = training_config(name)
@@ -150,9 +145,9 @@ def counterfact_facts(source: str) -> list[AskedFact]:
         UserError: it cannot be read or has other fields; says which record.
     """
     facts = []
-    for number, record in enumerate(
-        _local_records(Path(source)) if source.endswith(".json") else _hub_records(source)
-    ):
+    is_file = source.endswith(".json")
+    records = _local_records(Path(source)) if is_file else dataset_rows(source, NO_DATASET, streaming=False)
+    for number, record in enumerate(records):
         try:
             rewrite = record["requested_rewrite"]
             text = rewrite["prompt"].format(rewrite["subject"]).rstrip()
@@ -188,20 +183,6 @@ def _local_records(path: Path) -> list[Any]:
     if not isinstance(records, list):
         raise UserError(f"{path}: must hold a list of CounterFact records")
     return records
-
-
-def _hub_records(name: str) -> Iterable[Any]:
-    check_dataset_reachable(name, NO_DATASET)
-    revision = dataset_revision(name, NO_DATASET)
-    import datasets
-
-    try:
-        return datasets.load_dataset(name, split="train", revision=revision)
-    except Exception as error:  # the hub's libraries raise many types when a name or the network is missing
-        raise UserError(
-            f"facts {name}: the Hugging Face hub gave nothing for it ({type(error).__name__}); "
-            f"check the name and the network, or {NO_DATASET}"
-        ) from error
 
 
 def choose_prompts(
