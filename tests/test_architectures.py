@@ -12,7 +12,7 @@ import pytest
 import reference
 import torch
 import transformers
-from families import ALL_FAMILIES, PARALLEL, TINY, build_family, random_tokens
+from families import ALL_FAMILIES, TINY, build_family, random_tokens
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -109,15 +109,29 @@ def test_weights_are_of_the_dtype_asked_for_and_rotary_tables_are_not_rounded(li
     check_identity(model, random_tokens(2))
 
 
+@torch.no_grad()
+def mlp_follows_attention(hf, tokens):
+    """Whether the first MLP's neurons change where the attention of its block writes nothing."""
+    neurons = []
+    (attention, *_), (mlp, *_) = reference._parts(hf)[1], reference.mlp_projections(hf)
+    seen = mlp.register_forward_pre_hook(lambda _, given: neurons.append(given[0]))
+    hf(input_ids=tokens)
+    silent = attention.register_forward_hook(lambda _, given, output: torch.zeros_like(output))
+    hf(input_ids=tokens)
+    silent.remove()
+    seen.remove()
+    return not torch.equal(*neurons)
+
+
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_parts_are_what_they_are_named(like_hub, family):
     model = load_model(str(like_hub(family)), device="cpu")
     tokens = random_tokens(2)
-    assert model.parallel == (family in PARALLEL)
     assert model.context_length == 32
     assert len(model.W_O(0)) == model.n_heads == 4
     assert model.value_biases[0].shape == model.W_O(0).shape[:2]
     hf = AutoModelForCausalLM.from_pretrained(like_hub(family), dtype=torch.float32)
+    assert model.parallel != mlp_follows_attention(hf, tokens)
     for layer, projection in enumerate(reference.mlp_projections(hf)):
         torch.testing.assert_close(
             model.value_biases[layer].flatten(), reference.value_bias(hf, layer), rtol=0, atol=0

@@ -63,7 +63,7 @@ def test_one_layer_earlier_does_not_depend_on_batches(family, monkeypatch):
     monkeypatch.setattr(
         measure, "Reading", lambda model, tokens: batches.append(len(tokens)) or real(model, tokens)
     )
-    monkeypatch.setattr(measure, "pairs_that_fit", lambda *_: 1)
+    monkeypatch.setattr(measure, "pairs_at_once", lambda *_: 1)
     found = measured("earlier_input", model, prompts(), fraction=0.1)
     assert batches == [2, 2, 2]
     np.testing.assert_allclose(found["ablated"], wanted["ablated"], rtol=1e-4, atol=1e-5)

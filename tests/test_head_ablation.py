@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from selfrepair.engine import head_ablation as ablation
 from selfrepair.engine.ablations import find_ablation
-from selfrepair.engine.direct_effect import FinalNorm, token_directions
+from selfrepair.engine.direct_effect import token_directions
 from selfrepair.engine.fast import fast_path
 from selfrepair.engine.forward import Replay, run_clean
 from selfrepair.engine.head_ablation import HeadAblations, ablate_heads
@@ -91,11 +91,12 @@ def test_layernorm_part_is_its_direct_formula(family, name, path):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-9)])
 @pytest.mark.parametrize("name", ALL_FAMILIES)
 def test_direct_effects_sum_to_the_centred_logit(family, name, dtype, tolerance, path):
-    model = path(family(name, dtype)[0])
+    plain, hf = family(name, dtype)
+    model = path(plain)
     tokens = random_tokens()
     clean = run_clean(model, tokens)
     direction, constant = token_directions(model, tokens)
-    sigma = FinalNorm.of(model.final_norm).sigma(clean.final_residual)[:, :-1]
+    sigma = reference.sigma(hf, clean.final_residual)[:, :-1]
 
     def effect(written):
         return (written[:, :-1] * direction).sum(-1) / sigma
@@ -114,12 +115,11 @@ def test_direct_effects_sum_to_the_centred_logit(family, name, dtype, tolerance,
             1
         )  # the same everywhere
         total = total + heads[layer].sum(0) + effect(biases) + effect(mlp)
-    norm = model.final_norm
-    residual = clean.final_residual
+    norm, residual = model.final_norm, clean.final_residual
     if isinstance(norm, torch.nn.LayerNorm):
         normed = norm(residual)
-    else:
-        normed = norm.weight * residual / FinalNorm.of(norm).sigma(residual)[..., None]
+    else:  # their own code computes in float32
+        normed = norm.weight * residual / reference.sigma(hf, residual)[..., None]
     wanted = reference.centred_correct_logit(model.hf.get_output_embeddings()(normed), tokens)
     assert (total - wanted).abs().max() < tolerance * max(1.0, wanted.abs().max())
 

@@ -86,6 +86,7 @@ def test_batches_and_rows_do_not_matter(family, monkeypatch):
     here = prompts(6, 9)
     wanted = measured("head_growth", model, here)
     monkeypatch.setattr(measure, "rows_that_fit", lambda *_: 3)
+    monkeypatch.setattr(measure, "pairs_at_once", lambda *_: 1)
     found = measured("head_growth", model, here)
     for name in ("growth", "clean_effect", "count"):
         close(found[name], wanted[name].values, 1e-5)

@@ -105,7 +105,8 @@ def test_independent_of_the_batch_size(tmp_path, measured, kind, monkeypatch):
     stores = []
     for at_once in (1, 4, 16):
         monkeypatch.setattr(pairs, "SHARD_PAIRS", at_once)
-        monkeypatch.setattr(engine_module, "rows_that_fit", lambda *_: 1000)
+        for module in (engine_module, batches):
+            monkeypatch.setattr(module, "rows_that_fit", lambda *_: 1000)
         stores.append(measured(tmp_path / str(at_once), kind))
     monkeypatch.setattr(batches, "CLEAN_RUN_BYTES", 1)
     stores.append(measured(tmp_path / "one pair at a time", kind))
@@ -387,7 +388,8 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(tmp_path, measured, mo
         return real(model, tokens, replacement)
 
     monkeypatch.setattr(engine_module, "ablate_heads", cramped)
-    monkeypatch.setattr(engine_module, "rows_that_fit", lambda *_: 1000)
+    for module in (engine_module, batches):
+        monkeypatch.setattr(module, "rows_that_fit", lambda *_: 1000)
     room = 6
     found = measured(tmp_path / "cramped", "resample")
     assert sizes[0] == N and max(sizes[-1:]) <= room

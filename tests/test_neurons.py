@@ -192,7 +192,7 @@ def test_chunks_bound_what_is_held_and_change_nothing(family, name, monkeypatch)
     }
     whole = dense(effects_of(model, tokens, "resample", masks), everywhere(tokens).shape)
     monkeypatch.setattr(neuron_effects, "TOKENS_AT_ONCE", 4)
-    monkeypatch.setattr(neuron_effects, "rows_that_fit", lambda *_: 2)
+    monkeypatch.setattr(neuron_effects, "pairs_at_once", lambda *_: 1)
     chunks = list(effects_of(model, tokens, "resample", masks))
     assert max(len(chunk.clean) for chunk in chunks) == 4
     for at, pair in dense(chunks, everywhere(tokens).shape).items():

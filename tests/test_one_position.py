@@ -49,7 +49,7 @@ def test_a_block_gives_what_it_gives_in_the_whole_prompt(family, path, name, pos
     moved = []
     for layer in range(rows.model.n_layers):
         wanted = rows.replay.block(layer, rows.whole(layer))[:, [position]]
-        same(rows.at.of(PROMPT).block(layer, rows.here(layer)), wanted)
+        same(rows.at.rows_of(PROMPT).block(layer, rows.here(layer)), wanted)
         untouched = rows.replay.block(layer, rows.clean.residuals[layer][PROMPT])[:, [position]]
         moved.append(((wanted - untouched - rows.change[:, None]).abs().amax((1, 2)) > 0.1).all())
     assert all(moved)  # what is added is not merely passed on
@@ -60,7 +60,7 @@ def test_a_block_gives_what_it_gives_in_the_whole_prompt(family, path, name, pos
 @pytest.mark.parametrize("name", ALL_FAMILIES)
 def test_all_blocks_above_give_what_a_whole_pass_gives(family, name, position):
     rows = Changed(family(name)[0], position, seed=1)
-    whole, here, replay = rows.whole(1), rows.here(1), rows.at.of(PROMPT)
+    whole, here, replay = rows.whole(1), rows.here(1), rows.at.rows_of(PROMPT)
     for layer in range(1, rows.model.n_layers):
         whole, here = rows.replay.block(layer, whole), replay.block(layer, here)
     same(here, whole[:, [position]])
@@ -72,10 +72,10 @@ def test_given_attention_and_z_reached_are_those_of_the_whole_prompt(family, pat
     rows = Changed(path(family(name)[0]), 5)
     given = torch.randn(len(PROMPT), LENGTH, 32, generator=torch.Generator().manual_seed(2))
     wanted = rows.replay.block_given_attention(1, rows.whole(1), given)
-    found = rows.at.of(PROMPT).block_given_attention(1, rows.here(1), given[:, [5]])
+    found = rows.at.rows_of(PROMPT).block_given_attention(1, rows.here(1), given[:, [5]])
     same(found, wanted[:, [5]])
     wanted = z_reached(rows.model, 2, lambda: rows.replay.block(2, rows.whole(2)))
-    found = z_reached(rows.model, 2, lambda: rows.at.of(PROMPT).block(2, rows.here(2)))
+    found = z_reached(rows.model, 2, lambda: rows.at.rows_of(PROMPT).block(2, rows.here(2)))
     same(found, wanted[:, [5]])
 
 
@@ -85,7 +85,7 @@ def test_what_a_sliding_window_hides_stays_hidden(tmp_path, monkeypatch):
     monkeypatch.setitem(families.TINY, "mistral", (model_type, {**settings, "sliding_window": 4}))
     model = load_family("mistral", tmp_path)
     rows = Changed(model, 9)
-    same(rows.at.of(PROMPT).block(2, rows.here(2)), rows.replay.block(2, rows.whole(2))[:, [9]])
+    same(rows.at.rows_of(PROMPT).block(2, rows.here(2)), rows.replay.block(2, rows.whole(2))[:, [9]])
     far = rows.whole(2)
     far[:, :6] += 1
     same(rows.replay.block(2, far)[:, [9]], rows.replay.block(2, rows.whole(2))[:, [9]])  # it does hide
@@ -94,9 +94,9 @@ def test_what_a_sliding_window_hides_stays_hidden(tmp_path, monkeypatch):
 @torch.no_grad()
 def test_rows_at_once_make_no_difference_and_bound_keys_and_values(family, monkeypatch):
     rows = Changed(family("llama-gqa")[0], 7)
-    whole = rows.at.of(PROMPT).block(1, rows.here(1))
+    whole = rows.at.rows_of(PROMPT).block(1, rows.here(1))
     parts = zip(PROMPT.split(2), rows.here(1).split(2), strict=True)
-    same(torch.cat([rows.at.of(of).block(1, part) for of, part in parts]), whole)
+    same(torch.cat([rows.at.rows_of(of).block(1, part) for of, part in parts]), whole)
     keys = rows.at.clean.keys[0]
     one_row = 2 * keys.shape[1] * 8 * keys.shape[3] * 4  # keys and values of positions 0 to 7, in float32
     assert rows.at.rows_at_once() == one_position.ROWS_BYTES // one_row

@@ -183,13 +183,15 @@ def test_self_feeding_does_not_depend_on_batches_but_on_the_seed(family, monkeyp
     here = prompts(4, 8)
     wanted = measured("self_feeding", model, here, seed=1)
     batches, rows = [], []
-    real, of = measure.Reading, OnePosition.of
+    real, rows_of = measure.Reading, OnePosition.rows_of
     monkeypatch.setattr(
         measure,
         "Reading",
         lambda model, tokens, cache: batches.append(len(tokens)) or real(model, tokens, cache),
     )
-    monkeypatch.setattr(OnePosition, "of", lambda self, prompt: rows.append(len(prompt)) or of(self, prompt))
+    monkeypatch.setattr(
+        OnePosition, "rows_of", lambda self, prompt: rows.append(len(prompt)) or rows_of(self, prompt)
+    )
     monkeypatch.setattr(OnePosition, "rows_at_once", lambda _: 50)
     monkeypatch.setattr(measure, "prompts_that_fit", lambda *_: 2)
     monkeypatch.setattr(forward, "rows_that_fit", lambda *_: 3)

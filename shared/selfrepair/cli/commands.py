@@ -169,7 +169,6 @@ def sweep(options: argparse.Namespace) -> None:
     from transformers.utils import logging
 
     from selfrepair.engine.ablations import find_ablation
-    from selfrepair.engine.fast import compile_norms
     from selfrepair.engine.identity_check import check_tokens
     from selfrepair.engine.optimal import N_PROMPTS
     from selfrepair.measure.task import Task
@@ -181,9 +180,6 @@ def sweep(options: argparse.Namespace) -> None:
     devices = all_devices(options.device)
     dtype = set_precision(options.dtype, devices[0])
     models = [load_model(options.model, device, dtype) for device in devices]
-    if options.compile:
-        for model in models:
-            compile_norms(model.hf)
     source = {
         "text": None if options.text is None else str(options.text.resolve()),
         "dataset": options.dataset,

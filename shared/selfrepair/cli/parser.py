@@ -86,11 +86,6 @@ def command_parser() -> argparse.ArgumentParser:
         help="of the weights; tf32: float32 weights, TF32 products (default float32)",
     )
     sweep.add_argument(
-        "--compile",
-        action="store_true",
-        help="compile the norms (torch.compile; pays for RMSNorm on long runs)",
-    )
-    sweep.add_argument(
         "--seed", type=int, default=0, help="which prompts are taken, in which order (default 0)"
     )
     sweep.add_argument("--out", type=Path, required=True, help="folder for the store")

@@ -5,6 +5,7 @@ Blocks run with the arguments that the model itself gives them, so that nothing 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,15 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from selfrepair.engine.batches import rows_that_fit
-from selfrepair.engine.hooks import Arguments, before, input_of, standing_in, watching, widened_norms
+from selfrepair.engine.hooks import (
+    Arguments,
+    before,
+    hidden_states,
+    input_of,
+    standing_in,
+    watching,
+    widened_norms,
+)
 from selfrepair.errors import UserError
 from selfrepair.models.loading import Model
 
@@ -82,21 +91,15 @@ def block_arguments(
     return found
 
 
-class Replay:
-    """Runs single blocks with the arguments that the model itself gives them.
+class Blocks(ABC):
+    """Runs blocks with the arguments that the model itself gives them."""
 
-    The arguments (masks, rotary tables, position ids) are recorded on a pass over one prompt: their
-    batch dimension is 1 and broadcasts over any batch of unpadded prompts of the same length.
-    """
-
-    def __init__(self, model: Model, prompt_len: int):
-        tokens = torch.zeros(1, prompt_len, dtype=torch.long, device=model.device)
+    def __init__(self, model: Model):
         self.model = model
-        self._arguments = block_arguments(model, tokens, use_cache=False)
 
+    @abstractmethod
     def arguments(self, layer: int) -> Arguments:
         """What block ``layer`` is given beside the residual stream: positional and named."""
-        return self._arguments[layer]
 
     def block(
         self, layer: int, residual: Float[Tensor, "batch position d_model"]
@@ -120,6 +123,30 @@ class Replay:
         holder, _, name = path.rpartition(".")
         with standing_in(block.get_submodule(holder), name, _Given(attention_output)):
             return self.block(layer, residual)
+
+    def from_block(
+        self, first: int, residual: Float[Tensor, "batch position d_model"]
+    ) -> Float[Tensor, "batch position d_model"]:
+        """The final residual stream where ``residual`` is the one before block ``first``."""
+        for layer in range(first, self.model.n_layers):
+            residual = self.block(layer, residual)
+        return residual
+
+
+class Replay(Blocks):
+    """Blocks for any batch of unpadded prompts of one length.
+
+    Their arguments (masks, rotary tables, position ids) are recorded on a pass over one prompt: the batch
+    dimension is 1 and broadcasts.
+    """
+
+    def __init__(self, model: Model, prompt_len: int):
+        super().__init__(model)
+        tokens = torch.zeros(1, prompt_len, dtype=torch.long, device=model.device)
+        self._arguments = block_arguments(model, tokens, use_cache=False)
+
+    def arguments(self, layer: int) -> Arguments:
+        return self._arguments[layer]
 
 
 class _Given(nn.Module):
@@ -161,7 +188,7 @@ def run_clean(
         return by_position[:, -1:].clone() if last_only else by_position
 
     def before_part(_: int, positional: tuple, named: dict) -> None:
-        residuals.append(kept(positional[0] if positional else named["hidden_states"]))
+        residuals.append(kept(hidden_states(positional, named)))
 
     def after_attention(_: int, given: Tensor, output: Tensor) -> None:
         z.append(kept(given).unflatten(-1, (model.n_heads, -1)))
@@ -183,7 +210,7 @@ def run_clean(
 
 def carry(
     model: Model,
-    replay: Replay,
+    replay: Blocks,
     clean: CleanRun,
     layer: int,
     delta: Float[Tensor, "variant prompt position d_model"],
@@ -204,9 +231,7 @@ def carry(
         below = clean.residuals[layer][chosen].expand(n, -1, -1, -1).flatten(0, 1)
         given = (clean.attention_outputs[layer][chosen] + delta).flatten(0, 1)
         residual = replay.block_given_attention(layer, below, given)
-    for above in range(layer + 1, model.n_layers):
-        residual = replay.block(above, residual)
-    return residual.unflatten(0, (n, -1))
+    return replay.from_block(layer + 1, residual).unflatten(0, (n, -1))
 
 
 @torch.no_grad()

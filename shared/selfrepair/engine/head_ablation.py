@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from selfrepair.engine.ablations import Replacement
-from selfrepair.engine.batches import pairs_that_fit, partner_batches, rows_that_fit
+from selfrepair.engine.batches import in_halves, pairs_at_once, partner_batches, rows_that_fit
 from selfrepair.engine.fast.low_rank import FirstMaps
 from selfrepair.engine.forward import Replay, carry
 from selfrepair.engine.hooks import watching
@@ -28,20 +28,39 @@ from selfrepair.models.loading import Model
 
 
 @dataclass(frozen=True)
-class HeadAblations:
-    """Effects of ablating each head of the layers swept, in logits; definitions in the design's terms.
+class LayerAblations:
+    """Effects (logits) of ablating each head of a layer, and the final norm's scale then.
 
-    All but ``sigma_clean`` (``[prompt, position]``) are ``[layer, head, prompt, position]``; the last
-    position, which has no next token, is dropped.
+    The last position, which has no next token, is dropped.
     """
 
-    direct_effect: Tensor
-    ablated_direct_effect: Tensor
-    logit_change: Tensor
-    self_repair_heads: Tensor
-    self_repair_mlps: Tensor
-    sigma_ablated: Tensor
-    sigma_clean: Tensor
+    direct_effect: Float[Tensor, "head prompt read_position"]
+    ablated_direct_effect: Float[Tensor, "head prompt read_position"]
+    logit_change: Float[Tensor, "head prompt read_position"]
+    self_repair_heads: Float[Tensor, "head prompt read_position"]
+    self_repair_mlps: Float[Tensor, "head prompt read_position"]
+    sigma_ablated: Float[Tensor, "head prompt read_position"]
+
+
+@dataclass(frozen=True)
+class HeadAblations:
+    """The same of all layers swept, and the final norm's scale in the clean run."""
+
+    direct_effect: Float[Tensor, "layer head prompt read_position"]
+    ablated_direct_effect: Float[Tensor, "layer head prompt read_position"]
+    logit_change: Float[Tensor, "layer head prompt read_position"]
+    self_repair_heads: Float[Tensor, "layer head prompt read_position"]
+    self_repair_mlps: Float[Tensor, "layer head prompt read_position"]
+    sigma_ablated: Float[Tensor, "layer head prompt read_position"]
+    sigma_clean: Float[Tensor, "prompt read_position"]
+
+    @classmethod
+    def of_layers(
+        cls, layers: Sequence[LayerAblations], sigma_clean: Float[Tensor, "prompt read_position"]
+    ) -> HeadAblations:
+        names = [field.name for field in dataclasses.fields(LayerAblations)]
+        stacked = {name: torch.stack([getattr(layer, name) for layer in layers]) for name in names}
+        return cls(**stacked, sigma_clean=sigma_clean)
 
 
 @torch.no_grad()
@@ -65,9 +84,8 @@ def ablate_heads(
     swept = _Layers(
         Reading(model, tokens), Replay(model, tokens.shape[1]), replacement, max(1, rows // len(tokens))
     )
-    parts = [swept.ablate(layer) for layer in (range(model.n_layers) if layers is None else layers)]
-    by_layer = {name: torch.stack([getattr(part, name) for part in parts]) for name in BY_LAYER}
-    return HeadAblations(**by_layer, sigma_clean=swept.reading.sigma)
+    layers = range(model.n_layers) if layers is None else layers
+    return HeadAblations.of_layers([swept.ablate(layer) for layer in layers], swept.reading.sigma)
 
 
 def ablate_pairs(
@@ -78,9 +96,7 @@ def ablate_pairs(
     Raises:
         UserError: the device has too little memory for one pair of prompts.
     """
-    length = tokens.shape[1]
-    at_once = max(1, min(rows_that_fit(model, length) // 2, pairs_that_fit(model, length)))
-    pending = list(partner_batches(len(tokens), at_once))
+    pending = list(partner_batches(len(tokens), pairs_at_once(model, tokens.shape[1])))
     parts: list[HeadAblations] = []
     while pending:
         batch = pending.pop(0)
@@ -112,14 +128,9 @@ def _joined(parts: Sequence[HeadAblations], dtype: torch.dtype) -> HeadAblations
     joined = {}
     for field in dataclasses.fields(HeadAblations):
         values = [getattr(part, field.name) for part in parts]
-        axis = values[0].ndim - 2
-        halves = [value.chunk(2, dim=axis) for value in values]
-        joined[field.name] = torch.cat([half[i] for i in (0, 1) for half in halves], dim=axis).to(dtype)
+        halves = [value.chunk(2, dim=-2) for value in values]
+        joined[field.name] = torch.cat([half[i] for i in (0, 1) for half in halves], dim=-2).to(dtype)
     return HeadAblations(**joined)
-
-
-#: The fields of :class:`HeadAblations` that have an axis of layers.
-BY_LAYER = tuple(field.name for field in dataclasses.fields(HeadAblations) if field.name != "sigma_clean")
 
 
 @dataclass(frozen=True)
@@ -150,15 +161,13 @@ class _Layers:
         self.replacement, self.at_once = replacement, at_once
         self.attention_read = [reading.read(output) for output in reading.clean.attention_outputs]
 
-    def ablate(self, layer: int) -> HeadAblations:
-        """Those of one layer; the fields are ``[head, prompt, position]``."""
+    def ablate(self, layer: int) -> LayerAblations:
+        """Those of one layer."""
         reading, sigma = self.reading, self.reading.sigma
         z = reading.clean.z[layer]
-        z, replaced = (values.to(reading.direction.dtype) for values in (z, self.replacement(layer, z)))
-        direct_effect, ablated_direct_effect = reading.effects(layer, torch.stack([z, replaced])).movedim(
-            -1, 1
-        )
-        change = replaced - z
+        both = torch.stack([values.to(reading.direction.dtype) for values in (z, self.replacement(layer, z))])
+        change = both[1] - both[0]
+        direct_effect, ablated_direct_effect = reading.effects(layer, both).movedim(-1, 1)
         ablated = self._run_above(layer, change)
         logit_change = (ablated.read + reading.final) / ablated.sigma - reading.final / sigma
         mlps = ablated.read / sigma - (ablated_direct_effect - direct_effect) - ablated.heads
@@ -168,14 +177,13 @@ class _Layers:
         for values in (logit_change, ablated.heads, mlps):
             values[unchanged] = 0  # exactly, where rounding of differently stacked passes would leave 1e-7
         ablated.sigma[unchanged] = sigma
-        return HeadAblations(
+        return LayerAblations(
             direct_effect=direct_effect,
             ablated_direct_effect=ablated_direct_effect,
             logit_change=logit_change,
             self_repair_heads=ablated.heads,
             self_repair_mlps=mlps,
             sigma_ablated=ablated.sigma,
-            sigma_clean=sigma,
         )
 
     def _run_above(self, layer: int, change: Float[Tensor, "prompt position head d_head"]) -> _Ablated:
@@ -206,23 +214,6 @@ class _Layers:
 def _unchanged(change: Float[Tensor, "prompt position head d_head"]) -> Bool[Tensor, " head"]:
     """The heads whose ablation changes nothing anywhere."""
     return ~change.flatten(3).ne(0).any(-1).any(0).any(0)
-
-
-def in_halves(work: Callable[[int, int], bool], n: int, at_once: int) -> None:
-    """``work(first, last)`` on ranges that cover ``n``; one too large for the device's memory in halves.
-
-    Raises:
-        torch.OutOfMemoryError: a range of one is too large.
-    """
-    pending = [(first, min(first + at_once, n)) for first in range(0, n, at_once)]
-    while pending:
-        first, last = pending.pop(0)
-        if unless_out_of_memory(partial(work, first, last)):
-            continue
-        if last - first == 1:
-            raise torch.OutOfMemoryError("one head on one batch of prompts is too much")
-        middle = (first + last) // 2
-        pending[:0] = [(first, middle), (middle, last)]
 
 
 def _add(

@@ -1,9 +1,4 @@
-"""Every hook and stand-in of the library, each gone again after its ``with`` block.
-
-For whatever watches modules or changes what they get: ``forward`` and ``head_ablation`` beside this file,
-``measure/layer_ablation.py`` and ``measure/neuron_effects.py``; ``measure/self_feeding.py`` and
-``measure/earlier_input.py`` by way of ``forward.attention_z`` and ``z_reached``.
-"""
+"""Hooks and stand-ins for whatever is measured, each gone again after its ``with`` block."""
 
 from __future__ import annotations
 
@@ -16,6 +11,11 @@ from transformers import PreTrainedModel
 
 #: Positional and named arguments of a module.
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def hidden_states(positional: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
+    """The one of a module's arguments that it works on: the first, or the one of that name."""
+    return positional[0] if positional else named["hidden_states"]
 
 
 @contextmanager
@@ -42,7 +42,7 @@ def watching(modules: Sequence[nn.Module], see: Callable[[int, Tensor, Any], obj
 
     def hook(index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
         def call(_: nn.Module, positional: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-            see(index, positional[0] if positional else named["hidden_states"], output)
+            see(index, hidden_states(positional, named), output)
 
         return call
 
@@ -75,8 +75,8 @@ def input_of(module: nn.Module, run: Callable[[], object]) -> Tensor:
         RuntimeError: the module did not run.
     """
 
-    def stop(_: int, positional: tuple[Any, ...], __: dict[str, Any]) -> None:
-        raise _Reached(positional[0])
+    def stop(_: int, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+        raise _Reached(hidden_states(positional, named))
 
     with before([module], stop):
         try:

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
-from selfrepair.engine.forward import Replay, block_arguments
+from selfrepair.engine.forward import Blocks, block_arguments
 from selfrepair.engine.hooks import Arguments
 from selfrepair.models.loading import Model
 
@@ -58,14 +58,14 @@ class OnePosition:
         )
         return max(1, ROWS_BYTES // (of_layer * (self.position + 1)))
 
-    def of(self, prompt: Int[Tensor, " row"]) -> Replay:
+    def rows_of(self, prompt: Int[Tensor, " row"]) -> Blocks:
         """Blocks for rows of these prompts: what is given and returned is ``[row, 1, d_model]``."""
         return _Rows(self, prompt)
 
 
-class _Rows(Replay):
+class _Rows(Blocks):
     def __init__(self, at: OnePosition, prompt: Int[Tensor, " row"]):
-        self.model = at.clean.model
+        super().__init__(at.clean.model)
         self._at, self._prompt = at, prompt
 
     def arguments(self, layer: int) -> Arguments:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
@@ -12,6 +13,9 @@ from transformers import DynamicCache
 from selfrepair.engine.direct_effect import FinalNorm, token_directions
 from selfrepair.engine.forward import run_clean
 from selfrepair.models.loading import Model
+
+if TYPE_CHECKING:
+    from selfrepair.engine.ablations import Replacement
 
 
 class Reading:
@@ -89,7 +93,15 @@ class Reading:
         """What a head writes, ``(z_h − b_V,h) W_O,h``: at all positions, or at one."""
         z = self.clean.z[layer][:, :, head]
         z = z if position is None else z[:, position]
-        return (z - self.model.value_biases[layer][head]) @ self.model.W_O(layer)[head]
+        z, bias, W_O = self._wide(z, self.model.value_biases[layer][head], self.model.W_O(layer)[head])
+        return (z - bias) @ W_O
+
+    @torch.no_grad()
+    def change(self, layer: int, replacement: Replacement) -> Float[Tensor, "prompt position head d_head"]:
+        """What an ablation changes ``z`` of all heads of ``layer`` by."""
+        clean = self.clean.z[layer]
+        clean, replaced = self._wide(clean, replacement(layer, clean))
+        return replaced - clean
 
     @torch.no_grad()
     def written(

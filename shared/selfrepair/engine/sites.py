@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from selfrepair.engine.batches import prompts_that_fit
-from selfrepair.engine.forward import CleanRun, Replay, carry, float32_residual, run_clean
+from selfrepair.engine.forward import CleanRun, Replay, carry, run_clean
+from selfrepair.engine.unembedding import next_token_losses
 from selfrepair.models.loading import Model
 
 #: Parts times prompts in one pass with gradients: logits of the whole vocabulary are held for so many.
@@ -60,24 +61,12 @@ class _Places(ABC):
         for first in range(0, len(values), at_once):
             with torch.enable_grad():
                 some = values[first : first + at_once].detach().requires_grad_()
-                loss = next_token_loss(model, self.carried(model, here, place, first, some), here.tokens)
+                final = self.carried(model, here, place, first, some)
+                loss = next_token_losses(model, final, here.tokens).flatten(1).mean(1)
                 (gradient,) = torch.autograd.grad(loss.sum(), some)
             losses.append(loss.detach())
             gradients.append(gradient)
         return torch.cat(losses), torch.cat(gradients)
-
-
-def next_token_loss(
-    model: Model,
-    final: Float[Tensor, "part prompt position d_model"],
-    tokens: Int[Tensor, "prompt position"],
-) -> Float[Tensor, " part"]:
-    """Mean over prompts and positions of the next token's negative log-probability (nats)."""
-    with float32_residual(model):
-        logits = model.hf.get_output_embeddings()(model.final_norm(final[..., :-1, :]))
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, -2)
-    correct = tokens[:, 1:].expand(*final.shape[:2], -1).flatten()
-    return nn.functional.cross_entropy(logits, correct, reduction="none").view(len(final), -1).mean(1)
 
 
 class Heads(_Places):
@@ -126,10 +115,8 @@ class Components(_Places):
         delta = values[:, None, None] - clean.outputs[place]
         if not is_mlp:
             return carry(model, here.replay, clean, layer, delta)
-        residual = ([*clean.residuals, clean.final_residual][layer + 1] + delta).flatten(0, 1)
-        for above in range(layer + 1, model.n_layers):
-            residual = here.replay.block(above, residual)
-        return residual.unflatten(0, delta.shape[:2])
+        after = [*clean.residuals, clean.final_residual][layer + 1]
+        return here.replay.from_block(layer + 1, (after + delta).flatten(0, 1)).unflatten(0, delta.shape[:2])
 
 
 HEADS, COMPONENTS = Heads(), Components()

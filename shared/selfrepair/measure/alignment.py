@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 import xarray as xr
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from selfrepair.engine.forward import Replay, float32_residual, run_clean
+from selfrepair.engine.forward import Replay, run_clean
+from selfrepair.engine.unembedding import next_token_losses
 from selfrepair.measure.measurement import Inputs, Measurement, Settings
 from selfrepair.measure.pairs import pair_shards, prompts_of_shard, tokens_of
 from selfrepair.models.devices import on_device
@@ -66,19 +67,8 @@ def residual_gradients(model: Model, replay: Replay, tokens: Int[Tensor, "prompt
     with torch.enable_grad():
         for layer in range(model.n_layers):
             residuals.append(replay.block(layer, residuals[-1]))
-        gradients = torch.autograd.grad(next_token_loss(model, residuals[-1], tokens).sum(), residuals[:-1])
+        gradients = torch.autograd.grad(next_token_losses(model, residuals[-1], tokens).sum(), residuals[:-1])
     return Stream([residual.detach() for residual in residuals], list(gradients))
-
-
-def next_token_loss(
-    model: Model, residual: Float[Tensor, "prompt position d_model"], tokens: Int[Tensor, "prompt position"]
-) -> Float[Tensor, "prompt position-1"]:
-    """Cross-entropy (nats) of the next token when ``residual`` is final."""
-    with float32_residual(model):
-        logits = model.hf.get_output_embeddings()(model.final_norm(residual[:, :-1]))
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    losses = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
-    return losses.unflatten(0, (len(tokens), -1))
 
 
 @torch.no_grad()
@@ -91,7 +81,7 @@ def _align(model: Model, replay: Replay, tokens: Int[Tensor, "prompt position"])
     by_token = {
         "gradient": ("layer", torch.cosine_similarity(updates, -gradients, dim=-1)),
         "final": ("layer", torch.cosine_similarity(updates, residuals[-1], dim=-1)),
-        "loss": ("layer_after", torch.stack([next_token_loss(model, r, tokens) for r in stream.residuals])),
+        "loss": ("layer_after", torch.stack([next_token_losses(model, r, tokens) for r in stream.residuals])),
     }
     means = {name: (dim, values.mean(-1, dtype=torch.float64)) for name, (dim, values) in by_token.items()}
     return xr.Dataset(

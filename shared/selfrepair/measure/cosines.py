@@ -76,9 +76,9 @@ def _mean_cosines(reading: Reading, prompt: int) -> Float[Tensor, "any_head any_
 def _outputs(
     reading: Reading, layer: int, prompt: int, positions: Int[Tensor, " k"]
 ) -> Float[Tensor, "k head d_model"]:
-    own = reading.clean.z[layer][prompt, positions] - reading.model.value_biases[layer]
-    written = torch.einsum("khe,hed->khd", own, reading.model.W_O(layer))
-    return written.to(torch.promote_types(written.dtype, torch.float32))
+    model, wide = reading.model, reading.direction.dtype
+    own = reading.clean.z[layer][prompt, positions].to(wide) - model.value_biases[layer].to(wide)
+    return torch.einsum("khe,hed->khd", own, model.W_O(layer).to(wide))
 
 
 def _between_layers(

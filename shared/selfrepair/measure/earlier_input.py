@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -13,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from selfrepair.engine.ablations import Replacement
-from selfrepair.engine.batches import pairs_that_fit, partner_batches, rows_that_fit
+from selfrepair.engine.batches import pairs_at_once, partner_batches
 from selfrepair.engine.forward import Replay, attention_z, carry, z_reached
 from selfrepair.engine.reading import Reading
 from selfrepair.errors import NotMeasurable
@@ -112,8 +113,7 @@ def _sum_changes(
     replay = Replay(model, tokens.shape[1])
     shape = (model.n_layers - 1, model.n_heads, len(tokens))
     sums = {"earlier": np.zeros(shape), "ablated": np.zeros(shape)}
-    at_once = max(1, min(rows_that_fit(model, tokens.shape[1]) // 2, pairs_that_fit(model, tokens.shape[1])))
-    for batch in partner_batches(len(tokens), at_once):
+    for batch in partner_batches(len(tokens), pairs_at_once(model, tokens.shape[1])):
         reading = Reading(model, tokens[batch])
         for before, head in enumerate(ablated_heads):
             layer = before + 1
@@ -133,6 +133,7 @@ def _z_without(
     reading: Reading, replay: Replay, replacement: Replacement, layer: int, head: int
 ) -> Float[Tensor, "prompt position head d_head"]:
     """``z`` of the layer after ``layer`` when that lacks ``head``."""
-    model, clean = reading.model, reading.clean
-    delta = (replacement(layer, clean.z[layer]) - clean.z[layer])[:, :, head] @ model.W_O(layer)[head]
-    return z_reached(model, layer + 1, lambda: carry(model, replay, clean, layer, delta[None]))
+    change = reading.change(layer, replacement)[:, :, head : head + 1]
+    delta = reading.written(layer, change, head)
+    run = partial(carry, reading.model, replay, reading.clean, layer, delta)
+    return z_reached(reading.model, layer + 1, run)

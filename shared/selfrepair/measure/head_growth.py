@@ -13,9 +13,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from selfrepair.engine.ablations import Replacement
-from selfrepair.engine.batches import pairs_that_fit, partner_batches, rows_that_fit
+from selfrepair.engine.batches import in_halves, pairs_at_once, partner_batches, rows_that_fit
 from selfrepair.engine.forward import Replay, carry, z_reached
-from selfrepair.engine.head_ablation import in_halves
 from selfrepair.engine.hooks import watching
 from selfrepair.engine.reading import Reading
 from selfrepair.errors import NotMeasurable
@@ -96,13 +95,12 @@ def head_growth(
 
     The two halves of the prompts are each other's donors.
     """
-    length, places = tokens.shape[1], (model.n_layers, model.n_heads)
-    replay = Replay(model, length)
-    at_once = max(1, min(rows_that_fit(model, length) // 2, pairs_that_fit(model, length)))
+    places = model.n_layers, model.n_heads
+    replay = Replay(model, tokens.shape[1])
     wide = torch.promote_types(torch.float32, model.dtype)
     growth = torch.zeros(*places, len(tokens), len(SELECTED), *places, dtype=wide)
     clean_effect = torch.zeros(*places, len(tokens), *places, dtype=wide)
-    for batch in partner_batches(len(tokens), at_once):
+    for batch in partner_batches(len(tokens), pairs_at_once(model, tokens.shape[1])):
         reading = Reading(model, on_device(tokens[batch], model.device))
         of_batch = torch.from_numpy(judged[..., batch.numpy(), :]).to(model.device)
         clean = torch.stack([reading.effects(layer, z) for layer, z in enumerate(reading.clean.z)])
@@ -136,8 +134,7 @@ class _Batch:
 
     def _ablate(self, layer: int, found: Float[Tensor, "head prompt selection layer head"]) -> None:
         """Fills in what ablating the heads of one layer does."""
-        z = self.reading.clean.z[layer]
-        change = (self.replacement(layer, z) - z).to(found.dtype)
+        change = self.reading.change(layer, self.replacement)
         W_O = self.model.W_O(layer).to(found.dtype)
         heads, prompts = self.judged[:, layer].any(-1).any(0).nonzero(as_tuple=True)
 

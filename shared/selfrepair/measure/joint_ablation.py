@@ -13,11 +13,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from selfrepair.engine.ablations import Replacement
-from selfrepair.engine.batches import pairs_that_fit, partner_batches, rows_that_fit
-from selfrepair.engine.forward import Replay, carry, float32_residual
-from selfrepair.engine.head_ablation import in_halves
+from selfrepair.engine.batches import in_halves, pairs_that_fit, partner_batches, rows_that_fit
+from selfrepair.engine.forward import Replay, carry
 from selfrepair.engine.hooks import Arguments, before
 from selfrepair.engine.reading import Reading
+from selfrepair.engine.unembedding import unembed
 from selfrepair.errors import NotMeasurable
 from selfrepair.measure.judged_tokens import SELECTED, TOP, judged_tokens
 from selfrepair.measure.measurement import Inputs, Measurement, Settings
@@ -178,6 +178,7 @@ class _Batch:
         self.model, self.replay, self.tokens = model, replay, tokens
         self.reading = Reading(model, tokens)
         self.replaced = cache(lambda layer: replacement(layer, self.reading.clean.z[layer]))
+        self.change = cache(lambda layer: self.reading.change(layer, replacement))
         self.rows = rows_that_fit(model, tokens.shape[1])
 
     def sums(
@@ -204,8 +205,7 @@ class _Batch:
         if not ablated:
             return self.reading.clean.final_residual[prompt]
         (layer, head), *others = ablated
-        change = (self.replaced(layer) - self.reading.clean.z[layer])[prompt]
-        delta = self.reading.written(layer, change[:, :, head : head + 1], head)
+        delta = self.reading.written(layer, self.change(layer)[prompt, :, head : head + 1], head)
 
         def put_in(index: int, positional: tuple[Any, ...], named: dict[str, Any]) -> Arguments:
             above, other = others[index]
@@ -219,8 +219,6 @@ class _Batch:
     def _loss_and_logit(
         self, final: Float[Tensor, "token d_model"], correct: Int[Tensor, " token"]
     ) -> Float[Tensor, "quantity token"]:
-        with float32_residual(self.model):
-            logits = self.model.hf.get_output_embeddings()(self.model.final_norm(final))
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = unembed(self.model, final)
         of_correct = logits.gather(-1, correct[:, None])[:, 0]
         return torch.stack([logits.logsumexp(-1) - of_correct, of_correct - logits.mean(-1)])

@@ -40,11 +40,12 @@ from transformers import DynamicCache
 
 from selfrepair.engine.ablations import Replacement, find_ablation
 from selfrepair.engine.direct_effect import FinalNorm, token_directions
-from selfrepair.engine.forward import CleanRun, Replay, float32_residual, run_clean
+from selfrepair.engine.forward import Blocks, CleanRun, Replay, run_clean
 from selfrepair.engine.hooks import watching
 from selfrepair.engine.identity_check import check_identity
 from selfrepair.engine.one_position import CleanKeys, OnePosition
 from selfrepair.engine.sites import COMPONENTS
+from selfrepair.engine.unembedding import unembed
 from selfrepair.measure.facts import PromptGroup, prompt_groups
 from selfrepair.measure.measurement import Inputs, Settings
 from selfrepair.measure.unseen_tokens import learnt_from
@@ -157,8 +158,7 @@ class CleanLayers:
     @torch.no_grad()
     def _of(cls, model: Model, run: CleanRun) -> CleanLayers:
         last = run.final_residual[:, -1]
-        with float32_residual(model):
-            token = model.hf.get_output_embeddings()(model.final_norm(last)).argmax(-1)
+        token = unembed(model, last).argmax(-1)
         direction, constant = token_directions(model, torch.stack([token, token], dim=1))
         return cls(run, direction[:, 0], constant[:, 0], FinalNorm.of(model.final_norm).sigma(last), token)
 
@@ -191,7 +191,7 @@ class Ready:
     clean: CleanLayers
     sources: list[Float[Tensor, "source position d_model"]]
     pairs: Int[Tensor, "pair 2"]
-    replay: Callable[[Int[Tensor, " row"]], Replay]
+    replay: Callable[[Int[Tensor, " row"]], Blocks]
     at_once: int
 
 
@@ -240,7 +240,7 @@ def _at_last_position(
         own = pairs[np.isin(pairs[:, 0], group.prompts)]
         own = np.stack([np.searchsorted(group.prompts, own[:, 0]), own[:, 1]], axis=1)
         at = OnePosition(keys, keys.tokens.shape[1] - 1)
-        yield Ready(here, sources, torch.from_numpy(own).to(model.device), at.of, at.rows_at_once())
+        yield Ready(here, sources, torch.from_numpy(own).to(model.device), at.rows_of, at.rows_at_once())
 
 
 def _pairs(
@@ -297,7 +297,7 @@ def _ablate_group(
 
 def _run_above(
     model: Model,
-    replay: Replay,
+    replay: Blocks,
     clean: CleanLayers,
     component: int,
     new: Float[Tensor, "row position d_model"],
@@ -318,9 +318,8 @@ def _run_above(
             residual = residuals[layer + 1][prompt] + (new - clean.run.outputs[component][prompt])
         else:
             residual = replay.block_given_attention(layer, residuals[layer][prompt], new)
-        for above in range(layer + 1, model.n_layers):
-            residual = replay.block(above, residual)
-    return residual[:, -1], seen
+        final = replay.from_block(layer + 1, residual)
+    return final[:, -1], seen
 
 
 def _over_donors(

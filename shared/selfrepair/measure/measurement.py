@@ -23,9 +23,6 @@ Settings = Mapping[str, Any]
 #: What a measurement reads, by the names of the measurements that made it.
 Inputs = Mapping[str, xr.Dataset]
 
-#: Megabytes that Python, PyTorch and a batch's activations take beside the weights.
-BESIDE_WEIGHTS_MB = 2500
-
 
 class Measurement(ABC):
     """One kind of measurement. A module of this folder that holds one as ``MEASUREMENT`` adds it.
@@ -69,10 +66,6 @@ class Measurement(ABC):
         Raises:
             UserError: the model or the prompts cannot be measured; says why.
         """
-
-    def memory_mb(self, weights_mb: float, settings: Settings) -> float:
-        """Main memory that a process takes which computes a shard."""
-        return 2 * weights_mb + BESIDE_WEIGHTS_MB  # on a CPU, weights are kept in a second layout too
 
 
 def find_measurement(name: str) -> Measurement:

@@ -16,8 +16,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from selfrepair.engine.ablations import Replacement
-from selfrepair.engine.batches import pairs_that_fit, partner_batches, rows_that_fit
-from selfrepair.engine.forward import CleanRun, Replay, carry
+from selfrepair.engine.batches import pairs_at_once, partner_batches
+from selfrepair.engine.forward import Replay, carry
 from selfrepair.engine.hooks import watching
 from selfrepair.engine.reading import Reading
 from selfrepair.errors import UserError
@@ -25,6 +25,8 @@ from selfrepair.models.loading import Model
 
 #: Tokens × neurons are held for so many tokens at a time.
 TOKENS_AT_ONCE = 1024
+#: What is held of a batch is as large as so many clean runs: its neurons are four times as wide as its heads.
+CLEAN_RUNS = 3
 
 Head = tuple[int, int]
 
@@ -85,10 +87,8 @@ def neuron_effects(
     for layer, _ in selected:
         first_later_mlp(model, layer)
     tokens = tokens.to(model.device)
-    length = tokens.shape[1]
-    replay = Replay(model, length)
-    pairs = max(1, min(rows_that_fit(model, length) // 2, pairs_that_fit(model, length) // 3))
-    for batch in partner_batches(len(tokens), pairs):
+    replay = Replay(model, tokens.shape[1])
+    for batch in partner_batches(len(tokens), pairs_at_once(model, tokens.shape[1], CLEAN_RUNS)):
         masks = {head: torch.from_numpy(of[batch.numpy()]).to(model.device) for head, of in selected.items()}
         yield from _effects_in_batch(model, replay, tokens, batch.to(model.device), replacement, masks)
 
@@ -113,7 +113,7 @@ def _effects_in_batch(
         if not mask.any():
             continue
         prompt, position = mask.nonzero(as_tuple=True)
-        for mlp, after in _ablated_activations(model, replay, reading.clean, replacement, head, mask).items():
+        for mlp, after in _ablated_activations(reading, replay, replacement, head, mask).items():
             before = seen[mlp][mask[wanted]]
             for part in torch.arange(len(prompt), device=mask.device).split(TOKENS_AT_ONCE):
                 here = prompt[part], position[part]
@@ -124,24 +124,22 @@ def _effects_in_batch(
 
 @torch.no_grad()
 def _ablated_activations(
-    model: Model,
+    reading: Reading,
     replay: Replay,
-    clean: CleanRun,
     replacement: Replacement,
     head: Head,
     mask: Bool[Tensor, "prompt read_position"],
 ) -> dict[int, Float[Tensor, "token neuron"]]:
     """Activations of the masked tokens in every MLP after ``head`` when it is ablated."""
-    layer, number = head
+    model, (layer, number) = reading.model, head
     first = first_later_mlp(model, layer)
     found: dict[int, Tensor] = {}
-    z = clean.z[layer]
-    delta = (replacement(layer, z) - z)[:, :, number] @ model.W_O(layer)[number]
+    change = reading.change(layer, replacement)[:, :, number : number + 1]
     with watching(
         model.mlp_output_projections[first:],
         lambda i, activations, _: found.update({first + i: _taken(activations, mask)}),
     ):
-        carry(model, replay, clean, layer, delta[None])
+        carry(model, replay, reading.clean, layer, reading.written(layer, change, number))
     return found
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from selfrepair.engine.batches import prompts_that_fit
-from selfrepair.engine.forward import Replay, attention_z, z_reached
+from selfrepair.engine.forward import Blocks, Replay, attention_z, z_reached
 from selfrepair.engine.one_position import CleanKeys, OnePosition
 from selfrepair.engine.reading import Reading
 from selfrepair.errors import NotMeasurable
@@ -158,10 +158,10 @@ def _feed_at(
     vectors = torch.stack([_vectors(reading, head, at.position, seed, prompts) for head in heads])
     scales = torch.tensor(SCALES, device=vectors.device, dtype=model.dtype)[:, None, None]
     residual = reading.clean.residuals[layer][:, at.position] + scales * vectors[:, :, None]
-    z = _rows(at, residual, lambda replay, rows: z_reached(model, layer, lambda: replay.block(layer, rows)))
+    z = _rows(at, residual, lambda blocks, rows: z_reached(model, layer, lambda: blocks.block(layer, rows)))
     of_all = reading.effects_at(layer, z, at.position)
     effects = [of_all[i, ..., head.head] for i, head in enumerate(heads)]
-    largest = _rows(at, residual[:, :, -1], lambda replay, rows: _final(replay, layer, rows))
+    largest = _rows(at, residual[:, :, -1], lambda blocks, rows: blocks.from_block(layer, rows))
     return torch.stack(effects), reading.sigma[:, at.position] / reading.norm.sigma(largest)
 
 
@@ -189,24 +189,15 @@ def _random_like(
 def _rows(
     at: OnePosition,
     residual: Float[Tensor, "*variant prompt d_model"],
-    run: Callable[[Replay, Tensor], Tensor],
+    run: Callable[[Blocks, Tensor], Tensor],
 ) -> Float[Tensor, "*variant prompt *what"]:
-    """``run(replay, rows)`` of residuals at one position, a row for each prompt of each variant."""
+    """``run(blocks, rows)`` of residuals at one position, a row for each prompt of each variant."""
     shape = residual.shape[:-1]
     prompt = torch.arange(shape[-1], device=residual.device).expand(shape).flatten()
     rows = residual.flatten(0, -2)[:, None]
     at_once = at.rows_at_once()
     parts = zip(prompt.split(at_once), rows.split(at_once), strict=True)
-    return torch.cat([run(at.of(of), part)[:, 0] for of, part in parts]).unflatten(0, shape)
-
-
-def _final(
-    replay: Replay, layer: int, residual: Float[Tensor, "row position d_model"]
-) -> Float[Tensor, "row position d_model"]:
-    """The final residual stream when ``residual`` is the one before ``layer``."""
-    for above in range(layer, replay.model.n_layers):
-        residual = replay.block(above, residual)
-    return residual
+    return torch.cat([run(at.rows_of(of), part)[:, 0] for of, part in parts]).unflatten(0, shape)
 
 
 def _effects_fed_everywhere(

@@ -14,7 +14,7 @@ from selfrepair.errors import UserError
 T = TypeVar("T")
 
 #: Of torch's devices; others have no arithmetic or no float64, or were never tried.
-KINDS = ("cpu", "cuda", "xpu")
+KINDS = ("cpu", "cuda")
 
 
 def resolve_device(name: str) -> torch.device:

@@ -24,15 +24,21 @@ def ask_hub(url: str) -> Answer:
     if HF_HUB_OFFLINE:
         return Answer(None, "HF_HUB_OFFLINE is set")
     status = _status(url)
-    return Answer(status, "" if status is not None else f"no answer from {url.split('/resolve/')[0]}")
+    if isinstance(status, int):
+        return Answer(status)
+    of = "" if status is None else f" ({type(status).__name__})"
+    return Answer(None, f"no answer from {url.split('/resolve/')[0]}{of}")
 
 
-def _status(url: str) -> int | None:
-    """HTTP status of a HEAD request with the hub's own client, proxies and token; ``None``: no answer."""
+def _status(url: str) -> int | Exception | None:
+    """HTTP status of a HEAD request with the hub's own client, proxies and token.
+
+    Without an answer, what the client raised; ``None`` if it took too long.
+    """
     from huggingface_hub import get_hf_file_metadata
     from huggingface_hub.errors import HfHubHTTPError
 
-    answer: list[int] = []
+    answer: list[int | Exception] = []
 
     def ask() -> None:
         try:
@@ -40,8 +46,8 @@ def _status(url: str) -> int | None:
             answer.append(200)
         except HfHubHTTPError as error:
             answer.append(error.response.status_code)
-        except Exception:  # whatever the client raises when there is no connection
-            return
+        except Exception as error:  # whatever the client raises when there is no connection
+            answer.append(error)
 
     asking = threading.Thread(target=ask, daemon=True)  # a resolver of names obeys no timeout
     asking.start()

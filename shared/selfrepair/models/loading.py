@@ -90,6 +90,12 @@ class Model:
         return self.hf.config.max_position_embeddings
 
     @property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt that is measured: all of it lies in a sliding window, if there is one."""
+        window = getattr(self.hf.config, "sliding_window", None)
+        return min(self.context_length, window) if type(window) is int else self.context_length
+
+    @property
     def W_U(self) -> Float[Tensor, "d_vocab d_model"]:
         """Unembedding, one row per token."""
         return self.hf.get_output_embeddings().weight

@@ -119,7 +119,7 @@ def check_window(config: PretrainedConfig, prompt_len: int, model_name: str) -> 
     if window is not None and not (type(window) is int and prompt_len <= window):
         raise UserError(
             f"{model_name}: its attention looks back {window} tokens and {SHORT_WINDOW}: "
-            f"give --prompt-len {window} or less"
+            f"give prompts (prompt_len) of {window} tokens or less"
         )
 
 

@@ -18,6 +18,8 @@ from selfrepair.store.files import identity
 from selfrepair.store.manifest import manifest_of
 
 BYTES = {"float64": 8, "float32": 4, "tf32": 4, "bfloat16": 2, "float16": 2}
+#: Megabytes that Python, PyTorch and a batch's activations take beside the weights.
+BESIDE_WEIGHTS_MB = 2500
 #: Megabytes that a notebook takes beside what it reads.
 BESIDE_DATA_MB = 2500
 #: Of heads' ablations for each head and token: six variables in float32.
@@ -63,7 +65,7 @@ def _plan_of_model(study: Study, model_name: str) -> dict[str, Any]:
         "slug": model_slug(model_name),
         "key": _key_of(tasks),
         "stages": stages,
-        "mem_mb": round(max(task.measurement.memory_mb(weights_mb, task.settings) for task in tasks)),
+        "mem_mb": round(2 * weights_mb + BESIDE_WEIGHTS_MB),  # on a CPU, weights are kept in a second layout
     }
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import itertools
-import json
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -99,8 +98,8 @@ def _decoded(file: Path, raw: bytes, start: int) -> str:
     return text
 
 
-def pack(documents: Iterable[Sequence[int]], bos: int, length: int) -> np.ndarray:
-    """Packs tokenised documents into rows ``[n_rows, length]`` (int64), each beginning with ``bos``.
+def pack(documents: Iterable[Sequence[int]], bos: int, length: int) -> Int[np.ndarray, "row length"]:
+    """Packs tokenised documents into rows (int64), each beginning with ``bos``.
 
     A ``bos`` also marks every document's start inside a row; one that falls on the first column
     serves as the row's own. Every token comes once, in order; the incomplete last row is dropped.
@@ -162,8 +161,8 @@ def load_tokens(
     fewer if odd) but ``n_unseen``: that many are drawn besides, of a token file from its next rows.
 
     Raises:
-        UserError: more than one source; ``n_prompts`` odd, negative or, with ``n_unseen``, more than there
-            are; missing or malformed file.
+        UserError: more than one source; ``n_prompts`` odd, not positive or, with ``n_unseen``, more than there
+            are; ``prompt_len`` below 2 or beyond any model's context; missing or malformed file.
     """
     if sum(source is not None for source in (text, dataset, tokens)) > 1:
         raise UserError("give one of a token file, a text or a dataset, not several")
@@ -224,13 +223,6 @@ def hash_documents(documents: Iterable[str]) -> str:
         encoded = document.encode()
         digest.update(f"{len(encoded)} ".encode() + encoded)
     return digest.hexdigest()
-
-
-def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of what makes tokens of text."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return hashlib.sha256(f"{tokenizer.bos_token_id} {tokenizer.eos_token_id} {rules}".encode()).hexdigest()
 
 
 def _load_ids(path: Path) -> Int[np.ndarray, "prompt position"]:

@@ -207,10 +207,11 @@ def choose_prompts(
         ]
     ]
     tokens, answers = _encode(model.tokenizer, asked)
-    usable = (answers >= 0) & np.array([len(ids) <= model.context_length for ids in tokens])
-    answered = np.flatnonzero(
-        usable & (most_likely(model, tokens, usable) == answers) if only_answered else usable
-    )
+    usable = (answers >= 0) & np.array([len(ids) <= model.longest_prompt for ids in tokens])
+    wanted = usable
+    if only_answered:
+        wanted = usable & (most_likely(model, tokens, usable) == answers)
+    answered = np.flatnonzero(wanted)
     n_answered = len(answered)
     common = Counter(len(tokens[i]) for i in answered).most_common(max(1, n_prompts // PER_LENGTH))
     kept = [int(i) for i in answered if len(tokens[i]) in dict(common)][:n_prompts]

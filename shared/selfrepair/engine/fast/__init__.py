@@ -1,9 +1,8 @@
 """The fast path, all of it behind one switch: ``with fast_path(model) as model:``.
 
 ``switch`` turns it on and off and has the allocator's settings, ``linear_maps`` are oneDNN's linear maps with
-GELU on the way, ``low_rank`` the first linear maps after a head's ablation, ``norms`` compiled norms. Nothing
-else in the library swaps a module's ``forward`` or uses PyTorch's private operators; with
-``SELFREPAIR_PLAIN=1`` nothing does.
+GELU on the way, ``low_rank`` the first linear maps after a head's ablation. Nothing else that measures
+swaps a module's ``forward`` or uses PyTorch's private operators; with ``SELFREPAIR_PLAIN=1`` nothing does.
 """
 
 import lazy_loader
@@ -12,7 +11,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "low_rank": ["FirstMaps"],
-        "norms": ["compile_norms"],
         "switch": ["fast_path"],
     },
 )

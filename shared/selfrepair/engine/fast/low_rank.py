@@ -85,13 +85,13 @@ class FirstMaps:
         W_O = self.W_O[first : first + len(change)]
         with ExitStack() as stack:
             for norm in self._norms:
-                sigma: list[Tensor] = []
-                stack.enter_context(forward_by(norm.module, partial(_keep_sigma, norm.norm, sigma)))
+                scale = _ScaleOnly(norm.norm)
+                stack.enter_context(forward_by(norm.module, scale))
                 written = (W_O - W_O.mean(-1, keepdim=True) if norm.norm.centred else W_O) * norm.norm.gamma
                 for linear in norm.maps:
                     through = [linear_map(head, linear.weight).T for head in written]
                     stack.enter_context(
-                        forward_by(linear.module, partial(_output, norm, linear, change, through, sigma))
+                        forward_by(linear.module, partial(_output, norm, linear, change, through, scale))
                     )
             yield
 
@@ -110,15 +110,29 @@ def _on_clean(residual: Float[Tensor, "prompt position d_model"], normed: Normed
     return _Norm(normed.norm, norm, sigma, maps)
 
 
+class _ScaleOnly:
+    """In the place of a norm: keeps its scale σ for the maps behind it, and hands the residual stream on."""
+
+    def __init__(self, norm: FinalNorm):
+        self.norm = norm
+        self.sigma: Float[Tensor, "*row"] | None = None
+
+    def __call__(self, residual: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row d_model"]:
+        self.sigma = self.norm.sigma(residual)
+        return residual
+
+
 def _output(
     norm: _Norm,
     linear: _Map,
     change: Float[Tensor, "variant prompt position d_head"],
     through: list[Float[Tensor, "d_out d_head"]],
-    sigma: list[Float[Tensor, "*row"]],
+    scale: _ScaleOnly,
     x: Float[Tensor, "*batch d_model"],
 ) -> Float[Tensor, "*batch d_out"]:
-    shrunk = sigma[-1].reciprocal().view(*change.shape[:3], 1)
+    """``linear``'s output for every variant; of the residual stream ``x`` only the shape is asked."""
+    assert scale.sigma is not None  # the norm runs before its maps
+    shrunk = scale.sigma.reciprocal().view(*change.shape[:3], 1)
     outputs = [
         linear_map(c, weight, linear.constant) for c, weight in zip(change * shrunk, through, strict=True)
     ]
@@ -127,8 +141,3 @@ def _output(
     if linear.gelu is not None:
         torch.ops.aten.gelu_(output, approximate=linear.gelu.approximate)
     return output.view(*x.shape[:-1], -1)
-
-
-def _keep_sigma(norm: FinalNorm, kept: list[Tensor], residual: Tensor) -> Tensor:
-    kept.append(norm.sigma(residual))
-    return residual
