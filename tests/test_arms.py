@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
@@ -23,6 +26,7 @@ from selfrepair.run import arms as running
 from selfrepair.run.arms import load_arms, run_arms
 from selfrepair.run.study import Study
 from selfrepair.store import code_identity
+from selfrepair.store.stores import write_store
 from selfrepair.training.evaluate import evaluate
 
 CONFIG = {
@@ -242,6 +246,68 @@ def test_a_model_is_trained_again_for_another_text_or_by_other_code(tmp_path, ma
         run_arms(file, None, out, "cpu")
     run_arms(file, texts[1], out, "cpu")
     assert made.trained == [arm.name] * 3
+
+
+def make_a_row(arm, row):
+    about = {name: kind("" if kind is str else 0) for name, kind in _kinds().items()}
+    effects = {name: Estimate(np.zeros(3)) for name in analysis.QUANTITIES}
+    write_store(
+        [analysis.arms_dataset([(about | {"name": arm.name, "group": arm.group}, effects)])], row, "arm"
+    )
+
+
+TWO_GIVEN = {"given": [{"group": "g", "models": ["pocket-gpt2", "pocket-pythia"]}]}
+
+
+def test_of_two_processes_that_pass_over_each_others_arms_the_last_writes_the_table(
+    tmp_path, monkeypatch, capsys
+):
+    """One makes the first arm until the other makes the second, which ends last."""
+    file, out = write(tmp_path, TWO_GIVEN), tmp_path / "out"
+    makes_first, makes_second = threading.Event(), threading.Event()
+
+    def make(arm, _text, _folder, _device, row):
+        if row.exists():
+            return
+        make_a_row(arm, row)
+        if arm.name == "pocket-gpt2":
+            makes_first.set()
+            assert makes_second.wait(60)
+        else:
+            makes_second.set()
+            assert early.result(60) is None
+
+    monkeypatch.setattr(running, "_make", make)
+    with ThreadPoolExecutor(1) as pool:
+        early = pool.submit(run_arms, file, None, out, "cpu")
+        assert makes_first.wait(60)
+        assert run_arms(file, None, out, "cpu") == tmp_path / "arms.csv"
+    assert capsys.readouterr().err == "being made by another process: pocket-pythia\n"
+    assert list(pd.read_csv(tmp_path / "arms.csv")["name"]) == ["pocket-gpt2", "pocket-pythia"]
+
+
+def test_two_processes_write_the_table_one_after_the_other(tmp_path, monkeypatch):
+    file, out = write(tmp_path, TWO_GIVEN), tmp_path / "out"
+    for arm in load_arms(file):
+        make_a_row(arm, out / "rows" / f"{arm.file_name}.zarr")
+    writing, at_once = [], []
+
+    def write_slowly(*_):
+        writing.append("now")
+        at_once.append(len(writing))
+        time.sleep(0.5)
+        writing.pop()
+        return file
+
+    def run(_):
+        while run_arms(file, None, out, "cpu") is None:  # the other looked at an arm just then
+            pass
+
+    monkeypatch.setattr(running, "_make", lambda *_: None)
+    monkeypatch.setattr(running, "_write_table", write_slowly)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, range(2)))
+    assert at_once == [1, 1]
 
 
 def test_nothing_is_written_beside_a_model_of_ones_own(tmp_path, made):

@@ -130,8 +130,8 @@ def run_arms(file: Path, text: Path | None, folder: Path, device: str) -> Path |
     without ``text``, of trained models the text is not compared.
 
     The same command started several times shares the work: an arm that another process is making is passed
-    over, and who is last writes the table (others: ``None``). Killed, it goes on where it was. Models, stores
-    and one small store for each arm go into ``folder``.
+    over and tried again at the end, and who is last writes the table (others: ``None``). Killed, it goes on
+    where it was. Models, stores and one small store for each arm go into ``folder``.
 
     Raises:
         UserError: a model that is missing, text that is needed and not given, or as training and measuring.
@@ -142,17 +142,26 @@ def run_arms(file: Path, text: Path | None, folder: Path, device: str) -> Path |
             find_model(arm.model_name)
     rows = {arm.name: folder / "rows" / f"{arm.file_name}.zarr" for arm in arms}
     (folder / "rows").mkdir(parents=True, exist_ok=True)
-    others = []
-    for arm in arms:
-        try:
-            with FileLock(rows[arm.name].with_suffix(".lock"), blocking=False):
-                _make(arm, text, folder, device, rows[arm.name])
-        except Timeout:
-            others.append(arm.name)
-    if others:
-        print(f"{len(others)} arms are being made by another process, {others[0]} first", file=sys.stderr)
-        return None
-    return _write_table(file, [open_store(row) for row in rows.values()])
+    left = arms
+    while left:
+        others = [arm for arm in left if not _is_made(arm, text, folder, device, rows[arm.name])]
+        if len(others) == len(left):  # a round in which none was free: who makes these writes the table
+            names = ", ".join(arm.name for arm in others)
+            print(f"being made by another process: {names}", file=sys.stderr)
+            return None
+        left = others
+    with FileLock(folder / "table.lock"):  # two may find that all arms are made
+        return _write_table(file, [open_store(row) for row in rows.values()])
+
+
+def _is_made(arm: Arm, text: Path | None, folder: Path, device: str, row: Path) -> bool:
+    """Leaves an arm's ``row`` on the disk; whether it could, as no other process is making it."""
+    try:
+        with FileLock(row.with_suffix(".lock"), blocking=False):
+            _make(arm, text, folder, device, row)
+    except Timeout:
+        return False
+    return True
 
 
 def _make(arm: Arm, text: Path | None, folder: Path, device: str, row: Path) -> None:
