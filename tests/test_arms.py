@@ -90,7 +90,7 @@ def test_a_wrong_file_is_one_line(tmp_path, values, says):
 
 def test_arms_must_be_trained_on_a_text(tmp_path, capsys):
     assert main(["arms", str(write(tmp_path, TWO)), "--out", str(tmp_path / "out")]) == 1
-    assert "give the folder of its text with --text" in capsys.readouterr().err
+    assert "must be trained first; give the folder of its text with --text" in capsys.readouterr().err
 
 
 def test_a_missing_model_is_said_before_anything_is_made(tmp_path):
@@ -144,7 +144,7 @@ def test_the_command_trains_measures_and_goes_on(tmp_path, own_cache, monkeypatc
     assert run_arms(file, None, out, "cpu") and len(trained) == 3
     changed = CONFIG | {"lr_other": 0.001}
     write(tmp_path, {"trained": [TWO["trained"][0] | {"config": changed}]})
-    with pytest.raises(UserError, match="must be trained first"):
+    with pytest.raises(UserError, match="must be trained again: its model is of another configuration"):
         run_arms(file, None, out, "cpu")
 
 
@@ -242,7 +242,9 @@ def test_a_model_is_trained_again_for_another_text_or_by_other_code(tmp_path, ma
     run_arms(file, texts[1], out, "cpu")
     assert made.trained == made.measured == [arm.name] * 2
     edit_code("training/head_dropout.py", monkeypatch, tmp_path)
-    with pytest.raises(UserError, match="must be trained first; give the folder of its text with --text"):
+    with pytest.raises(
+        UserError, match="again: its model is of another version of the code; give the folder"
+    ):
         run_arms(file, None, out, "cpu")
     run_arms(file, texts[1], out, "cpu")
     assert made.trained == [arm.name] * 3

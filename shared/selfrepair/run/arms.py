@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from selfrepair.store.stores import attributes_of, open_store, write_store
 from selfrepair.training.config import TrainingConfig, config_of, load_mapping
 from selfrepair.training.data import prepare
 from selfrepair.training.evaluate import evaluate
+from selfrepair.training.folders import put_in_place
 from selfrepair.training.loop import run_identity, save_model, train
 
 #: What arms are measured on: heads and layers of this profile's text, and planted facts.
@@ -243,23 +243,20 @@ def _train(arm: Arm, text: Path | None, folder: Path, device: str) -> Path:
     if found == trained_from:
         return out
     if data is None:
-        raise UserError(f"{arm.name}: must be trained first; give the folder of its text with --text")
+        others = [what for what, own in trained_from.items() if found.get(what) != own]
+        why = f"again: its model is of another {others[0]}" if found else "first"
+        raise UserError(f"{arm.name}: must be trained {why}; give the folder of its text with --text")
     print(f"{arm.name}: training", file=sys.stderr)
     work = out.with_name(f"{out.name}.training")
     model = train(config, data, work, resolve_device(device))
-    save_model(model, data, work / "model")
+    save_model(model, data, work / "finished")
     metrics = {
         "config": dataclasses.asdict(config),
         "steps": config.n_steps,
         "training_tokens": config.n_steps * config.batch_size * config.sequence_length,
         "trained_from": trained_from,
     }
-    content = json.dumps(metrics, indent=2) + "\n"
-    (work / "model" / "metrics.json").write_text(content, encoding="utf-8")
-    shutil.copy(work / "curve.csv", work / "model" / "training_curve.csv")
-    shutil.rmtree(out, ignore_errors=True)
-    shutil.move(work / "model", out)
-    shutil.rmtree(work)
+    put_in_place(work, metrics, out)
     return out
 
 

@@ -19,7 +19,7 @@ from selfrepair.text.corpora import read_documents, text_files
 from selfrepair.training.config import TrainingConfig
 from selfrepair.training.data import TrainingData
 from selfrepair.training.evaluate import evaluate, sample, text_rows, token_loss
-from selfrepair.training.folders import check_replaceable
+from selfrepair.training.folders import check_replaceable, put_in_place
 from selfrepair.training.loop import save_model
 from selfrepair.training.ngrams import KneserNeyTrigram, unigram_loss
 
@@ -49,17 +49,12 @@ def finish(
         folder, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
     ).eval()
     metrics = measure(stored, config, data)
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    shutil.copy(work / "curve.csv", folder / "training_curve.csv")
     if (work / "checkpoints").exists():
         shutil.copytree(work / "checkpoints", folder / "checkpoints", dirs_exist_ok=True)
     (folder / "README.md").write_text(render_card(config, metrics, _sources(text)), encoding="utf-8")
-    out.parent.mkdir(parents=True, exist_ok=True)
     if out.exists():  # what was there when the training began may have changed since
         check_replaceable(out)
-        shutil.rmtree(out)
-    shutil.move(folder, out)
-    shutil.rmtree(work)
+    put_in_place(work, metrics, out)
     update_table(out.parent)
     return metrics
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from selfrepair.errors import UserError
 from selfrepair.models.checkpoints import training_metrics
@@ -61,6 +64,19 @@ def check_working_folder(work: Path) -> None:
         raise UserError(f"{work}: a training works there, and it is no folder; choose another --out")
     if work.exists():
         _refuse_others(work, AT_WORK, "a training works there and removes it in the end")
+
+
+def put_in_place(work: Path, metrics: dict[str, Any], out: Path) -> None:
+    """Moves the model in ``work/finished`` to ``out``, with its metrics and the curve of its training; what
+    is there, and ``work``, go."""
+    folder = work / "finished"
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    shutil.copy(work / "curve.csv", folder / "training_curve.csv")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.exists():
+        shutil.rmtree(out)
+    shutil.move(folder, out)
+    shutil.rmtree(work)
 
 
 def _refuse_others(folder: Path, known: Collection[str], why: str) -> None:
