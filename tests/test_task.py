@@ -347,6 +347,23 @@ def test_a_worker_that_fails_is_not_hidden_and_finished_shards_stay(tmp_path, mo
     assert sum(map(is_whole, task.shard_folder.glob("*.zarr"))) >= 3 and not task.path.exists()
 
 
+def test_progress_of_several_devices_counts_finished_shards(tmp_path, monkeypatch):
+    counted = threading.Event()
+
+    class Bar(task_module.tqdm):
+        def update(self, n=1):
+            counted.set()
+            return super().update(n)
+
+    def compute(shard):
+        assert shard == 0 or counted.wait(10)
+        return rows([shard])
+
+    monkeypatch.setattr(task_module, "tqdm", Bar)
+    of_one(Made(compute, [0, 1]), tmp_path, monkeypatch).compute([NO_MODEL, NO_MODEL], [0, 1])
+    assert counted.is_set()
+
+
 def test_progress_counts_shards(tmp_path, monkeypatch, capsys):
     task = of_one(Made(lambda shard: rows([shard]), range(3)), tmp_path, monkeypatch)
     task.merge([NO_MODEL])

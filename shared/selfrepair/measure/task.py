@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 #: Attributes of a shard that its store does not have.
 OF_A_SHARD = ("seconds", "inputs", "format", "sha256")
+#: Coordinate of a merged store that its shards do not have: which of them each place is from.
+MADE_IN_SHARD = "made_in_shard"
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -112,6 +114,8 @@ class Task:
     def compute(self, models: Sequence[Model], shards: Iterable[int], progress: bool = False) -> None:
         """Leaves these shards and what they need on the disk; ``models`` are one model on one device or more.
 
+        Where the store is there, or another run makes it meanwhile, no shards are left.
+
         Raises:
             UserError: no such shard, or as the measurement says.
         """
@@ -135,9 +139,10 @@ class Task:
             if not is_made_meanwhile():
                 self._kept_shard(model, inputs, about, shard)
 
-        with tqdm(shards, desc=f"{models[0].name} {self.label}", unit="shard", disable=not progress) as bar:
-            for _ in on_all(models, leave_on_disk, bar):
-                pass
+        title = f"{models[0].name} {self.label}"
+        with tqdm(total=len(shards), desc=title, unit="shard", disable=not progress) as bar:
+            for _ in on_all(models, leave_on_disk, shards):
+                bar.update()
         if is_made_meanwhile():
             shutil.rmtree(self.shard_folder, ignore_errors=True)
 
@@ -189,7 +194,7 @@ class Task:
     def of_shard(self, merged: xr.Dataset, shard: int) -> xr.Dataset:
         """The part of the store that a shard made."""
         along = self.measurement.along
-        chosen = {along: merged["made_in_shard"].values == shard} if along in merged.sizes else {}
+        chosen = {along: merged[MADE_IN_SHARD].values == shard} if along in merged.sizes else {}
         if SHARD in merged.sizes:
             chosen[SHARD] = [self.shards.index(shard)]
         return merged.isel(chosen)
@@ -224,7 +229,7 @@ class Task:
             )
             if along in run.dims:
                 made_in = np.full(run.sizes[along], shard)
-                run = run.assign_coords(made_in_shard=(along, made_in)).isel({along: places})
+                run = run.assign_coords({MADE_IN_SHARD: (along, made_in)}).isel({along: places})
             yield run
         for shard in self.shards:
             yield self._shard(shard).drop_dims(along, errors="ignore")
