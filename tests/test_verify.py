@@ -578,7 +578,7 @@ TAMPERING = {
     **{
         f"{label} changed with everything that hangs on it": (
             covered(spoilt(label)),
-            rf".*-{label}-.*, shard \d+: .*(computed again, largest relative difference|is missing)",
+            rf".*-{label}-.*, shard \d+: .*(computed again, largest relative difference|is of another shape)",
         )
         for label in MEASURED
     },
@@ -764,6 +764,15 @@ def test_a_share_of_the_shards_is_computed_again(sweeps, monkeypatch):
     monkeypatch.setattr(recomputed, "SHARE_OF_SHARDS", 0.75)
     of_heads = [finding for finding in computed_again(found(sweeps)) if "-heads-" in finding.what]
     assert len(of_heads) == 3
+
+
+def test_a_model_is_loaded_once_for_all_of_its_shards(sweeps, monkeypatch):
+    loaded = []
+    load = recomputed.load_model
+    monkeypatch.setattr(recomputed, "SHARE_OF_SHARDS", 1)
+    monkeypatch.setattr(recomputed, "load_model", lambda *about: [loaded.append(about), load(*about)][1])
+    assert len(computed_again(found(sweeps))) > 2
+    assert len(loaded) == len(set(loaded)) == 1
 
 
 def test_nothing_to_verify_is_one_line(tmp_path, capsys):

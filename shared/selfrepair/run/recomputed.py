@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +13,9 @@ import xarray as xr
 
 from selfrepair.errors import UserError
 from selfrepair.measure.measurement import settings_of
-from selfrepair.measure.task import Task
+from selfrepair.measure.task import MADE_IN_SHARD, Task
 from selfrepair.models.devices import resolve_device, set_precision
-from selfrepair.models.loading import load_model
+from selfrepair.models.loading import Model, load_model
 from selfrepair.run.consistency import Finding
 from selfrepair.store.manifest import contradictions, manifest_of, read_manifest
 from selfrepair.store.stores import FormatError, open_store
@@ -61,7 +63,7 @@ def check_store(store: Path) -> tuple[Finding, Task | None]:
 
 
 def sample_of(tasks: list[Task], chance: random.Random) -> list[tuple[Task, int]]:
-    """Some shards of each measurement, in order of model, so that each model is loaded once."""
+    """Some shards of each measurement, in order of model and precision, so that each model is loaded once."""
     of_each: dict[str, list[tuple[Task, int]]] = {}
     for task in tasks:
         of_each.setdefault(task.measurement.name, []).extend((task, shard) for shard in task.shards)
@@ -70,40 +72,69 @@ def sample_of(tasks: list[Task], chance: random.Random) -> list[tuple[Task, int]
         for shards in of_each.values()
         for pair in chance.sample(shards, max(1, round(SHARE_OF_SHARDS * len(shards))))
     ]
-    return sorted(chosen, key=lambda pair: (pair[0].model_name, pair[0].path.name, pair[1]))
+    return sorted(chosen, key=lambda pair: (*_model_of(pair[0]), pair[0].path.name, pair[1]))
 
 
-def compute_again(task: Task, shard: int, device: str) -> Finding:
+def compute_again(sample: list[tuple[Task, int]], device: str) -> Iterator[tuple[Task, Finding]]:
+    """Each task with what is found of its shard; ``sample`` is in order of model, as :func:`sample_of` has it."""
+    for (model_name, dtype), group in groupby(sample, lambda pair: _model_of(pair[0])):
+        where, model, why = resolve_device(device), None, ""
+        try:
+            try:
+                model = load_model(model_name, where, set_precision(dtype, where))
+            except UserError as error:
+                why = str(error)
+            for task, shard in group:
+                what = f"{task.path.name}, shard {shard}"
+                if model is None:
+                    yield task, Finding(what, None, why)
+                else:
+                    yield task, _computed_again(what, task, shard, model)
+        finally:
+            torch.set_float32_matmul_precision("highest")
+
+
+def _model_of(task: Task) -> tuple[str, str]:
+    """Its name, and its precision."""
+    return task.model_name, str(open_store(task.path).attrs["dtype"])
+
+
+def _computed_again(what: str, task: Task, shard: int, model: Model) -> Finding:
     kept = open_store(task.path)
-    what = f"{task.path.name}, shard {shard}"
-    where = resolve_device(device)
-    dtype = str(kept.attrs["dtype"])
+    if model.weights_sha256 != kept.attrs["weights_sha256"]:
+        return Finding(what, False, f"the weights of {task.model_name} are not those it was made from")
     try:
-        model = load_model(task.model_name, where, set_precision(dtype, where))
-        if model.weights_sha256 != kept.attrs["weights_sha256"]:
-            return Finding(what, False, f"the weights of {task.model_name} are not those it was made from")
         again = task.computed_again(model, shard)
     except UserError as error:
         return Finding(what, None, str(error))
-    finally:
-        torch.set_float32_matmul_precision("highest")
-    return _compare(what, again, task.of_shard(kept, shard), TOLERANCE[dtype])
+    return _compare(what, again, task.of_shard(kept, shard), TOLERANCE[str(kept.attrs["dtype"])])
 
 
 def _compare(what: str, again: xr.Dataset, kept: xr.Dataset, tolerance: float) -> Finding:
     """Of a shard made again with the kept one; what is not finite agrees with its like only."""
-    largest, counted = 0.0, 0.0
-    for name, variable in again.variables.items():
-        if name not in kept.variables or kept[name].shape != variable.shape:
-            return Finding(what, False, f"{name} is missing or of another shape")
-        new, old = variable.values, kept[name].values
+    if others := set(again.variables) ^ (set(kept.variables) - {MADE_IN_SHARD}):
+        return Finding(what, False, f"{', '.join(sorted(map(str, others)))}: only in one of the two")
+    differences: dict[str, float] = {}
+    differing: dict[str, float] = {}
+    for key, variable in again.variables.items():
+        name, new, old = str(key), variable.values, kept[key].values
+        if new.shape != old.shape:
+            return Finding(what, False, f"{name} is of another shape")
         if new.dtype.kind != "f":
-            counted = max(counted, float(np.mean(new != old)) if new.size else 0.0)
+            differing[name] = float(np.mean(new != old)) if new.size else 0.0
             continue
-        if not np.array_equal(np.isfinite(new), np.isfinite(old)):
+        is_finite = np.isfinite(new) & np.isfinite(old)
+        if not np.array_equal(new[~is_finite], old[~is_finite], equal_nan=True):
             return Finding(what, False, f"{name} is not finite where it should be")
-        new, old = (values[np.isfinite(values)].astype(np.float64) for values in (new, old))
+        new, old = (values[is_finite].astype(np.float64) for values in (new, old))
         if new.size:
-            largest = max(largest, float(np.abs(new - old).max() / max(1e-30, np.abs(old).max())))
-    detail = f"computed again, largest relative difference {largest:.1e}"
-    return Finding(what, largest <= tolerance and counted <= MAY_DIFFER, detail)
+            differences[name] = float(np.abs(new - old).max() / max(1e-30, np.abs(old).max()))
+    name, largest = _largest(differences)
+    counted, share = _largest(differing)
+    detail = f"computed again, largest relative difference {largest:.1e}{f' ({name})' if largest else ''}"
+    detail += f", {share:.1%} of {counted} differ" if share else ""
+    return Finding(what, largest <= tolerance and share <= MAY_DIFFER, detail)
+
+
+def _largest(values: dict[str, float]) -> tuple[str, float]:
+    return max(values.items(), key=lambda pair: pair[1], default=("", 0.0))

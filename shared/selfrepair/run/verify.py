@@ -96,10 +96,10 @@ def verify(folder: Path, device: str = "auto", seed: int | None = None) -> Itera
         yield finding
     made: set[str] = set()
     findings: list[Finding] = []
-    for task, shard in sample_of(tasks, random.Random(seed)):
-        findings.append(compute_again(task, shard, device))
-        made |= set() if findings[-1].agrees is None else {task.measurement.name}
-        yield findings[-1]
+    for task, finding in compute_again(sample_of(tasks, random.Random(seed)), device):
+        findings.append(finding)
+        made |= set() if finding.agrees is None else {task.measurement.name}
+        yield finding
     n_made = sum(finding.agrees is not None for finding in findings)
     n_shards = sum(len(task.shards) for task in tasks)
     yield Finding(
