@@ -170,7 +170,9 @@ def test_the_same_notebook_gives_the_same_bytes_in_whatever_folder_it_was_run(fo
 def test_a_notebook_that_cannot_be_read_is_one_line(tmp_path, content):
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "notebooks" / "01_a.ipynb").write_text(content)
-    with pytest.raises(UserError, match=r"01_a.ipynb: cannot be read \(\w+\); delete it") as raised:
+    with pytest.raises(
+        UserError, match=r"01_a.ipynb: cannot be read \(\w+\); delete it and run again"
+    ) as raised:
         write_notebook_pages(tmp_path)
     assert "\n" not in str(raised.value)
 

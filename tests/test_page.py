@@ -379,7 +379,7 @@ def test_nothing_to_show_is_one_line(tmp_path, made):
     folder = tmp_path / "none"
     if made:
         folder.mkdir()
-    with pytest.raises(UserError, match=r"none: holds no figures.*run 'selfrepair notebooks'") as raised:
+    with pytest.raises(UserError, match=r"none: holds no figures.*run a profile into it") as raised:
         write_page(folder)
     assert "\n" not in str(raised.value)
     assert not (folder / "index.html").exists()
@@ -399,7 +399,9 @@ def test_nothing_to_show_is_one_line(tmp_path, made):
 def test_a_damaged_file_is_named_in_one_line(results, name, content):
     (results / "index.html").write_text("of an earlier run")
     (results / name).write_bytes(content)
-    with pytest.raises(UserError, match=r"cannot be read \(\w+\); delete it") as raised:
+    with pytest.raises(
+        UserError, match=r"cannot be read \(\w+\); delete it and run again what made it"
+    ) as raised:
         write_page(results)
     assert str(results / name) in str(raised.value)
     assert "\n" not in str(raised.value)

@@ -230,7 +230,7 @@ def test_a_run_without_figures_is_not_summed_up(run):
     folder = run[0]
     (folder / "figures" / "01_one.png").unlink()
     marks.say_done(marks.mark(folder, "notebooks", "01"), [], folder, key=NOTEBOOKS["01_one"])
-    with pytest.raises(UserError, match="holds no figures; run 'selfrepair notebooks' into it first"):
+    with pytest.raises(UserError, match="holds no figures; run its profile again"):
         summarise(study(folder, 4), NOTEBOOKS)
 
 

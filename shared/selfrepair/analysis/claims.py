@@ -32,7 +32,7 @@ from selfrepair.analysis.rules import (
 )
 from selfrepair.errors import UserError
 from selfrepair.markdown import plain
-from selfrepair.store.files import write_atomically
+from selfrepair.store.files import unreadable, write_atomically
 
 #: Estimates of one model, each of a single number, by the statistic's id in ``statistics.yaml``.
 Statistics = Mapping[str, Estimate]
@@ -298,7 +298,5 @@ def read_claims(file: Path) -> pd.DataFrame:
         if unknown := set(table["claim"]) - {claim.id for claim in load_claims()}:
             raise ValueError(f"unknown claims {unknown}")
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{file}: cannot be read ({type(error).__name__}); delete it and run 'selfrepair notebooks' again"
-        ) from error
+        raise unreadable(file, error) from error
     return table

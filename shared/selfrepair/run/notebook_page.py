@@ -17,8 +17,7 @@ from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from pygments.formatters import HtmlFormatter
 from traitlets.config import Config
 
-from selfrepair.errors import UserError
-from selfrepair.store.files import write_atomically
+from selfrepair.store.files import unreadable, write_atomically
 
 TEMPLATE = Path(__file__).with_name("notebook_page.html")
 
@@ -65,9 +64,7 @@ def _read(path: Path) -> nbformat.NotebookNode:
     try:
         return nbformat.read(path, as_version=4)
     except Exception as error:  # of many types
-        raise UserError(
-            f"{path}: cannot be read ({type(error).__name__}); delete it and run 'selfrepair notebooks' again"
-        ) from error
+        raise unreadable(path, error) from error
 
 
 def _title(notebook: nbformat.NotebookNode, stem: str) -> str:

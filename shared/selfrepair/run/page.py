@@ -23,8 +23,8 @@ from selfrepair.engine.ablations import ABLATIONS
 from selfrepair.errors import UserError
 from selfrepair.plots import forest
 from selfrepair.run.explorer import TOKENS, explorer
-from selfrepair.run.page_figures import damaged, figure, sections, with_emphasis
-from selfrepair.store.files import write_atomically
+from selfrepair.run.page_figures import figure, sections, with_emphasis
+from selfrepair.store.files import unreadable, write_atomically
 
 if TYPE_CHECKING:
     from selfrepair.run.profiles import Profile
@@ -91,8 +91,7 @@ def write_page(out_dir: Path, target: Path | None = None) -> Path:
     heads = _heads({*out_dir.glob("heads_*.csv")} - outside)
     if not (figures or claims or heads):
         raise UserError(
-            f"{out_dir}: holds no figures, claims or tables of heads; run 'selfrepair notebooks' into "
-            f"it first"
+            f"{out_dir}: holds no figures, claims or tables of heads; run a profile into it first"
         )
     verdicts = Counter(claim.verdict for claim in claims)
     page = {
@@ -228,7 +227,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         if not isinstance(content, dict):
             raise TypeError("no object")
     except (OSError, ValueError, TypeError) as error:
-        raise damaged(path, error) from error
+        raise unreadable(path, error) from error
     return content
 
 
@@ -238,5 +237,5 @@ def _read(path: Path, needed: tuple[str, ...], dtype: object) -> pd.DataFrame:
         table = pd.read_csv(path, dtype=dtype, keep_default_na=False, na_values=[""])
         table[list(needed)]
     except (OSError, ValueError, KeyError) as error:
-        raise damaged(path, error) from error
+        raise unreadable(path, error) from error
     return table

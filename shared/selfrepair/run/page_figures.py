@@ -14,9 +14,9 @@ import nbformat
 from markupsafe import Markup, escape
 from PIL import Image
 
-from selfrepair.errors import UserError
 from selfrepair.paths import NOTEBOOKS
 from selfrepair.run.notebook_page import caption, html_of
+from selfrepair.store.files import unreadable
 
 #: How the text about a figure begins, in the notebook that draws it.
 WHAT_TO_SEE = re.compile(r"\*\*What to see[^*]*\*\*\s*(.*?)(?:\n\s*\n|\Z)", re.DOTALL)
@@ -62,7 +62,7 @@ def figure(path: Path, held: bool) -> Figure:
                 return Figure(path.stem, quote(path.name), width, height)
             image.save(content, "WEBP", lossless=True)
     except Exception as error:  # Pillow raises many types for a damaged image
-        raise damaged(path, error) from error
+        raise unreadable(path, error) from error
     uri = f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}"
     return Figure(path.stem, uri, width, height)
 
@@ -104,7 +104,7 @@ def _cells(path: Path) -> list[nbformat.NotebookNode]:
     try:
         return nbformat.read(path, as_version=4).cells
     except Exception as error:  # of many types
-        raise damaged(path, error) from error
+        raise unreadable(path, error) from error
 
 
 def _what_to_see(cells: list[nbformat.NotebookNode], figures: set[str]) -> Markup:
@@ -146,10 +146,3 @@ def _after(beginning: str, lines: list[str]) -> str:
 
 def with_emphasis(markdown: str) -> Markup:
     return Markup(re.sub(r"\*(.+?)\*", r"<em>\1</em>", str(escape(markdown))))
-
-
-def damaged(path: Path, error: Exception) -> UserError:
-    """What is said of a file of a results folder that cannot be read."""
-    return UserError(
-        f"{path}: cannot be read ({type(error).__name__}); delete it and run 'selfrepair notebooks' again"
-    )

@@ -41,7 +41,7 @@ def summarise(study: Study, notebooks: Mapping[str, str], key: str = "") -> str:
     out = study.out_dir
     _refuse_another_run(study, notebooks)
     if not any((out / "figures").glob("*.png")):
-        raise UserError(f"{out}: holds no figures; run 'selfrepair notebooks' into it first")
+        raise UserError(f"{out}: holds no figures; run its profile again")
     profile = study.profile
     said = make_tables(profile, notebooks, out)
     write_notebook_pages(out)

@@ -49,6 +49,11 @@ def write_atomically(path: Path, content: bytes) -> None:
         unfinished.unlink(missing_ok=True)
 
 
+def unreadable(path: Path, error: Exception) -> UserError:
+    """What is said of a file that a run or notebooks left and that cannot be read: they make it again."""
+    return UserError(f"{path}: cannot be read ({type(error).__name__}); delete it and run again what made it")
+
+
 def remove_unfinished(path: Path) -> None:
     """Removes what a killed :func:`write_atomically` of ``path`` left; nobody else may be writing it."""
     for unfinished in path.parent.glob(f".{path.name}.*"):
