@@ -1,6 +1,8 @@
 """Stores on the disk: labels, checksums, damage, parts in order, and files written whole or not at all."""
 
 import itertools
+import os
+import shutil
 import threading
 
 import numpy as np
@@ -236,11 +238,15 @@ def test_a_store_takes_the_place_of_another_as_a_whole(tmp_path):
     assert [entry.name for entry in path.parent.iterdir()] == ["a.zarr"]
 
 
+def always(_found):
+    return True
+
+
 def test_kept_is_computed_where_it_is_missing_damaged_or_of_something_else(tmp_path):
     path = tmp_path / "shards" / "000000.zarr"
     computed = []
 
-    def get(number, is_current=lambda found: True):
+    def get(number, is_current=always):
         found = kept(
             path, lambda: computed.append(number) or xr.Dataset({"number": ((), number)}), is_current
         )
@@ -256,6 +262,28 @@ def test_kept_is_computed_where_it_is_missing_damaged_or_of_something_else(tmp_p
     assert computed == [1, 3, 5]
 
 
+def test_attributes_are_the_same_before_and_after_a_store_was_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(stores, "_seen_whole", {})
+    path = tmp_path / "a.zarr"
+    write_store(parts_of(3), path)
+    stores._seen_whole.clear()
+    first, second = stores.attributes_of(path), stores.attributes_of(path)
+    assert first == second == open_store(path).attrs
+
+
+@pytest.mark.parametrize("when", ["while its files are looked at", "just before it is read"])
+def test_a_store_that_another_process_replaces_just_then_is_not_whole(tmp_path, monkeypatch, when):
+    path = tmp_path / "a.zarr"
+    write_store(parts_of(3), path)
+    if when == "just before it is read":
+        state = stores.state_of(path)
+        monkeypatch.setattr(stores, "state_of", lambda path: [state, shutil.rmtree(path)][0])
+    else:
+        walk = os.walk
+        monkeypatch.setattr(stores.os, "walk", lambda path: [list(walk(path)), shutil.rmtree(path)][0])
+    assert stores.attributes_of(path) is None
+
+
 def test_two_at_once_compute_what_is_kept_once(tmp_path):
     computed, found = [], []
     started, go_on = threading.Event(), threading.Event()
@@ -267,7 +295,8 @@ def test_two_at_once_compute_what_is_kept_once(tmp_path):
         return prompts_from(0, 2)
 
     workers = [
-        threading.Thread(target=lambda: found.append(kept(tmp_path / "a.zarr", compute))) for _ in range(4)
+        threading.Thread(target=lambda: found.append(kept(tmp_path / "a.zarr", compute, always)))
+        for _ in range(4)
     ]
     for worker in workers:
         worker.start()
@@ -290,6 +319,14 @@ def test_names_differ_where_any_attribute_does():
 
 def test_a_hub_models_name_is_one_part_of_a_path():
     assert slug("EleutherAI/pythia-160m") == "EleutherAI--pythia-160m" and slug("a/folder/") == "a--folder"
+
+
+@pytest.mark.parametrize("name", ["model[1].json", "a*.json"])
+def test_what_a_killed_write_left_is_found_whatever_the_file_is_called(tmp_path, name):
+    (tmp_path / f".{name}.0123abcd").touch()
+    (tmp_path / ".a-b.json.0123abcd").touch()
+    remove_unfinished(tmp_path / name)
+    assert [entry.name for entry in tmp_path.iterdir()] == [".a-b.json.0123abcd"]
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

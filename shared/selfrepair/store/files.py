@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -56,5 +57,5 @@ def unreadable(path: Path, error: Exception) -> UserError:
 
 def remove_unfinished(path: Path) -> None:
     """Removes what a killed :func:`write_atomically` of ``path`` left; nobody else may be writing it."""
-    for unfinished in path.parent.glob(f".{path.name}.*"):
+    for unfinished in path.parent.glob(f".{glob.escape(path.name)}.*"):
         unfinished.unlink()

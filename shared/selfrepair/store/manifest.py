@@ -22,8 +22,8 @@ from selfrepair.paths import REPOSITORY
 from selfrepair.store.code_identity import code_version
 from selfrepair.store.files import write_atomically
 
-#: Attributes of a store that its manifest does not repeat.
-OF_THE_FORMAT = ("format", "variables_sha256")
+#: Attribute of a store that its manifest does not repeat.
+OF_THE_FORMAT = "format"
 
 
 def manifest_of(measured: Path) -> Path:
@@ -82,7 +82,7 @@ def contradictions(path: Path, attributes: Mapping[str, Any]) -> list[str]:
         noted = read_manifest(path)
     except UserError:
         return ["everything"]
-    own = {name: value for name, value in attributes.items() if name not in OF_THE_FORMAT}
+    own = {name: value for name, value in attributes.items() if name != OF_THE_FORMAT}
     return [name for name, value in own.items() if name not in noted or noted[name] != value]
 
 

@@ -125,7 +125,7 @@ def _checked_same(
 def kept(
     path: Path,
     compute: Callable[[], xr.Dataset],
-    is_current: Callable[[xr.Dataset], bool] = lambda found: True,
+    is_current: Callable[[xr.Dataset], bool],
 ) -> xr.Dataset:
     """What ``compute()`` gives: from the store ``path`` if that is whole and current, else computed and kept.
 
@@ -145,16 +145,19 @@ def is_whole(path: Path) -> bool:
 
 
 def attributes_of(path: Path) -> dict[str, Any] | None:
-    """The attributes of a store; ``None`` if it is not whole. Its data are read once in a process."""
+    """The attributes of a store, as :func:`open_store` gives them; ``None`` if it is not whole.
+
+    Its data are read once in a process.
+    """
     path = path.absolute()
     try:
         if path not in _seen_whole or _seen_whole[path] != state_of(path):
             return open_store(path).attrs
-    except UserError:
+        attributes: dict[str, Any] = dict(zarr.open_group(path, mode="r", use_consolidated=False).attrs)
+    except (UserError, OSError):  # the latter where another process replaces it just then
         return None
-    attributes: dict[str, Any] = dict(zarr.open_group(path, mode="r", use_consolidated=False).attrs)
-    attributes.pop("coordinates", None)  # which variables are coordinates: xarray's own, gone when it reads
-    return attributes
+    gone_when_read = (CHECKSUMS, "coordinates")  # the latter xarray's own: which variables are coordinates
+    return {name: value for name, value in attributes.items() if name not in gone_when_read}
 
 
 def open_store(path: str | Path) -> xr.Dataset:
@@ -220,11 +223,17 @@ def _damaged(path: Path) -> list[str]:
 def state_of(path: Path) -> str:
     """Another text whenever a file of a store is written, replaced, moved or removed, which are not read."""
     files = sorted(Path(folder, name) for folder, _, names in os.walk(path) for name in names)
-    states = [
-        (file.relative_to(path).as_posix(), (found := file.stat()).st_size, found.st_mtime_ns, found.st_ino)
-        for file in files
-    ]
+    states = [(file.relative_to(path).as_posix(), *_state_of_file(file)) for file in files]
     return hashlib.sha256(json.dumps(states).encode()).hexdigest()
+
+
+def _state_of_file(file: Path) -> tuple[int, ...]:
+    """Nothing of a file that another process has removed since it was found."""
+    try:
+        found = file.stat()
+    except OSError:
+        return ()
+    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 #: Chunks lie beside each other in one folder for a variable, not each in four folders of its own.
