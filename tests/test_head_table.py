@@ -1,5 +1,7 @@
 """Tables and means of a model's heads, and what the claims of notebook 01 are about."""
 
+import itertools
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -177,7 +179,8 @@ def test_head_means_of_a_sweep_equal_the_table():
         assert np.array_equal(table[f"self_repair_{end}"], values.ravel())
     again = head_statistics(HeadMeans.of_table(table.sample(frac=1, random_state=0)))
     for name, estimate in head_statistics(means).items():
-        assert estimate.value == pytest.approx(again[name].value) and not again[name].samples.size
+        assert estimate.value == pytest.approx(again[name].value, nan_ok=True)
+        assert not again[name].samples.size
 
 
 def test_means_of_several_models_are_those_of_each():
@@ -188,9 +191,9 @@ def test_means_of_several_models_are_those_of_each():
         alone = HeadMeans.of_sweep(sweep, 0.05)
         assert np.array_equal(means[model].self_repair.drawn, alone.self_repair.drawn)
         wanted = head_statistics(alone)
-        assert {name: one.value for name, one in statistics_of_models(means)[model].items()} == {
-            name: one.value for name, one in wanted.items()
-        }
+        found = {name: one.value for name, one in statistics_of_models(means)[model].items()}
+        same = pytest.approx({name: one.value for name, one in wanted.items()}, rel=0, abs=0, nan_ok=True)
+        assert found == same
 
 
 def test_layer_intervals_hold_the_layer_means():
@@ -204,7 +207,9 @@ def test_layer_intervals_hold_the_layer_means():
 def test_statistics_by_hand():
     repair = np.array([[-4.0, -2], [0, 0], [1, -1], [2, 4]])
     means = HeadMeans(Estimate.bare(repair), Estimate.bare(np.full_like(repair, 2.0)))
-    assert {name: estimate.value for name, estimate in head_statistics(means).items()} == {
+    found = {name: estimate.value for name, estimate in head_statistics(means).items()}
+    assert np.isnan(found.pop("self-repair-later-minus-early-of-orders"))
+    assert found == {
         "self-repair-later-half": 1.5,
         "repaired-heads-later-half": 0.75,
         "restored-share-later-half": 0.75,
@@ -256,7 +261,25 @@ def test_statistics_have_samples_head_by_head():
             "self-repair-first-quarter": sum(early) / 2,
             "self-repair-later-minus-early": sum(r for r, _ in later) / len(later) - sum(early) / 2,
         }
-        assert {name: estimate.drawn[k] for name, estimate in found.items()} == pytest.approx(wanted)
+        assert {name: found[name].drawn[k] for name in wanted} == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("n_layers", [3, 4, 5, 6])
+def test_later_minus_early_against_layers_in_every_order(n_layers):
+    """By loops over all orders, of every sample; up to four layers there are too few orders."""
+    repair = np.random.default_rng(n_layers).normal(size=(n_layers, 2, 3))
+    found = head_statistics(HeadMeans(Estimate(repair), Estimate(np.ones_like(repair))))
+    n_later, n_early = {3: (1, 1), 4: (2, 1), 5: (3, 1), 6: (3, 2)}[n_layers]
+    for k in range(3):
+        of_layer = [(one[k] + other[k]) / 2 for one, other in repair]
+        gaps = []
+        for order in itertools.permutations(of_layer):
+            gaps.append(sum(order[-n_later:]) / n_later - sum(order[:n_early]) / n_early)
+        assert found["self-repair-later-minus-early"].drawn[k] == pytest.approx(gaps[0])
+        end = min(v for v in gaps if sum(w > v + 1e-12 for w in gaps) <= len(gaps) / 20)
+        wanted = end if max(gaps) > end + 1e-12 else np.nan
+        control = found["self-repair-later-minus-early-of-orders"].drawn[k]
+        assert control == pytest.approx(wanted, nan_ok=True) and np.isnan(control) == (n_layers <= 4)
 
 
 @pytest.mark.parametrize(("n_layers", "n_early"), [(1, 1), (2, 1), (4, 1), (6, 2), (12, 3), (24, 6)])

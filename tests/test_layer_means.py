@@ -88,9 +88,9 @@ class ByHand:
         return statistics.correlation(x, y)
 
     def best(self, prompts):
-        """Attention with anything above whose compensation and direct effect correlate most."""
-        any_above = range(self.n_layers if not self.parallel else self.n_layers - 1)
-        return max((2 * layer for layer in any_above), key=lambda a: self.correlation(a, prompts))
+        """Attention of the later half, with attention above, whose compensation goes most with its effect."""
+        some_above = [2 * layer for layer in self.later if layer < self.n_layers - 1]
+        return max(some_above, key=lambda a: self.correlation(a, prompts))
 
     def strongest_below(self, component, prompts):
         below = [2 * layer for layer in range(component // 2 + (not self.parallel))]
@@ -195,13 +195,25 @@ def test_tables_by_hand():
 def test_what_is_left_out():
     """Too few layers, no late MLP that lowers the token, trained with dropout or nobody knows how."""
     few = layer_statistics(LayerRun.of("facts", made_up_effects(n_layers=2, seed=1), 4))
-    assert "downstream-compensation-facts" not in few and "coupled-attention-facts" in few
+    assert not {"downstream-compensation-facts", "best-layer-slope-facts"} & set(few)
+    assert "coupled-attention-facts" in few
     raising = made_up_effects(without_dropout=False)
     raising["effect"] = abs(raising["effect"])
     found = layer_statistics(LayerRun.of("facts", raising, 4))
     assert {"late-mlps-effect-facts", "downstream-compensation-facts"} <= set(found)
     left_out = {"erasing-mlps-change-facts", "downstream-compensation-without-dropout-facts"}
     assert not left_out & set(found)
+
+
+def test_the_best_attention_is_one_of_those_whose_share_is_counted():
+    """Not the last, above which is one MLP alone, nor an early one, however well they fit."""
+    effects = made_up_effects(n_prompts=40)
+    for component in (0, 10):
+        effects["compensation"][component] = 2 * effects["direct_effect"][component]
+    run = LayerRun.of("facts", effects, n_bootstrap=2)
+    r_squared = run.choosing.compensation_fit.r_squared.value
+    assert r_squared[0] == r_squared[10] == pytest.approx(1)
+    assert run.best("attention") == max((6, 8), key=lambda a: r_squared[a])
 
 
 def test_no_draw_chooses_its_own_layer():
@@ -266,7 +278,7 @@ def test_models_of_any_depth_are_counted_and_drawn(sizes, conditions):
             assert by_phrasing(run, made_up_facts())["prompts"].tolist() == [5, 4]
             worked_table(run, worked_prompt(run, made_up_facts()))
             runs.append(run)
-    assert len(best_layers(runs)) == 2 * len(conditions) * sum({1: 0, 2: 2}.get(n, 2) for n in sizes)
+    assert len(best_layers(runs)) == 2 * len(conditions) * sum({1: 0, 2: 1, 3: 1}.get(n, 2) for n in sizes)
     style.use_style()
     for figure in drawn(runs):
         figure.canvas.draw()

@@ -138,15 +138,38 @@ def test_heads_that_shrink_outweigh():
     assert PairGrowth.of(grown(growth), 10).net().value == pytest.approx((4 - 10) / 4)
 
 
-def test_resemblance_of_the_strongest_pairs_against_pairs_as_far_apart():
-    """Two of twelve pairs are the tenth: one layer apart, where one other pair is alike too."""
+def test_resemblance_of_the_strongest_pairs_against_the_other_heads_of_the_layer():
+    """Two of twelve pairs are the tenth. A layer that is alike in all its heads is as alike in the control."""
     growth = np.zeros(PLACES)
     growth[0, 0, 1, 1], growth[1, 0, 2, 0] = 3, 2
     cosine = np.zeros((6, 6))
     cosine[0, 3], cosine[2, 4], cosine[1, 2] = 0.8, 0.4, 0.4
+    cosine[2, 5] = 0.5
     own, control = PairGrowth.of(grown(growth), 10).resemblance(cosine)
-    assert own.value == pytest.approx(0.6) and control.value == pytest.approx(1.6 / 8)
-    assert own.samples == pytest.approx(0.6) and control.samples == pytest.approx(0.2)
+    assert own.value == pytest.approx(0.6) and control.value == pytest.approx((0 + 0.5) / 2)
+    assert own.samples == pytest.approx(0.6) and control.samples == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_resemblance_by_loops(seed):
+    made = noise(3, 4, PROMPTS, seed=seed)
+    cosine = np.random.default_rng(seed + 10).normal(size=(12, 12))
+    own, control = PairGrowth.of(grown(made), 5).resemblance(cosine)
+    pairs = [(a, b) for a in range(12) for b in range(12) if a // 4 < b // 4]
+    growth = made.mean(-1).reshape(12, 12)
+    strongest = sorted(pairs, key=lambda pair: -growth[pair])[:5]  # of 48, rounded up
+    assert own.value == pytest.approx(sum(cosine[pair] for pair in strongest) / 5)
+    wanted = []
+    for a, b in strongest:
+        others = [other for other in range(12) if other // 4 == b // 4 and other != b]
+        wanted.append(sum(cosine[a, other] for other in others) / 3)
+    assert control.value == pytest.approx(sum(wanted) / 5)
+
+
+def test_one_head_in_a_layer_has_no_control():
+    made = noise(4, 1, PROMPTS)
+    own, control = PairGrowth.of(grown(made), 5).resemblance(np.ones((4, 4)))
+    assert own.value == 1 and np.isnan(control.value)
 
 
 def test_samples_of_a_choice_lie_around_the_value():

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import xarray as xr
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from selfrepair.analysis.estimates import Estimate, mean_over_prompts
+from selfrepair.analysis.layer_orders import end_of_orders, layer_orders
+
+#: How far apart, in layers, heads are at least that are called distant.
+DISTANT = 3
 
 
 def head_cosines(cosines: xr.Dataset) -> Float[np.ndarray, "any_head any_head"]:
@@ -26,11 +30,28 @@ def cosine_by_distance(cosines: xr.Dataset, n_bootstrap: int = 1000, seed: int =
 def neighbours_minus_distant(cosines: xr.Dataset, n_bootstrap: int = 1000, seed: int = 0) -> Estimate:
     """Mean signed cosine between heads of neighbouring layers minus that of layers at least three apart."""
     n_layers = cosines.sizes["layer"]
-    return mean_over_prompts(_apart(cosines, 1, 1) - _apart(cosines, 3, n_layers), n_bootstrap, seed)
+    return mean_over_prompts(_apart(cosines, 1, 1) - _apart(cosines, DISTANT, n_layers), n_bootstrap, seed)
+
+
+def neighbours_in_random_order(cosines: xr.Dataset, n_bootstrap: int = 1000, seed: int = 0) -> Estimate:
+    """What :func:`neighbours_minus_distant` does not exceed in 95% of all orders of the layers.
+
+    NaN with four layers, as :func:`end_of_orders` says.
+    """
+    n_layers = cosines.sizes["layer"]
+    near, far = (_is_apart(n_layers, *ends) for ends in ((1, 1), (DISTANT, n_layers)))
+    depth = np.argsort(layer_orders(n_layers), axis=1)
+    weights = (near / near.sum() - far / far.sum())[depth[:, :, None], depth[:, None, :]]
+    layers = mean_over_prompts(cosines["layers"].values.reshape(n_layers**2, -1), n_bootstrap, seed)
+    return end_of_orders(weights.reshape(len(depth), -1), layers)
 
 
 def _apart(cosines: xr.Dataset, least: int, most: int) -> Float[np.ndarray, " prompt"]:
     """Per prompt, the mean over pairs of heads whose layers are ``least`` to ``most`` apart."""
-    layer = np.arange(cosines.sizes["layer"])
+    return cosines["layers"].values[_is_apart(cosines.sizes["layer"], least, most)].mean(0)
+
+
+def _is_apart(n_layers: int, least: int, most: int) -> Bool[np.ndarray, "any_layer any_layer"]:
+    layer = np.arange(n_layers)
     distance = np.abs(layer[:, None] - layer)
-    return cosines["layers"].values[(distance >= least) & (distance <= most)].mean(0)
+    return (distance >= least) & (distance <= most)

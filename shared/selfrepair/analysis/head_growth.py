@@ -198,18 +198,20 @@ class PairGrowth:
         return np.cumsum(read[np.argsort(-chosen, kind="stable")]) / positive
 
     def resemblance(self, cosine: Float[np.ndarray, "any_head any_head"]) -> tuple[Estimate, Estimate]:
-        """Mean cosine of the tenth of the pairs that grow most, and of all pairs that are as far apart.
+        """Mean cosine of the tenth of the pairs that grow most, and of the other heads of the same layer.
 
-        ``cosine`` are means over all tokens; samples draw the prompts that say which pairs those are
+        The latter are with the same ablated head, so that layers count for nothing; NaN where layers have one
+        head. ``cosine`` are means over all tokens; samples draw the prompts that say which pairs are chosen
         (:func:`_centred`).
         """
         of_pairs = cosine[self.ablated, self.later]
-        apart = self.layers_apart
-        of_distance = np.bincount(apart, of_pairs) / np.maximum(np.bincount(apart), 1)
+        of_layer = cosine.reshape(len(cosine), -1, self.n_heads).sum(-1)
+        n_others = self.n_heads - 1 or np.nan
+        of_others = (of_layer[self.ablated, self.later // self.n_heads] - of_pairs) / n_others
         found = []
         for weights in self.draws():
             chosen = _largest(np.nan_to_num(self.growth(weights)), self.n_strongest)
-            found.append([of_pairs[chosen].mean(), of_distance[apart[chosen]].mean()])
+            found.append([of_pairs[chosen].mean(), of_others[chosen].mean()])
         return _centred(found)
 
     def shared(self, selection: str = TOP) -> tuple[Estimate, Estimate]:

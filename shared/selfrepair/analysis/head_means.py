@@ -12,6 +12,7 @@ import xarray as xr
 from selfrepair.analysis.claims import Statistics
 from selfrepair.analysis.estimates import Estimate, draws
 from selfrepair.analysis.head_table import LayerTokens
+from selfrepair.analysis.layer_orders import end_of_orders, layer_orders
 from selfrepair.analysis.published import published_by_model
 from selfrepair.statistics import later_half
 
@@ -55,6 +56,11 @@ class HeadMeans:
         """The later half of the layers."""
         return slice(later_half(len(self.self_repair)), None)
 
+    @property
+    def early(self) -> slice:
+        """The first quarter of the layers, rounded, but one at least."""
+        return slice(max(1, round(0.25 * len(self.self_repair))))
+
     def restored_share(self) -> Estimate:
         """Self-repair over direct effect, sums over the heads of the later half of the layers.
 
@@ -92,15 +98,30 @@ def statistics_of_models(models: Mapping[str, HeadMeans]) -> dict[str, Statistic
 
 def head_statistics(heads: HeadMeans) -> Statistics:
     """What the claims of notebook 01 are about; heads without tokens in a draw are left out of it."""
-    repair, quarter = heads.self_repair[heads.later], slice(max(1, round(0.25 * len(heads.self_repair))))
-    mean_later, mean_early = (part.nanmean((0, 1)) for part in (repair, heads.self_repair[quarter]))
+    repair = heads.self_repair[heads.later]
+    mean_later, mean_early = (part.nanmean((0, 1)) for part in (repair, heads.self_repair[heads.early]))
     return {
         "self-repair-later-half": mean_later,
         "repaired-heads-later-half": repair.map(lambda drawn: (drawn > 0).mean((0, 1))),
         "restored-share-later-half": heads.restored_share(),
         "self-repair-first-quarter": mean_early,
         "self-repair-later-minus-early": mean_later - mean_early,
+        "self-repair-later-minus-early-of-orders": later_in_random_order(heads),
     }
+
+
+def later_in_random_order(heads: HeadMeans) -> Estimate:
+    """What later half minus first quarter does not exceed in 95% of all orders of the layers.
+
+    Of the means of layers, each of which counts the same. NaN with up to four layers, as
+    :func:`end_of_orders` says.
+    """
+    n_layers = len(heads.self_repair)
+    at_depth = np.zeros(n_layers)
+    for layers, sign in ((heads.later, 1), (heads.early, -1)):
+        at_depth[layers] += sign / len(at_depth[layers])
+    depth = np.argsort(layer_orders(n_layers), axis=1)
+    return end_of_orders(at_depth[depth], heads.self_repair.nanmean(1))
 
 
 def restored_table(models: Mapping[str, HeadMeans]) -> pd.DataFrame:

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from selfrepair.analysis.cosines import neighbours_minus_distant
+from selfrepair.analysis.cosines import DISTANT, neighbours_in_random_order, neighbours_minus_distant
 from selfrepair.analysis.estimates import Estimate, mean_over_prompts
 from selfrepair.analysis.self_feeding import slope_statistics
 
@@ -22,12 +22,13 @@ def iterative_statistics(
 ) -> dict[str, Estimate]:
     """By ids of ``statistics.yaml``, from a model's ``self_feeding``, ``cosines`` and ``alignment``.
 
-    Models with fewer than four layers have no layers three apart, and lack that statistic.
+    Models with fewer than four layers have no layers three apart, and lack that statistic and its control.
     """
     found = slope_statistics(fed, n_bootstrap, seed)
     found["gradient-alignment"] = mean_over_prompts(aligned["gradient"].values.mean(0), n_bootstrap, seed)
-    if cosines.sizes["layer"] >= 4:
+    if cosines.sizes["layer"] > DISTANT:
         found["neighbour-cosine-gap"] = neighbours_minus_distant(cosines, n_bootstrap, seed)
+        found["neighbour-cosine-gap-of-orders"] = neighbours_in_random_order(cosines, n_bootstrap, seed)
     return found
 
 

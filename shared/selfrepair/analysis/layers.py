@@ -62,9 +62,11 @@ class LayerRun:
     def best(self, part: str) -> int | None:
         """The component of a part whose compensation goes most with its direct effect: largest signed R².
 
-        ``None`` without any that has a component downstream, or with too few prompts.
+        Of attention layers, one of :meth:`LayerMeans.later_attention`, as for the share that is given back;
+        of MLPs, one with any component downstream. ``None`` without any, or with too few prompts.
         """
-        components = self.means.with_downstream(part)
+        is_attention = part == PARTS[0]
+        components = self.means.later_attention() if is_attention else self.means.with_downstream(part)
         r_squared = self.choosing.compensation_fit.r_squared.value[components]
         if np.isnan(r_squared).all():
             return None

@@ -28,11 +28,11 @@ OTHERS = {
 ALIKE = {
     "cosine of outputs": {
         "backups-output-cosine": "head and its backups",
-        "backups-output-cosine-same-distance": "all heads as far apart",
+        "backups-output-cosine-same-distance": "other heads of its layer",
     },
     "cosine of attention patterns": {
         "backups-pattern-cosine": "head and its backups",
-        "backups-pattern-cosine-same-distance": "all heads as far apart",
+        "backups-pattern-cosine-same-distance": "other heads of its layer",
     },
     "rank correlation of growth": {
         "same-backups": "after another head",
