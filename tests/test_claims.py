@@ -305,10 +305,11 @@ def test_a_table_for_people(registered):
         "| --- | --- | --- | --- | --- |",
         "| It exists. (R&N) | mean repair \\| all heads; ≥ 0; control: 0, random signs. Rule written after looking, "
         "2026-11-25 | gpt2 0.026 yes<br>*reproduced, 1 of 1* "
-        "| m&#124;1 0.050 [0.030, 0.071] yes<br>NA -1.23 [-2.50, -0.25] no | **partly, 1 of 2** |",
+        "| m&#124;1 0.050 [0.030, 0.071] yes<br>NA -1.23 [-2.50, -0.25] no | **partly, 1 yes, 1 no, of 2** |",
         "| Some. (R&N) | share of repair; ≥ 0.2 and ≤ 0.4; control: share of harm. Rule written after looking, "
-        "2026-11-25 | opt 0.38 (control 0.50) no<br>neo 0.25 yes<br>*partly, 1 of 2* "
-        "| m&#124;1 0.30 [0.25, 0.35] (control 0.12) yes<br>NA 0.30 [0.25, 0.35] (control 0.30) open | **partly, 1 of 2** |",
+        "2026-11-25 | opt 0.38 (control 0.50) no<br>neo 0.25 yes<br>*partly, 1 yes, 1 no, of 2* "
+        "| m&#124;1 0.30 [0.25, 0.35] (control 0.12) yes<br>NA 0.30 [0.25, 0.35] (control 0.30) open "
+        "| **partly, 1 of 2; the control alone lies in the range in 1** |",
         "",
         LEGEND,
     ]
@@ -337,6 +338,50 @@ def test_results_name_what_is_shown(registered):
 def test_values_have_two_or_three_significant_digits(registered, value, shown):
     (result, _) = results(claims_table("01", {"m": {"repair": Estimate.bare(value)}}))
     assert result.measured[0].value == shown
+
+
+@pytest.mark.parametrize(
+    ("values", "in_full"),
+    [
+        ((1, 2, 3), "reproduced, 3 of 3"),
+        ((1, -1, -1), "partly, 1 yes, 2 no, of 3"),
+        ((-1, -2, -3), "not reproduced, 0 yes, 3 no, of 3"),
+        ((), "not testable here"),
+    ],
+)
+def test_a_verdict_in_full_counts_what_speaks_against_it(registered, values, in_full):
+    models = {f"m{i}": {"repair": Estimate.bare(value)} for i, value in enumerate(values)}
+    (result, _) = results(claims_table("01", models or {"without": {}}, models))
+    assert result.verdict_in_full == in_full
+    assert result.published_verdict_in_full == (in_full if values else "")
+
+
+def test_open_ones_are_not_counted_as_no(registered):
+    models = {"m": {"repair": between(1, 1, 2)}, "open": {"repair": between(1, -1, 2)}}
+    assert results(claims_table("01", models))[0].verdict_in_full == "partly, 1 of 2"
+
+
+def shown_beside(value, control):
+    models = {"m": {"share": value, "chance": Estimate.bare(control)}}
+    (_, result) = results(claims_table("01", models))
+    return result.measured[0].value, result.measured[0].holds
+
+
+def test_digits_are_added_until_a_yes_or_no_can_be_seen(registered):
+    narrow = between(0.36042, 0.3604, 0.3605)
+    assert shown_beside(narrow, 0.36031) == ("0.3604 [0.3604, 0.3605] (control 0.3603)", "yes")
+    assert shown_beside(narrow, 0.3607) == ("0.360 [0.360, 0.360] (control 0.361)", "no")
+    assert shown_beside(narrow, 0.36042) == ("0.36 [0.36, 0.36] (control 0.36)", "open")
+    assert shown_beside(Estimate.bare(0.3), 0.3) == ("0.30 (control 0.30)", "no")  # nothing to be seen
+    assert shown_beside(Estimate.bare(0.3), 0.3 - 1e-8) == ("0.300000 (control 0.300000)", "yes")
+
+
+def test_no_value_is_a_dash(registered):
+    nothing = {"gpt2": {"repair": Estimate.bare(math.nan)}}
+    (result, _) = results(claims_table("01", nothing, nothing))
+    assert result.measured == result.published
+    assert (result.measured[0].value, result.measured[0].holds) == ("–", "open")
+    assert "nan" not in to_markdown(claims_table("01", nothing, nothing)).replace("exceed", "")
 
 
 # --- what is kept ---------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from selfrepair.analysis.head_means import (
     head_statistics,
     means_of_models,
     released_means,
+    released_statistics,
     restored_table,
     statistics_of_models,
 )
@@ -216,6 +217,16 @@ def test_statistics_by_hand():
         "self-repair-first-quarter": -3.0,
         "self-repair-later-minus-early": 4.5,
     }
+
+
+def test_released_statistics_stand_beside_the_top_2_percent_alone():
+    found, wanted = released_statistics(0.02), statistics_of_models(released_means())
+    assert list(found) == list(wanted) and len(found) == 4
+    for model, of_model in found.items():
+        assert {name: one.value for name, one in of_model.items()} == {
+            name: one.value for name, one in wanted[model].items()
+        }
+    assert released_statistics(1) == released_statistics(0.1) == {}
 
 
 def test_what_is_restored_over_top_and_all_tokens_as_released():

@@ -193,6 +193,17 @@ def test_claims_and_their_controls_by_hand():
     assert len(alone) == 4 and not any("over-ablations" in name for name in alone)
 
 
+def test_of_all_tokens_there_is_no_claim_about_top_tokens():
+    """The statistic would be its control; and released means are over the top 2%."""
+    sweeps = {"fake": {"zero": fake_sweep()}}
+    measured, released = claimed(sweeps, 1)
+    assert released == {} and not any("sigma" in name for name in measured["fake"])
+    found = verdicts(claims_table("03", measured, released))
+    assert found["sigma-falls"] == "not testable here" != found["layernorm-share"]
+    measured, released = claimed(sweeps, 0.02)
+    assert len(released) == 4 and "sigma-falls-last-layer" in measured["fake"]
+
+
 @pytest.mark.parametrize("name", ["gpt2", "neox-parallel", "llama-gqa"])
 def test_claims_against_full_forward_passes(family, name):
     """Every statistic and its control, from plain float64 models."""

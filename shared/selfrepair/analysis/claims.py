@@ -19,6 +19,7 @@ from filelock import FileLock
 from selfrepair.analysis.estimates import Estimate, Interval
 from selfrepair.analysis.rules import (
     MEASURED,
+    NO,
     PUBLISHED,
     STATISTICS_FILE,
     VERDICTS,
@@ -46,15 +47,19 @@ NUMBER_COLUMNS = ("estimate", "low", "high", "control", "advantage_low", "advant
 COLUMNS = (*TEXT_COLUMNS[:-1], *NUMBER_COLUMNS, "holds")
 
 NOT_JUDGED = ""
+#: What is shown where there is no value, and how many decimals are shown at most.
+NO_VALUE, MOST_DIGITS = "–", 6
 
 #: How a table of claims is read, in Markdown.
 LEGEND = (
     "A model says *yes* if its 95% interval (bootstrap over prompts) lies in the range of the rule and, "
     "less its control, on the claimed side of 0; *no* if either lies wholly on the other side; else *open*. "
-    "Published numbers have no intervals and are judged as they are, by the range alone where their control "
-    "was not released. Verdicts: "
+    "Published values have no interval: their yes or no is by the estimate, and by the range alone where their "
+    "control was not released. Those of heads are over the top 2% of tokens, and are left out beside any other "
+    "share. Verdicts: "
     + "; ".join(f"*{name}*: {meaning}" for name, meaning in VERDICTS.items())
-    + ". Beside a verdict stands how many models say yes, of those that have what the claim is about."
+    + ". Beside a verdict stands how many models say yes, and how many no if any does, of those that have what "
+    "the claim is about."
 )
 
 
@@ -69,7 +74,11 @@ class ModelResult:
 
 @dataclass(frozen=True)
 class ClaimResult:
-    """What readers are shown of one claim; verdicts are on our numbers and on the published ones."""
+    """What readers are shown of one claim; verdicts are on our numbers and on the published ones.
+
+    ``controls_in_range`` counts the measured models whose control alone lies in the range of a claim that has
+    two ends; 0 for others.
+    """
 
     claim: Claim
     statistic: Statistic
@@ -78,11 +87,15 @@ class ClaimResult:
     measured: list[ModelResult]
     verdict: str
     published_verdict: str
+    controls_in_range: int
 
     @property
     def verdict_in_full(self) -> str:
-        """On our numbers: ``partly, 2 of 6``."""
-        return _in_full(self.verdict, self.measured)
+        """On our numbers: ``partly, 2 yes, 3 no, of 6``, or where none says no: ``partly, 2 of 6``."""
+        said = _in_full(self.verdict, self.measured)
+        if self.controls_in_range:
+            said += f"; the control alone lies in the range in {self.controls_in_range}"
+        return said
 
     @property
     def published_verdict_in_full(self) -> str:
@@ -91,8 +104,10 @@ class ClaimResult:
 
 
 def _in_full(verdict: str, models: Sequence[ModelResult]) -> str:
-    yes = sum(model.holds == YES for model in models)
-    return f"{verdict}, {yes} of {len(models)}" if models else verdict
+    if not models:
+        return verdict
+    yes, no = (sum(model.holds == said for model in models) for said in (YES, NO))
+    return f"{verdict}, {yes} yes, {no} no, of {len(models)}" if no else f"{verdict}, {yes} of {len(models)}"
 
 
 def claims_table(
@@ -203,9 +218,16 @@ def results(table: pd.DataFrame) -> list[ClaimResult]:
                 measured,
                 found,
                 on_published[name] if PUBLISHED in by_source else "",
+                _controls_in_range(by_source.get(MEASURED), claim, statistic),
             )
         )
     return shown
+
+
+def _controls_in_range(rows: pd.DataFrame | None, claim: Claim, statistic: Statistic) -> int:
+    if rows is None or statistic.control_id is None or not np.isfinite([claim.at_least, claim.at_most]).all():
+        return 0
+    return int(rows["control"].between(claim.at_least, claim.at_most).sum())
 
 
 def _of_models(rows: pd.DataFrame | None, statistic: Statistic) -> list[ModelResult]:
@@ -216,12 +238,26 @@ def _of_models(rows: pd.DataFrame | None, statistic: Statistic) -> list[ModelRes
 
 
 def _value(row: Any, statistic: Statistic) -> str:
-    """Value, interval and measured control, to the same two or three significant digits."""
+    """Value, interval and measured control, to the same two or three significant digits.
+
+    To more where a yes or no could not be seen otherwise: the value and its control would read alike. A dash
+    where there is no value.
+    """
+    if not np.isfinite(row.estimate):
+        return NO_VALUE
     numbers = [row.estimate, *(end for end in (row.low, row.high) if np.isfinite(end))]
+    has_control = statistic.control_id is not None and np.isfinite(row.control)
     digits = _digits(numbers)
+    while (
+        has_control
+        and row.holds in (YES, NO)
+        and digits < MOST_DIGITS
+        and f"{row.estimate:.{digits}f}" == f"{row.control:.{digits}f}"
+        and row.estimate != row.control
+    ):
+        digits += 1
     value, *ends = (f"{number:.{digits}f}" for number in numbers)
     interval = f" [{', '.join(ends)}]" if ends else ""
-    has_control = statistic.control_id is not None and np.isfinite(row.control)
     return value + interval + (f" (control {row.control:.{digits}f})" if has_control else "")
 
 

@@ -13,7 +13,7 @@ from selfrepair.analysis.claims import Statistics
 from selfrepair.analysis.estimates import Estimate, draws
 from selfrepair.analysis.head_table import LayerTokens
 from selfrepair.analysis.layer_orders import end_of_orders, layer_orders
-from selfrepair.analysis.published import published_by_model
+from selfrepair.analysis.published import comparable, published_by_model
 from selfrepair.statistics import later_half
 
 
@@ -94,6 +94,11 @@ def released_means(tokens: str = "top2pct") -> dict[str, HeadMeans]:
 def statistics_of_models(models: Mapping[str, HeadMeans]) -> dict[str, Statistics]:
     """:func:`head_statistics` of each."""
     return {model: head_statistics(heads) for model, heads in models.items()}
+
+
+def released_statistics(fraction: float) -> dict[str, Statistics]:
+    """The same of the released models, where the top ``fraction`` of tokens is that of their means."""
+    return {model: head_statistics(HeadMeans.of_table(rows)) for model, rows in comparable(fraction).items()}
 
 
 def head_statistics(heads: HeadMeans) -> Statistics:

@@ -14,7 +14,7 @@ from selfrepair.analysis.breakdown import Breakdown, PartMeans, TokensOfHeads, t
 from selfrepair.analysis.claims import Statistics
 from selfrepair.analysis.estimates import Estimate, draws, selected_means
 from selfrepair.analysis.head_table import heads_table, strongest_head
-from selfrepair.analysis.published import published_by_model
+from selfrepair.analysis.published import comparable, published_by_model
 from selfrepair.statistics import select_top
 
 
@@ -180,9 +180,9 @@ def _first_kind(sweeps: Mapping[str, Mapping[str, xr.Dataset]]) -> dict[str, xr.
 def claimed(
     sweeps: Mapping[str, Mapping[str, xr.Dataset]], fraction: float
 ) -> tuple[dict[str, Statistics], dict[str, Statistics]]:
-    """What the claims of notebook 03 are about, by model: measured, and published."""
+    """What the claims of notebook 03 are about, by model: measured, and published if over as many tokens."""
     measured = {model: layernorm_statistics(kinds, fraction) for model, kinds in sweeps.items()}
-    return measured, {model: published_statistics(rows) for model, rows in published_by_model().items()}
+    return measured, {model: published_statistics(rows) for model, rows in comparable(fraction).items()}
 
 
 def layernorm_statistics(
@@ -190,20 +190,19 @@ def layernorm_statistics(
 ) -> Statistics:
     """What the claims of notebook 03 are about, by id, of one model's sweeps by kind of ablation.
 
-    The first sweep is the one that claims about a single kind are judged on.
+    The first sweep is the one that claims about a single kind are judged on. Where top tokens are all tokens,
+    there is nothing to say of them against all, and that statistic is left out with its control.
     """
     tokens = [TokensOfHeads.of_sweep(sweep, fraction, n_bootstrap, seed) for sweep in sweeps.values()]
     shares = [one.clipped("layernorm").mean((0, 1)) for one in tokens]
     floors = [one.floor("layernorm").mean((0, 1)) for one in tokens]
     first = next(iter(sweeps.values()))
-    falls = (first["sigma_clean"].values > first["sigma_ablated"].values[-1]).astype(np.float64)
-    everywhere = np.ones(falls.shape, dtype=bool)
-    statistics = {
-        "layernorm-clipped-share": shares[0],
-        "layernorm-clipped-floor": floors[0],
-        "sigma-falls-last-layer": selected_means(falls, tokens[0].chosen[-1], tokens[0].weights).mean(),
-        "sigma-falls-all-tokens": selected_means(falls, everywhere, tokens[0].weights).mean(),
-    }
+    statistics = {"layernorm-clipped-share": shares[0], "layernorm-clipped-floor": floors[0]}
+    if not (top := tokens[0].chosen[-1]).all():
+        falls = (first["sigma_clean"].values > first["sigma_ablated"].values[-1]).astype(np.float64)
+        chosen = {"sigma-falls-last-layer": top, "sigma-falls-all-tokens": np.ones(falls.shape, dtype=bool)}
+        for name, where in chosen.items():
+            statistics[name] = selected_means(falls, where, tokens[0].weights).mean()
     if len(tokens) > 1:
         statistics["layernorm-share-over-ablations"] = _range(shares)
         statistics["layernorm-floor-over-ablations"] = _range(floors)

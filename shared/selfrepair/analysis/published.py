@@ -30,6 +30,11 @@ def published_by_model(tokens: str = "top2pct") -> dict[str, pd.DataFrame]:
     return {str(model): rows for model, rows in published_heads(tokens).groupby("model", sort=False)}
 
 
+def comparable(fraction: float) -> dict[str, pd.DataFrame]:
+    """:func:`published_by_model` over the top 2%, for claims about the top ``fraction``: none of another."""
+    return published_by_model() if TOKENS_OF_FRACTION.get(fraction) == "top2pct" else {}
+
+
 def published_self_feeding() -> pd.DataFrame:
     """The authors' released self-feeding numbers (R&N 2024, §5.3): four heads of five models, in logits."""
     return pd.read_csv(PUBLISHED / "published_self_feeding_heads.csv")
