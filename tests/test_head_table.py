@@ -23,11 +23,13 @@ from selfrepair.analysis.head_means import (
 from selfrepair.analysis.head_table import (
     PARTS,
     extreme_heads,
+    furthest_below,
     heads_of_models,
     heads_table,
     layer_means,
     restored_of_strong,
     share_in_zone,
+    strong_heads,
     strongest_head,
     write_heads,
 )
@@ -147,6 +149,24 @@ def test_what_is_restored_of_strong_heads_of_the_later_half():
     )
     assert restored_of_strong(table) == 1.5 / 6
     assert np.isnan(restored_of_strong(table, least=4.0))
+    assert strong_heads(table).index.tolist() == [2, 5] and strong_heads(table, least=4.0).empty
+
+
+def test_heads_furthest_below_the_line_of_no_repair():
+    table = pd.DataFrame(
+        {
+            "model": list("aaaabb"),
+            "layer": [0, 1, 2, 3, 0, 1],
+            "head": [0, 0, 0, 0, 3, 4],
+            "direct_effect": [1.0, 2, 2, 0.5, 1, 2],
+            "logit_change": [-1.5, -2.25, -2.75, 0, -0.5, -1.75],
+        }
+    )
+    found = furthest_below(table).to_dict("records")
+    assert found == [
+        {"model": "a", "layer": 2, "head": 0, "above": -0.75, "is_later": True},
+        {"model": "b", "layer": 1, "head": 4, "above": 0.25, "is_later": True},
+    ]
 
 
 def test_strongest_head():

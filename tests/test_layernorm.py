@@ -23,9 +23,12 @@ from selfrepair.analysis.claims import claims_table, verdicts
 from selfrepair.analysis.head_table import heads_table, strongest_head
 from selfrepair.analysis.layernorm import (
     ScaleRatios,
+    above_floor,
     breakdowns,
     by_model,
+    by_place,
     claimed,
+    head_to_show,
     heads_without_repair,
     last_layers_head,
     layer_table,
@@ -42,8 +45,10 @@ from selfrepair.analysis.layernorm import (
     shares_over_tokens,
 )
 from selfrepair.analysis.rules import load_claims, load_statistics
+from selfrepair.errors import UserError
 from selfrepair.measure.heads import MEASUREMENT
 from selfrepair.measure.tokens import of_prompts
+from selfrepair.plots.layernorm import scale_ratio_histograms
 from selfrepair.statistics import bootstrap_weights
 from selfrepair.text.corpora import Prompts
 
@@ -62,6 +67,29 @@ def test_scale_ratios_by_hand():
     layer, head = strongest_head(table, -1)
     assert layer == 3 and table.query("layer == 3").set_index("head")["direct_effect"].idxmax() == head
     assert last_layers_head(dataset, FRACTION) == (layer, head)
+
+
+def test_the_head_that_is_given_is_shown_if_the_model_has_it():
+    dataset = fake_sweep()
+    assert head_to_show(dataset, FRACTION) == last_layers_head(dataset, FRACTION)
+    assert head_to_show(dataset, FRACTION, (0, HEADS - 1)) == (0, HEADS - 1)
+    for head in ((LAYERS, 0), (0, HEADS), (-1, 0)):
+        with pytest.raises(UserError, match=rf"layers from 0 to {LAYERS - 1}, heads from 0 to {HEADS - 1}"):
+            head_to_show(dataset, FRACTION, head)
+
+
+def test_histograms_say_how_many_tokens_they_leave_out():
+    sweeps = {"m": {kind: fake_sweep(seed) for seed, kind in enumerate(("resample", "zero"))}}
+    ratios = scale_ratios(sweeps, FRACTION, (3, 1))
+    for axis, one in zip(scale_ratio_histograms(ratios).axes, ratios[0], strict=True):
+        edges = np.unique(np.concatenate([patch.get_xy()[:, 0] for patch in axis.patches]))
+        for values, label in zip(
+            (one.all_tokens, one.all_tokens[one.top]), axis.get_legend_handles_labels()[1], strict=False
+        ):
+            outside = sum(value < edges[0] or value > edges[-1] for value in values.ravel())
+            assert label.endswith(f"{(values > 1).mean():.0%} above 1, {outside} outside")
+        (mark,) = [line for line in axis.lines if line.get_marker() == "v"]
+        assert mark.get_xdata()[0] == statistics.median(one.all_tokens[one.top].tolist())
 
 
 def test_one_head_of_two_models_under_every_ablation():
@@ -123,6 +151,16 @@ def test_tables_of_ours_and_of_what_was_released():
     assert list(without) == ["heads", "clipped share", "floor"] and list(without.index) == [*both]
     assert without.loc[[*released], "floor"].isna().all() and without.loc["pythia-160m", "heads"] > 0.5
     assert layer_table(ours).groupby("model", sort=False)["layer"].nunique().to_dict() == {"fake": LAYERS}
+    by_layer = layer_table({"b": ours["b"]})
+    placed = by_place(by_layer)
+    assert len(placed) == LAYERS * 3 and set(placed["from_last"] + placed["layer"]) == {LAYERS - 1}
+    assert placed[placed["is_later"]]["layer"].unique().tolist() == [2, 3]
+    for row in placed.to_dict("records"):
+        same = by_layer[(by_layer["layer"] == row["layer"]) & (by_layer["part"] == row["part"])]
+        assert {**row, **same.set_index("quantity")["estimate"]} == row
+    gap = above_floor(ours, "layernorm").set_index("model").loc["b"]
+    assert gap["estimate"] == pytest.approx(statistics.fmean(one["clipped"] for one in found) - level)
+    assert gap["low"] < gap["estimate"] < gap["high"]
     top, everywhere = means_of_top_tokens(ours, released), means_of_all_tokens(sweeps)
     assert [*top] == ["a", "b", *(f"{name} (published)" for name in released)]
     assert [*everywhere] == ["a", "b", "gpt2-small (published)", "pythia-160m (published)"]

@@ -16,7 +16,7 @@ from matplotlib.patches import Rectangle
 
 from selfrepair.analysis.claims import claims_table
 from selfrepair.analysis.neuron_examples import neurons_in_context, passages
-from selfrepair.analysis.neuron_repair import repairs_of, totals_of
+from selfrepair.analysis.neuron_repair import IN_WORDS, repairs_of, totals_of
 from selfrepair.analysis.neuron_sets import chance_overlap, mean_overlap, pair_overlaps
 from selfrepair.analysis.neurons import ModelNeurons, by_selection, claimed, over_models, statistics_table
 from selfrepair.analysis.passages import AFTER, BEFORE
@@ -529,6 +529,12 @@ def test_tables(measured):
         between = [0 < p < all_of_it for p, all_of_it in repaired]
         assert parts.iloc[row]["between"] == np.mean(between) and 0 < np.mean(between) < 1
 
+    halves = found.halves(few=0.2)
+    assert halves["change"].tolist() == ["repairs", "breaks"] and list(halves)[2:] == ["median", "below 0.2"]
+    for side, row in enumerate(halves.itertuples(index=False)):
+        half = [count / 48 for count in everyone.n_for_half[:, side].tolist() if count > 0]
+        assert row[2] == np.median(half) and row[3] == np.mean([share < 0.2 for share in half])
+
     first = found.first_neurons()
     assert first["change"].tolist() == ["repairs", "breaks"] * 2
     (_, broken) = found.scopes("breakage").values()
@@ -590,6 +596,7 @@ def test_passages_have_the_repair_of_every_token_around_the_strongest(measured):
         assert repair.direct_effect[row] == pytest.approx(-effect)
         changes = [f"{repair.repairers[row[0], i]} ({signed(repair.largest[row[0], 0, i])})" for i in (0, 1)]
         assert passage.heading.endswith(
+            f"all MLPs {signed(passage.values[passage.marked])}, "
             f"last MLP {signed(repair.mlp_repair[row[0]])}, neurons {', '.join(changes)}"
         )
 
@@ -699,8 +706,11 @@ def test_figures_after_the_authors_code_show_the_numbers(measured):
     for axis, selection, side in ((first[0], "direct effect", 0), (first[4], "breakage", 1)):
         repair = next(iter(models[0].scopes(selection).values()))
         clean = repair.largest_clean[:, side, 0]
-        points = np.stack([clean, clean + repair.largest[:, side, 0]], 1)
+        points = np.stack([clean, repair.largest[:, side, 0]], 1)
         np.testing.assert_allclose(axis.collections[0].get_offsets(), points)
+        (left, right), (low, high) = axis.get_xlim(), axis.get_ylim()
+        assert ((left < points[:, 0]) & (points[:, 0] < right)).all()
+        assert ((low < points[:, 1]) & (points[:, 1] < high)).all()
         assert f"{100 * (clean < 0).mean():.0f}%" in axis.texts[0].get_text()
 
     axis = top_figures.frequencies(models).axes[0]
@@ -716,4 +726,7 @@ def test_figures_after_the_authors_code_show_the_numbers(measured):
         names = [claim.statistic, known[claim.statistic].control]
         points = [line.get_xdata()[0] for line in axis.lines if len(line.get_xdata()) == 1]
         assert points == [of["llama"][name].value for of in found.values() for name in names]
+        assert axis.get_title().startswith(f"{IN_WORDS[claim.statistic]}:\n")
         assert [label.get_text() for label in axes[0].get_yticklabels()] == ["llama"]
+    assert {*found["largest MLP repair"]["llama"]} == {*IN_WORDS}
+    assert len(set(IN_WORDS.values())) == len(IN_WORDS)

@@ -422,6 +422,29 @@ def test_quantiles_over_tokens_count_every_head_equally():
     assert token_shares.quantiles_of_tokens({"fake": everything}).isna().all(axis=None)
 
 
+def test_clouds_and_scatter_by_hand():
+    """Plain float64 over every token, and over each head's own."""
+    sweep = fake_sweep()
+    found = token_shares.clouds_table(noise.all_tokens(sweep, [(1, 0), (3, 2)]), idle=0.3)
+    assert found.index.tolist() == ["L1H0", "L3H2"]
+    for row, (layer, head) in zip(found.itertuples(index=False), [(1, 0), (3, 2)], strict=True):
+        effect, change = (
+            sweep[name].values[layer, head].ravel().astype(np.float64)
+            for name in ("direct_effect", "logit_change")
+        )
+        idle = [b for a, b in zip(effect, change, strict=True) if abs(a) < 0.3]
+        assert 0 < row[0] == len(idle) / len(effect) < 1
+        assert row[1] == pytest.approx(statistics.pstdev(idle))
+        assert row[2] == pytest.approx(statistics.correlation(effect, change))
+    heads = [(3, 2), (1, 0)]
+    scatter = token_shares.scatter_table(noise.tokens_of_heads(sweep, 0.1, heads))
+    assert scatter.index.tolist() == ["L1H0", "L3H2"]
+    for row, (layer, head) in zip(scatter.itertuples(index=False), reversed(heads), strict=True):
+        repair = noise.selected_tokens(sweep, 0.1, layer, head)["self_repair"].tolist()
+        assert row[0] == pytest.approx(statistics.pstdev(repair))
+        assert row[1] == sum(value < 0 for value in repair) / len(repair)
+
+
 def test_tables_of_several_models():
     sweeps = {
         "a": fake_sweep(seed=1).assign_attrs(model="a"),
@@ -545,6 +568,7 @@ def test_scatter_shows_every_token_in_the_colour_of_its_outcome():
     tokens = noise.tokens_of_heads(sweep, 0.1, [(1, 0), (2, 0), (3, 0)])
     figure = plots.effect_against_change_per_token(tokens, "fake")
     assert [axis.get_title().split(":")[0] for axis in figure.axes] == ["L1H0", "L2H0", "L3H0"]
+    assert "axes differ" in figure.get_suptitle()
     for axis, (_, here) in zip(figure.axes, tokens.groupby("layer"), strict=True):
         over, partly, worse = (points.get_offsets().data for points in axis.collections)
         low, high = axis.get_ylim()

@@ -210,6 +210,10 @@ class Breakdown:
         """The floor of a part's clipped share, mean over heads, by its name; none of released tables."""
         return {FLOOR: self.floors[part].mean((0, 1))} if self.floors else {}
 
+    def above_floor(self, part: str) -> Estimate:
+        """A part's clipped share less its floor, mean over all heads."""
+        return (self.shares["clipped"][part] - self.floors[part]).mean((0, 1))
+
     def second_to_last(self, part: str) -> Estimate:
         """Mean over the heads of the second-to-last layer of mean repair over mean direct effect, unclipped.
 

@@ -138,11 +138,29 @@ def share_in_zone(table: pd.DataFrame) -> float:
 def restored_of_strong(table: pd.DataFrame, least: float = 1.0) -> float:
     """Self-repair over direct effect, of a heads table's later half of layers: sums over strong heads.
 
-    Strong are those with a direct effect above ``least`` (logits); NaN where there are none.
+    Strong are those of :func:`strong_heads`; NaN where there are none.
     """
-    n_layers = table.groupby("model")["layer"].transform("nunique")
-    strong = table[(table["layer"] >= n_layers.map(later_half)) & (table["direct_effect"] > least)]
+    strong = strong_heads(table, least)
     return strong["self_repair"].sum() / strong["direct_effect"].sum() if len(strong) else np.nan
+
+
+def strong_heads(table: pd.DataFrame, least: float = 1.0) -> pd.DataFrame:
+    """A heads table's rows of the later half of layers with a direct effect above ``least`` (logits)."""
+    n_layers = table.groupby("model")["layer"].transform("nunique")
+    return table[(table["layer"] >= n_layers.map(later_half)) & (table["direct_effect"] > least)]
+
+
+def furthest_below(table: pd.DataFrame) -> pd.DataFrame:
+    """Of each model the head furthest below the no-repair line, with ``above`` (logits) and ``is_later``.
+
+    ``above`` is logit change plus direct effect: the height above the line, negative below it. ``is_later``
+    says whether the head's layer is in the later half.
+    """
+    table = table.assign(above=table["logit_change"] + table["direct_effect"])
+    n_layers = table.groupby("model")["layer"].transform("nunique")
+    table = table.assign(is_later=table["layer"] >= n_layers.map(later_half))
+    lowest = table.groupby("model", sort=False)["above"].idxmin()
+    return table.loc[lowest, ["model", "layer", "head", "above", "is_later"]].reset_index(drop=True)
 
 
 def strongest_head(table: pd.DataFrame, layer: int) -> tuple[int, int]:

@@ -15,7 +15,8 @@ from selfrepair.analysis.claims import Statistics
 from selfrepair.analysis.estimates import Estimate, draws, selected_means
 from selfrepair.analysis.head_table import heads_table, strongest_head
 from selfrepair.analysis.published import comparable, published_by_model
-from selfrepair.statistics import select_top
+from selfrepair.errors import UserError
+from selfrepair.statistics import later_half, select_top
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def scale_ratios(
     rows = []
     for model in _models_to_show(sweeps):
         kinds = list(sweeps[model].values())
-        place = last_layers_head(kinds[0], fraction) if head is None else head
+        place = head_to_show(kinds[0], fraction, head)
         rows.append([ScaleRatios.of_sweep(sweep, *place, fraction) for sweep in kinds])
     return rows
 
@@ -76,6 +77,23 @@ def scale_ratios(
 def last_layers_head(sweep: xr.Dataset, fraction: float) -> tuple[int, int]:
     """``(layer, head)``: the last layer's with the largest mean direct effect on its top tokens."""
     return strongest_head(heads_table(sweep, fraction), layer=-1)
+
+
+def head_to_show(sweep: xr.Dataset, fraction: float, head: tuple[int, int] | None = None) -> tuple[int, int]:
+    """``(layer, head)``: the one that is given, or :func:`last_layers_head`.
+
+    Raises:
+        UserError: the model has no such head.
+    """
+    if head is None:
+        return last_layers_head(sweep, fraction)
+    n_layers, n_heads = sweep.sizes["layer"], sweep.sizes["head"]
+    if not (0 <= head[0] < n_layers and 0 <= head[1] < n_heads):
+        raise UserError(
+            f"{sweep.attrs['model']}: no head {list(head)}; give [layer, head], "
+            f"layers from 0 to {n_layers - 1}, heads from 0 to {n_heads - 1}"
+        )
+    return head
 
 
 def _models_to_show(sweeps: Mapping[str, Mapping[str, xr.Dataset]]) -> list[str]:
@@ -127,6 +145,24 @@ def shares_over_tokens(models: Mapping[str, Breakdown]) -> pd.DataFrame:
     """The same with ratios per token within each head, which released tables do not allow."""
     found = {model: one.over_tokens("layernorm") | one.floor("layernorm") for model, one in models.items()}
     return table_of(found, "way")
+
+
+def by_place(table: pd.DataFrame) -> pd.DataFrame:
+    """The estimates of :func:`layer_table`: a row for each model, layer and part, a column for each quantity.
+
+    ``from_last`` counts layers from the last one (0); ``is_later`` are those of the later half.
+    """
+    places = ["model", "layer", "part"]
+    found = table.pivot(index=places, columns="quantity", values="estimate").reset_index()
+    n_layers = found.groupby("model")["layer"].transform("max") + 1
+    is_later = found["layer"] >= n_layers.map(later_half)
+    return found.assign(from_last=n_layers - 1 - found["layer"], is_later=is_later)
+
+
+def above_floor(models: Mapping[str, Breakdown], part: str) -> pd.DataFrame:
+    """:meth:`Breakdown.above_floor` of every model: ``model, estimate, low, high``."""
+    found = {model: {"": one.above_floor(part)} for model, one in models.items()}
+    return table_of(found, "part").drop(columns="part")
 
 
 def second_to_last_layer(models: Mapping[str, Breakdown]) -> pd.DataFrame:

@@ -18,7 +18,8 @@ def passages(neurons: ModelNeurons, sweep: xr.Dataset, n: int = 3) -> list[Passa
     """The chosen head's ``n`` strongest tokens, of different prompts, each with what stands around it.
 
     Values are what all MLPs together repair of the head's ablation, out of the measurement ``heads``. The
-    heading has the direct effect, the change of the last MLP and of the neurons of it that repair most.
+    heading has the direct effect, the change of all MLPs (which is the marked token's value), that of the
+    last one, and of the neurons of it that repair most.
     """
     repair = neurons.repairs[DIRECT_EFFECT][neurons.chosen][neurons.later_mlps[-1]]
     layer, head = neurons.chosen
@@ -26,9 +27,8 @@ def passages(neurons: ModelNeurons, sweep: xr.Dataset, n: int = 3) -> list[Passa
     found = []
     for row in strongest_of_prompts(repair)[:n].tolist():
         prompt, position = int(repair.prompt[row]), int(repair.position[row])
-        heading = (
-            f"{neurons.model} L{layer}H{head}, {neurons.next_token(repair, row)!r}: {_said(repair, row)}"
-        )
+        said = _said(repair, row, mlps_repair[prompt, position])
+        heading = f"{neurons.model} L{layer}H{head}, {neurons.next_token(repair, row)!r}: {said}"
         found.append(around(heading, neurons.text[prompt], mlps_repair[prompt], position))
     return found
 
@@ -59,10 +59,10 @@ def strongest_of_prompts(repair: NeuronRepair) -> Int[np.ndarray, " prompt"]:
     return order[np.sort(first)]
 
 
-def _said(repair: NeuronRepair, row: int, n_neurons: int = 2) -> str:
+def _said(repair: NeuronRepair, row: int, all_mlps: float, n_neurons: int = 2) -> str:
     changes = zip(repair.repairers[row, :n_neurons], repair.largest[row, REPAIRING], strict=False)
     neurons = ", ".join(f"{neuron} ({signed(change)})" for neuron, change in changes)
     return (
-        f"direct effect {signed(repair.direct_effect[row])}, last MLP {signed(repair.mlp_repair[row])}, "
-        f"neurons {neurons}"
+        f"direct effect {signed(repair.direct_effect[row])}, all MLPs {signed(all_mlps)}, "
+        f"last MLP {signed(repair.mlp_repair[row])}, neurons {neurons}"
     )

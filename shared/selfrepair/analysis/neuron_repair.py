@@ -40,6 +40,22 @@ ERASING, ERASERS = "erasing-share", "erasers-part-of-change"
 WEAKENING, SUPPORTERS = "erasers-weaken", "supporters-weaken"
 FIRST, FIRST_OF_EITHER = "first-repairer-erases", "first-changer-erases"
 
+#: What readers are shown for them.
+IN_WORDS = {
+    HALF: "neurons for half of the change",
+    GAUSSIAN_HALF: "the same of Gaussian changes",
+    SINGLE: "tokens that one neuron repairs",
+    BROKEN: "tokens that one neuron breaks",
+    OVERLAP: "overlap of repairing neurons",
+    STRONGEST: "overlap of the strongest neurons",
+    ERASING: "erasers' part of the positive change",
+    ERASERS: "erasers' part of all change",
+    WEAKENING: "part by which erasers erase less",
+    SUPPORTERS: "part by which supporters support less",
+    FIRST: "the first to repair is an eraser",
+    FIRST_OF_EITHER: "the first to repair or break is an eraser",
+}
+
 Head = tuple[int, int]
 
 

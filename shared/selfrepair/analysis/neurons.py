@@ -130,6 +130,18 @@ class ModelNeurons:
         names = [f"≥ {threshold:.3g}" for threshold in repair.thresholds]
         return pd.DataFrame(rows, columns=["model", "heads", "MLP", "change", *names])
 
+    def halves(self, few: float = 0.05) -> pd.DataFrame:
+        """Which share of the last MLP's neurons carries half of each side's change; all heads of the layer.
+
+        The median over tokens, and on what share of them it is below ``few``, the end of the claim's range.
+        """
+        (_, repair) = self.scopes().values()
+        rows = []
+        for change, side in (("repairs", REPAIRING), ("breaks", BREAKING)):
+            share = repair.share_for_half(side)
+            rows.append((self.model, change, np.median(share), (share < few).mean()))
+        return pd.DataFrame(rows, columns=["model", "change", "median", f"below {few:g}"])
+
     def first_neurons(self) -> pd.DataFrame:
         """What the few largest changes of the last MLP are, for all heads of the chosen one's layer.
 

@@ -51,6 +51,38 @@ def quantiles_of_tokens(measured: Mapping[str, TokenNoise]) -> pd.DataFrame:
     return _table({model: _quantiles(noise.share_at_most.mean((0, 1))) for model, noise in measured.items()})
 
 
+def clouds_table(
+    clouds: Mapping[str, Mapping[str, Float[np.ndarray, " token"]]], idle: float = 0.1
+) -> pd.DataFrame:
+    """What direct effect and logit change of every token have to do with each other, a row for each head.
+
+    ``clouds`` are as :func:`~selfrepair.analysis.token_variation.all_tokens` gives them. ``idle`` is the
+    share of tokens whose direct effect is smaller in size than so many logits, ``idle change`` the standard
+    deviation of their logit change; ``correlation`` is Pearson's, over all tokens.
+    """
+    rows = {}
+    for head, of in clouds.items():
+        effect, change = of["direct_effect"], of["logit_change"]
+        few = np.abs(effect) < idle
+        rows[head] = [few.mean(), change[few].std(), np.corrcoef(effect, change)[0, 1]]
+    return pd.DataFrame(
+        list(rows.values()), pd.Index(rows, name="head"), ["idle", "idle change", "correlation"]
+    )
+
+
+def scatter_table(tokens: pd.DataFrame) -> pd.DataFrame:
+    """Of each head among ``tokens`` (:func:`~selfrepair.analysis.token_variation.tokens_of_heads`), by layer.
+
+    ``scatter`` is the standard deviation of self-repair (logits), ``made worse`` the share of tokens on which
+    it is below 0.
+    """
+    rows = {
+        f"L{layer}H{head}": [here["self_repair"].to_numpy().std(), (here["self_repair"] < 0).mean()]
+        for (layer, head), here in tokens.groupby(["layer", "head"], sort=True)
+    }
+    return pd.DataFrame(list(rows.values()), pd.Index(rows, name="head"), ["scatter", "made worse"])
+
+
 def _quantiles(at_most: Float[np.ndarray, " threshold"]) -> list[float]:
     first = np.searchsorted(at_most, LEVELS)
     within = (first > 0) & (first < len(THRESHOLDS))

@@ -106,10 +106,11 @@ def effect_against_change(panels: dict[str, pd.DataFrame]) -> Figure:
                 linewidths=0,
                 label=model,
             )
-        low = min(1.15 * table["logit_change"].quantile(0.02), -right)
+        low = min(1.15 * table["logit_change"].quantile(0.005), -right)
         left = min(-0.02 * right, 1.1 * table["direct_effect"].min())
+        high = max(1.15 * table["logit_change"].max(), -0.05 * low)
         axis.set(title=title, xlabel="direct effect (logits)", ylabel="logit change (logits)")
-        axis.set(xlim=(left, right), ylim=(low, 0.35 * right))
+        axis.set(xlim=(left, right), ylim=(low, high))
         below = int((table["logit_change"] < low).sum())
         if below:
             said = f"not shown: {below} below"

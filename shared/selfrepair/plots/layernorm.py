@@ -33,25 +33,35 @@ SHARE_LIMITS = dict.fromkeys(WAYS, (-0.6, 1.1)) | {"clipped": (0.0, 0.7)}
 
 
 def scale_ratio_histograms(ratios: Sequence[Sequence[ScaleRatios]]) -> Figure:
-    """Histograms of ``σ_clean / σ_ablated`` (R&N §3): a row per head, a column per kind of ablation."""
+    """Histograms of ``σ_clean / σ_ablated`` (R&N §3): a row per head, a column per kind of ablation.
+
+    The axis of a row holds all but one in 500 of all tokens and one in 100 of any panel's top tokens at
+    either end. How many it leaves out is said. The triangle is the median of the top tokens.
+    """
     n_rows, n_columns = len(ratios), max(map(len, ratios))
     size = (3.2 * n_columns + 0.4, 2.7 * n_rows + 0.5)
     figure, axes = plt.subplots(n_rows, n_columns, figsize=size, squeeze=False, sharex="row")
     for row, of_head in zip(axes, ratios, strict=True):
         together = np.concatenate([one.all_tokens.ravel() for one in of_head])
-        first, last = np.quantile(together, [0.002, 0.998])
+        ends = [np.quantile(together, [0.002, 0.998])]
+        ends += [np.quantile(one.all_tokens[one.top], [0.01, 0.99]) for one in of_head]
+        first, last = np.min(ends), np.max(ends)
         bins = np.linspace(first, last, 45)
         for axis, one in zip(row, of_head, strict=True):
             shown = {"all tokens": (one.all_tokens, "0.6"), "top tokens": (one.all_tokens[one.top], "C0")}
             for name, (values, colour) in shown.items():
-                label = f"{name}: {(values > 1).mean():.0%} above 1"
+                outside = int(((values < first) | (values > last)).sum())
+                label = f"{name}: {(values > 1).mean():.0%} above 1, {outside} outside"
                 look: dict[str, Any] = {"color": colour, "alpha": 0.6, "histtype": "stepfilled"}
                 axis.hist(values.ravel(), bins, density=True, label=label, **look)
-            axis.axvline(1, ymax=0.75, color="0.2", lw=0.8, ls="--")
+            axis.axvline(1, ymax=0.7, color="0.2", lw=0.8, ls="--")
+            median = float(np.median(one.all_tokens[one.top]))
+            at_top = {"transform": axis.get_xaxis_transform(), "color": "C0", "ms": 6, "mec": "0.2", "ls": ""}
+            axis.plot(median, 0.7, "v", label=f"median of top tokens: {median:.3f}", **at_top)
             axis.set_title(f"{one.model} L{one.layer}H{one.head}, {one.ablation}", fontsize=9)
             axis.set_xlabel(r"$\sigma_\mathrm{clean}/\sigma_\mathrm{ablated}$")
             axis.legend(frameon=False, fontsize=7.5, loc="upper left", handlelength=1.2)
-            axis.set_ylim(0, 1.4 * axis.get_ylim()[1])
+            axis.set_ylim(0, 1.5 * axis.get_ylim()[1])
         row[0].set_ylabel("density of tokens")
     return figure
 

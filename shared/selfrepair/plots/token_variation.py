@@ -52,13 +52,13 @@ def effect_against_change_per_token(tokens: pd.DataFrame, title: str) -> Figure:
     """Removed direct effect against logit change (logits) of each token, one panel per head.
 
     On the dashed line nothing is repaired, below it tokens are made worse. The colour is what became of a
-    token.
+    token. Panels have axes of their own, as heads of different layers differ much, and the title says so.
     """
     heads = list(tokens.groupby(["layer", "head"], sort=True))
     columns = min(2, len(heads))
     rows = -(-len(heads) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4.3 * columns, 3.3 * rows + 0.7), squeeze=False)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(f"{title}\naxes differ from panel to panel", fontsize=10)
     for axis in axes.flat[len(heads) :]:
         axis.remove()
     for axis, ((layer, head), here) in zip(axes.flat, heads, strict=False):

@@ -23,6 +23,7 @@ from selfrepair.analysis.neuron_repair import (
     ERASING,
     FIRST,
     HALF,
+    IN_WORDS,
     OVERLAP,
     REPAIR,
     REPAIRING,
@@ -109,10 +110,11 @@ def _distribution(
 
 
 def first_neuron(models: Sequence[ModelNeurons]) -> Figure:
-    """The neuron that repairs most on each token: its direct effect clean and ablated; the chosen head.
+    """The neuron that repairs most on each token: its clean direct effect and its change; the chosen head.
 
     Columns: models; rows: tokens by direct effect, by the MLPs' repair, and the mirror image. Colour: the
-    last MLP's clean direct effect, without its bias (R&N §4, the authors' ``erasure_neuron``).
+    last MLP's clean direct effect, without its bias. On the dashed line nothing of the clean direct effect
+    is left. (R&N §4, the authors' ``erasure_neuron``, has the ablated direct effect in place of the change.)
     """
     figure, axes = plt.subplots(
         len(KINDS),
@@ -131,10 +133,11 @@ def first_neuron(models: Sequence[ModelNeurons]) -> Figure:
             axis.text(0.04, 0.96, text, transform=axis.transAxes, va="top", fontsize=9)
             axis.set_title(f"{model.model}, {scope}, n = {len(repair.prompt)}\n{name}", fontsize=8)
         column[-1].set_xlabel("clean direct effect (logits)")
-        reach = max(np.abs([axis.get_xlim(), axis.get_ylim()]).max() for axis in column)
-        column[0].set(xlim=(-reach, reach), ylim=(-reach, reach))
+        points_of = np.concatenate([axis.collections[0].get_offsets() for axis in column])
+        reach, top = 1.06 * np.abs(points_of[:, 0]).max(), 1.3 * points_of[:, 1].max()
+        column[0].set(xlim=(-reach, reach), ylim=(-0.04 * top, top))
     for axis in axes[:, 0]:
-        axis.set_ylabel("ablated direct effect (logits)")
+        axis.set_ylabel("change (logits)")
     bar = figure.colorbar(points, ax=axes, aspect=40)
     bar.set_label("last MLP's clean direct effect (logits; beyond the ends: their colour)")
     return figure
@@ -154,8 +157,8 @@ def _scatter(axis: Axes, repair: NeuronRepair, side: int) -> PathCollection:
         "lw": 0.2,
         "edgecolors": "0.4",
     }
-    points = axis.scatter(clean, clean + change, c=sign * repair.mlp_direct_effect, **look)
-    axis.axline((0, 0), slope=1, color="0.2", lw=0.9, ls="--")
+    points = axis.scatter(clean, change, c=sign * repair.mlp_direct_effect, **look)
+    axis.axline((0, 0), slope=-1, color="0.2", lw=0.9, ls="--")
     axis.axhline(0, color="0.7", lw=0.7, zorder=0)
     axis.axvline(0, color="0.7", lw=0.7, zorder=0)
     return points
@@ -223,7 +226,8 @@ def against_controls(found: Mapping[str, Mapping[str, Statistics]], notebook: st
             if 0 < end < reach:
                 axis.axvline(end, color="0.3", lw=0.9, ls="--")
         side = "above" if claim.side > 0 else "below"
-        axis.set_title(f"{claim.id}:\n{claim.rule} and {side} its control", fontsize=9)
+        title = f"{IN_WORDS[claim.statistic]}:\n{claim.rule} and {side} its control"
+        axis.set_title(title, fontsize=9)
         axis.set_xlabel(_UNITS[claim.statistic], fontsize=9)
         axis.set_xlim(0, reach)
     for axis in axes.flat[len(claims) :]:
