@@ -130,12 +130,13 @@ def first_neuron(models: Sequence[ModelNeurons]) -> Figure:
             points = _scatter(axis, repair, side)
             does = "erases" if side == REPAIRING else "supports"
             text = f"{does}: {100 * repair.first_erases(side).mean():.0f}%"
-            axis.text(0.04, 0.96, text, transform=axis.transAxes, va="top", fontsize=9)
+            axis.text(0.97, 0.96, text, transform=axis.transAxes, va="top", ha="right", fontsize=9)
             axis.set_title(f"{model.model}, {scope}, n = {len(repair.prompt)}\n{name}", fontsize=8)
         column[-1].set_xlabel("clean direct effect (logits)")
         points_of = np.concatenate([axis.collections[0].get_offsets() for axis in column])
-        reach, top = 1.06 * np.abs(points_of[:, 0]).max(), 1.3 * points_of[:, 1].max()
-        column[0].set(xlim=(-reach, reach), ylim=(-0.04 * top, top))
+        left, right = min(points_of[:, 0].min(), 0.0), max(points_of[:, 0].max(), 0.0)
+        margin, top = 0.06 * (right - left), 1.2 * points_of[:, 1].max()
+        column[0].set(xlim=(left - margin, right + margin), ylim=(-0.04 * top, top))
     for axis in axes[:, 0]:
         axis.set_ylabel("change (logits)")
     bar = figure.colorbar(points, ax=axes, aspect=40)
