@@ -111,3 +111,13 @@ def test_heads_are_counted_by_both_changes():
     assert row["size"] == pytest.approx((1 + 1 + 0.5) / (3 + 4 + 2))
     r = correlation(mean_changes(changes))
     assert [row["correlation"], row["low"], row["high"]] == [r.value, *r.interval()]
+    assert row["most"] == "neither"
+
+
+@pytest.mark.parametrize(
+    ("n_more", "n_less", "most"), [(3, 2, "neither"), (4, 2, "more"), (2, 4, "less"), (2, 0, "more")]
+)
+def test_far_more_heads_are_more_than_one_and_a_half_times_as_many(n_more, n_less, most):
+    change = np.array([*range(1, n_more + 1), *range(-n_less, 0)], dtype=float)[None, :, None]
+    (row,) = changes_table({"some": changes_of([1], change, change, np.ones((1, 1)))}).to_dict("records")
+    assert (row["more both times"], row["less both times"], row["most"]) == (n_more, n_less, most)

@@ -87,7 +87,7 @@ def test_the_table_of_alignment_says_where_the_loss_rises():
     aligned["loss"][:] = np.array([9.0, 5.0, 6.0, 4.0])[:, None]
     falling = aligned.assign(loss=aligned["loss"][::-1] * 0 + np.array([4.0, 3, 2, 1])[:, None])
     found = alignment_table({"rising": aligned, "falling": falling})
-    assert found["rises"].tolist() == ["2", ""]
+    assert found["rises"].tolist() == ["1", ""]
     assert found["loss before"].tolist() == [9, 4] and found["loss after"].tolist() == [4, 1]
     gradient = 1000 * aligned["gradient"].values
     row = found.loc["rising"]
@@ -136,7 +136,7 @@ def test_ways_are_plotted_where_they_are():
     ways = slopes_by_way("some", feeding(HEADS))
     assert (ways["low"] <= ways["estimate"]).all() and len(ways) == 3 * 2 + 1
     figure = self_feeding_plots.slope_by_way(ways, published_self_feeding())
-    own, direction = (
+    own, another, direction = (
         {line.get_marker(): line.get_xdata() for line in axis.lines if list(line.get_ydata()) == [0]}
         for axis in figure.axes
     )
@@ -144,7 +144,9 @@ def test_ways_are_plotted_where_they_are():
     for marker, wanted in {"o": mean, "s": mean / 1.1, "D": 0.5}.items():
         np.testing.assert_allclose(own[marker], wanted)
     np.testing.assert_allclose(direction["o"], 0.8)
-    assert set(direction) == {"o", "s"}
+    np.testing.assert_allclose(another["o"], 1)
+    assert set(direction) == set(another) == {"o", "s"}
+    assert len({axis.get_xlim() for axis in figure.axes}) == 1
     published = [line for line in figure.axes[0].lines if line.get_ydata()[0] >= 1]
     assert len(published) == 5 and {line.get_marker() for line in published} == {"s"}
 

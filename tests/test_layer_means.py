@@ -50,7 +50,9 @@ def made_up_effects(n_layers=6, n_prompts=9, parallel=False, seed=0, without_dro
     data["change"] = (("ablated", "prompt", "observed"), change)
     data["effect"] = (("prompt", "observed"), rng.normal(size=(n_prompts, c)))
     data["downstream"] = (("ablated", "observed"), downstream(n_layers, parallel))
-    return xr.Dataset(data, attrs={"model": "fake", "trained_without_dropout": without_dropout})
+    data["n_donors"] = ("prompt", np.full(n_prompts, 15))
+    how = {"ablation": "resample", "layer_positions": "last"}
+    return xr.Dataset(data, attrs={"model": "fake", "trained_without_dropout": without_dropout, **how})
 
 
 class ByHand:

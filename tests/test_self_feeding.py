@@ -323,7 +323,7 @@ def test_heads_are_counted_by_how_they_react():
     z, a = found.to_dict("records")
     assert (z["heads"], z["above 1"], z["below both controls"]) == (4, 1, 2)
     assert [z["smallest"], z["largest"]] == pytest.approx([-0.4, 1.2])
-    assert z["random direction"] == pytest.approx(np.mean([0.9, 0.6, 0.9, 0.5]))
+    assert z["mean slope, random direction"] == pytest.approx(np.mean([0.9, 0.6, 0.9, 0.5]))
     assert (a["heads"], a["above 1"], a["below both controls"]) == (1, 0, 1)
     published = published_self_feeding()
     released = reactions(published)
@@ -341,8 +341,11 @@ def test_the_smallest_slope_says_where_it_is_and_on_how_few_tokens_it_hangs():
     before = fed["before"].values[1].ravel().tolist()
     squares = sorted((x - np.mean(before)) ** 2 for x in before)
     assert row["weight"] == pytest.approx(sum(squares[-10:]) / sum(squares))
+    assert row["few tokens"] == (sum(squares[-10:]) > sum(squares) / 2)
+    assert not smallest_slopes({"some": fed}, n_tokens=1)["few tokens"].item()
     fed["before"][1, 0, 0] = 1e4
-    assert smallest_slopes({"some": fed}, n_tokens=1)["weight"].item() == pytest.approx(1, abs=0.05)
+    (row,) = smallest_slopes({"some": fed}, n_tokens=1).to_dict("records")
+    assert row["weight"] == pytest.approx(1, abs=0.05) and row["few tokens"]
 
 
 def test_changes_stand_at_the_tokens_that_are_predicted():

@@ -6,8 +6,8 @@
 What the notebooks ask is in ``head_table`` and ``head_means`` (01), ``token_variation``, ``token_shares``
 and ``examples`` (02), ``breakdown`` and ``layernorm`` (03), ``neurons``, ``neuron_repair`` and
 ``neuron_examples`` (04), ``self_feeding``, ``earlier_input``, ``cosines`` and ``iterative`` (05),
-``layers``, ``layer_means`` and ``worked_prompt`` (06), ``head_growth``, ``joint_ablation`` and
-``who_repairs`` (09).
+``layers``, ``layer_means``, ``layer_findings`` and ``worked_prompt`` (06), ``head_growth``,
+``joint_ablation`` and ``who_repairs`` (09).
 """
 
 import lazy_loader

@@ -11,6 +11,9 @@ import xarray as xr
 
 from selfrepair.analysis.estimates import Estimate, draws
 
+#: So many times as many heads do one thing as another are said to be far more. Chosen after looking.
+FAR_MORE = 1.5
+
 
 @dataclass(frozen=True)
 class MeanChanges:
@@ -42,8 +45,9 @@ def changes_table(found: Mapping[str, xr.Dataset]) -> pd.DataFrame:
     """Of every model's ``earlier_input``: how the two changes of its heads go together.
 
     ``correlation`` with its interval ``low`` to ``high``; how many of the ``heads`` write more of the correct
-    token both times and how many less; ``size``: the mean absolute change under ablation over that with the
-    earlier input.
+    token both times and how many less, and which of the two ``most`` do, ``more`` or ``less``:
+    :data:`FAR_MORE` times as many as the other, else ``neither``. ``size``: the mean absolute change under
+    ablation over that with the earlier input.
     """
     rows = []
     for model_name, changes in found.items():
@@ -51,12 +55,15 @@ def changes_table(found: Mapping[str, xr.Dataset]) -> pd.DataFrame:
         earlier, ablated = means.earlier.value, means.ablated.value
         r = correlation(means)
         low, high = r.interval()
+        more, less = (int(((s * earlier > 0) & (s * ablated > 0)).sum()) for s in (1, -1))
+        most = "more" if more > FAR_MORE * less else "less" if less > FAR_MORE * more else "neither"
         rows.append(
             {
                 "model": model_name,
                 "heads": earlier.size,
-                "more both times": int(((earlier > 0) & (ablated > 0)).sum()),
-                "less both times": int(((earlier < 0) & (ablated < 0)).sum()),
+                "more both times": more,
+                "less both times": less,
+                "most": most,
                 "size": np.abs(ablated).mean() / np.abs(earlier).mean(),
                 "correlation": float(r.value),
                 "low": float(low),

@@ -37,7 +37,7 @@ def alignment_table(found: Mapping[str, xr.Dataset]) -> pd.DataFrame:
 
     ``descent``: mean cosine of updates with minus the gradient, over all blocks, in thousandths, with its
     interval ``low`` to ``high``; ``largest block``: the largest mean of one block. ``loss before`` and ``loss
-    after`` all blocks (nats), and in which blocks, counted from 1, it ``rises``.
+    after`` all blocks (nats), and in which blocks, counted from 0 as layers are, it ``rises``.
     """
     rows = []
     for model_name, aligned in found.items():
@@ -53,7 +53,7 @@ def alignment_table(found: Mapping[str, xr.Dataset]) -> pd.DataFrame:
                 "largest block": 1000 * float(aligned["gradient"].mean("prompt").max()),
                 "loss before": float(loss[0]),
                 "loss after": float(loss[-1]),
-                "rises": ", ".join(str(block + 1) for block in np.flatnonzero(np.diff(loss) > 0)),
+                "rises": ", ".join(str(block) for block in np.flatnonzero(np.diff(loss) > 0)),
             }
         )
     return pd.DataFrame(rows).set_index("model")

@@ -92,7 +92,7 @@ def reactions(table: pd.DataFrame) -> pd.DataFrame:
     """How heads react at the largest scale, by model: rows of :func:`self_feeding_table`, or released ones.
 
     ``heads`` fed, how many slopes with the own output are ``above 1`` and ``below both controls``, the
-    ``smallest`` and the ``largest`` of them, and the mean slope with a ``random direction``.
+    ``smallest`` and the ``largest`` of them, and the ``mean slope, random direction``, over the same heads.
     """
     slope = table[table["scale"] == table["scale"].max()].pivot(
         index=["model", "layer", "head"], columns="added_vector", values="slope_after_on_before"
@@ -106,7 +106,7 @@ def reactions(table: pd.DataFrame) -> pd.DataFrame:
         }
     )
     found = by_head.groupby("model").sum().join(own.groupby("model").agg(smallest="min", largest="max"))
-    found["random direction"] = slope[RANDOM_DIRECTION].groupby("model").mean()
+    found["mean slope, random direction"] = slope[RANDOM_DIRECTION].groupby("model").mean()
     return found.loc[table["model"].unique()]
 
 
@@ -115,7 +115,7 @@ def smallest_slopes(fed: Mapping[str, xr.Dataset], n_tokens: int = 10) -> pd.Dat
 
     ``layer``, ``head``, ``slope`` and its interval ``low`` to ``high``.
     ``weight``: the share of the variance of direct effects before that ``n_tokens`` of its tokens have, those
-    that are furthest from the mean. A slope of large weight hangs on these few.
+    that are furthest from the mean. ``few tokens``: it is more than half, so that the slope hangs on these.
     """
     rows = []
     for model_name, found in fed.items():
@@ -132,7 +132,8 @@ def smallest_slopes(fed: Mapping[str, xr.Dataset], n_tokens: int = 10) -> pd.Dat
                 "slope": float(own[head].value),
                 "low": float(low),
                 "high": float(high),
-                "weight": squares[-n_tokens:].sum() / squares.sum(),
+                "weight": (weight := squares[-n_tokens:].sum() / squares.sum()),
+                "few tokens": bool(weight > 0.5),
             }
         )
     return pd.DataFrame(rows).set_index("model")

@@ -14,12 +14,16 @@ from selfrepair.analysis.layers import LayerRun
 
 @dataclass(frozen=True)
 class WorkedPrompt:
-    """One prompt, and the number of the component that is ablated on it."""
+    """One prompt, the number of the component that is ablated on it, and how that is done."""
 
     component: int
     prompt: int
     text: str
     answer: str
+    model: str
+    ablation: str
+    positions: str
+    n_donors: int
 
 
 def worked_prompt(run: LayerRun, facts: xr.Dataset) -> WorkedPrompt:
@@ -32,7 +36,17 @@ def worked_prompt(run: LayerRun, facts: xr.Dataset) -> WorkedPrompt:
     component = int(attention[run.means.direct_effect[attention].value.argmax()])
     compensation = run.effects["compensation"].transpose("ablated", "prompt").values[component]
     prompt = int(np.argsort(compensation, kind="stable")[len(compensation) // 2])
-    return WorkedPrompt(component, prompt, facts.attrs["texts"][prompt], facts.attrs["answers"][prompt])
+    attrs = run.effects.attrs
+    return WorkedPrompt(
+        component,
+        prompt,
+        text=facts.attrs["texts"][prompt],
+        answer=facts.attrs["answers"][prompt],
+        model=run.name,
+        ablation=attrs["ablation"],
+        positions={"last": "the last position", "all": "all positions"}[attrs["layer_positions"]],
+        n_donors=int(run.effects["n_donors"][prompt]),
+    )
 
 
 def worked_table(run: LayerRun, worked: WorkedPrompt) -> pd.DataFrame:

@@ -7,8 +7,9 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -55,12 +56,13 @@ def effects_by_layer(runs: Sequence[LayerRun]) -> Figure:
 
 def ablation_against_unembedding(runs: Sequence[LayerRun]) -> Figure:
     """Ablation- against unembedding-based effect of attention layers, a point for each prompt and layer,
-    means with the layer's number, ``y = x`` dashed (McGrath Fig. 2c, which has MLPs too). Axes end at the
+    means in order of the layers, ``y = x`` dashed (McGrath Fig. 2c, which has MLPs too). Axes end at the
     first and 99th percentile."""
     figure, axes = condition_grid(runs, 2.1, 2.2)
+    n_layers = max(run.means.n_layers for run in runs)
+    colours = ListedColormap(plt.get_cmap("viridis")(np.linspace(0, 0.92, n_layers)))
     for axis, run in panels(axes, runs):
         attention = np.arange(0, 2 * run.means.n_layers, 2)
-        colours = sns.color_palette("viridis", len(attention))
         x, y = (
             run.effects[name].transpose(..., "prompt").values[attention]
             for name in ("effect", "total_effect")
@@ -69,13 +71,11 @@ def ablation_against_unembedding(runs: Sequence[LayerRun]) -> Figure:
         low, high = np.quantile(np.stack([x, y]), [0.01, 0.99])
         reach = np.array([min(low, *np.ravel(means)), max(high, *np.ravel(means))])
         reach += np.array([-0.08, 0.08]) * max(np.ptp(reach), 1e-3)
-        for layer, colour in enumerate(colours):
-            axis.scatter(x[layer], y[layer], s=3, color=colour, alpha=0.25, linewidths=0, zorder=1)
-        for layer, colour in enumerate(colours):
-            here, white = (means[0][layer], means[1][layer]), layer < 0.6 * len(attention)
-            axis.plot(*here, "o", color=colour, mec="0.15", mew=0.6, ms=9, zorder=3)
-            number: dict[str, Any] = {"ha": "center", "va": "center_baseline", "fontsize": 6.5, "zorder": 4}
-            axis.annotate(str(layer), here, color="w" if white else "k", **number)
+        for layer in range(len(attention)):
+            axis.scatter(x[layer], y[layer], s=3, color=colours(layer), alpha=0.25, linewidths=0, zorder=1)
+        axis.plot(*means, color="0.35", lw=0.8, zorder=3)
+        for layer, here in enumerate(zip(*means, strict=True)):
+            axis.plot(*here, "o", color=colours(layer), mec="0.15", mew=0.6, ms=5.5, zorder=4)
         axis.plot(reach, reach, color="0.3", ls="--", lw=0.9, zorder=2)
         axis.axhline(0, color="0.7", lw=0.7, zorder=0)
         axis.axvline(0, color="0.7", lw=0.7, zorder=0)
@@ -85,7 +85,14 @@ def ablation_against_unembedding(runs: Sequence[LayerRun]) -> Figure:
         below = run.means.unembedding_larger.value[attention].mean()
         axis.set_title(f"{title(run)}\nbelow the line: {100 * below:.0f}%", fontsize=8.5)
     label_grid(axes, f"{UNEMBEDDING} (logits)", f"{ABLATION} (logits)")
-    say(figure, "points: a prompt and an attention layer; circles: the means of a layer; dashed: both alike")
+    scale = ScalarMappable(BoundaryNorm(np.arange(-0.5, n_layers), colours.N), colours)
+    ticks = np.arange(0, n_layers, max(1, n_layers // 12))
+    figure.colorbar(scale, ax=axes, label="attention layer", ticks=ticks, shrink=0.7, aspect=30)
+    say(
+        figure,
+        "small points: a prompt and an attention layer; circles: a layer's means, joined in order of the "
+        "layers; dashed: both alike",
+    )
     return figure
 
 

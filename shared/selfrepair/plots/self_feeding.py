@@ -16,7 +16,6 @@ from selfrepair.analysis.self_feeding import (
     EVERYWHERE,
     ONE_POSITION,
     OWN_OUTPUT,
-    RANDOM_DIRECTION,
     RELEASED,
     slopes,
 )
@@ -140,11 +139,12 @@ def slope_by_head(measured: pd.DataFrame, published: pd.DataFrame) -> Figure:
 
 
 def slope_by_way(ways: pd.DataFrame, published: pd.DataFrame) -> Figure:
-    """Mean slope over the heads fed, at the largest scale, by how vectors are added and effects read."""
+    """Mean slope over the heads fed, at the largest scale, by how vectors are added and effects read: a panel
+    for each kind of vector, on one axis."""
     models = list(ways["model"].unique())
     rows = [*models, *(f"{model} (published)" for model in published["model"].unique())]
-    figure, axes = grid(2, 2, 5.0, 0.55 + 0.3 * len(rows))
-    for axis, vector in zip(axes, (OWN_OUTPUT, RANDOM_DIRECTION), strict=True):
+    figure, axes = grid(len(NAMES), len(NAMES), 3.6, 0.55 + 0.3 * len(rows))
+    for axis, vector in zip(axes, NAMES, strict=True):
         axis.axvline(1, color="0.4", lw=0.8, ls="--", zorder=0)
         for found in ways[ways["vector"] == vector].itertuples():
             place = models.index(found.model)
@@ -157,9 +157,13 @@ def slope_by_way(ways: pd.DataFrame, published: pd.DataFrame) -> Figure:
         for place, mean in enumerate(means, start=len(models)):
             _draw_way(axis, RELEASED, place, mean)
         axis.set(ylim=(len(rows) - 0.5, -0.5), yticks=range(len(rows)), yticklabels=rows)
-        axis.set(xlabel="mean slope of direct effect after on before")
         axis.set_title(f"fed {NAMES[vector]}", fontsize=9)
-    axes[1].set_yticklabels([])
+    axes[1].set(xlabel="mean slope of direct effect after on before")
+    ends = [end for axis in axes for end in axis.get_xlim()]
+    for axis in axes:
+        axis.set_xlim(min(ends), max(ends))
+    for axis in axes[1:]:
+        axis.set_yticklabels([])
     handles = [
         Line2D([], [], color=colour, marker=marker, ls="", mfc=colour if filled else "none", label=way)
         for way, (colour, marker, filled) in WAYS.items()

@@ -7,8 +7,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from selfrepair.analysis.worked_prompt import WorkedPrompt
+from selfrepair.plots.panels import say
 
-def worked_prompt(table: pd.DataFrame, ablated: str, prompt: str, answer: str) -> Figure:
+
+def worked_prompt(table: pd.DataFrame, ablated: str, worked: WorkedPrompt) -> Figure:
     """One prompt part by part, clean and with the part named ``ablated`` ablated (rows of
     :func:`selfrepair.analysis.worked_prompt.worked_table`)."""
     figure, axis = plt.subplots(figsize=(6.4, 0.3 * len(table) + 1.7))
@@ -23,7 +26,10 @@ def worked_prompt(table: pd.DataFrame, ablated: str, prompt: str, answer: str) -
         heights, [f"{part} (ablated)" if part == ablated else part for part in table["part"]], fontsize=8
     )
     axis.invert_yaxis()
-    axis.set_xlabel(f"effect (logits) on the first token of “{answer.strip()}”")
-    axis.set_title(f"“{prompt} …”", fontsize=10, style="italic")
+    axis.set_xlabel(f"effect (logits) on the first token of “{worked.answer.strip()}”")
+    axis.set_title(f"“{worked.text} …”", fontsize=10, style="italic")
+    how = f"{worked.ablation} ablation at {worked.positions}"
+    donors = f", mean of {worked.n_donors} donors" if worked.n_donors > 1 else ""
+    say(figure, f"{worked.model}; {ablated}: {how}{donors}")
     axis.legend(frameon=False, fontsize=8.5, loc="best")
     return figure
