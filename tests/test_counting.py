@@ -94,6 +94,56 @@ def test_medians_of_many_tokens_are_those_of_repeated_tokens():
     assert np.isnan(found[0, 2]).all()
 
 
+def one_kind(name, clipped, part="layernorm", kind="x"):
+    """Rows of a multiverse, of one model: ``clipped`` are (fraction, estimate, low, high, floor)."""
+    names = ("fraction", "estimate", "low", "high", "floor")
+    rows = [dict(zip(names, row, strict=True)) | {"way": "clipped"} for row in clipped]
+    rows += [{"fraction": f, "estimate": 10 * f, "way": way} for f, *_ in clipped for way in WAYS[1:]]
+    return {name: pd.DataFrame(rows).assign(part=part, kind=kind)}
+
+
+def test_a_clipped_share_rises_and_falls_with_the_tokens():
+    """By hand: "falls" needs intervals that do not touch, and is about its own part and kind alone."""
+    first = (0.001, 0.1, 0.0, 0.2, 0.05)
+    universes = {
+        **one_kind("falls", [(1, 0.2, 0.15, 0.25, 0.4), first, (0.25, 0.4, 0.3, 0.5, 0.3)]),
+        **one_kind("may not", [first, (0.25, 0.4, 0.3, 0.5, 0.3), (1, 0.2, 0.1, 0.31, 0.4)]),
+    }
+    other = one_kind("other", [first, (0.25, 9, 9, 9, 9), (1, 0, 0, 0, 0)], part="heads")["other"]
+    universes["falls"] = pd.concat([other, universes["falls"], other.assign(part="layernorm", kind="y")])
+    table = counting.clipped_course(universes, "layernorm", "x")
+    assert table.index.tolist() == ["falls", "may not"] and table["falls"].tolist() == [True, False]
+    assert table["rise"].tolist() == pytest.approx([0.3, 0.3])
+    assert table["floor's rise"].tolist() == pytest.approx([0.25, 0.25])
+    assert table["floor's rise after"].tolist() == pytest.approx([0.1, 0.1])
+    wide = counting.by_way(universes["falls"], "layernorm", "x")
+    assert wide.columns.tolist() == list(WAYS) and wide.index.tolist() == [0.001, 0.25, 1]
+    assert wide.loc[0.25].tolist() == pytest.approx([0.4, 2.5, 2.5, 2.5])
+
+
+def test_heads_without_an_unclipped_mean_are_counted_as_plain_loops_do():
+    """One effect of almost 0 among a head's tokens is enough; beyond them, or in early layers, it is not."""
+    sweep = fake_sweep()
+    effect = sweep["direct_effect"].values
+    effect[np.abs(effect) < 0.01] = 0.01
+    assert counting.without_unclipped_mean(sweep, 1) == (0, len(LATER) * HEADS)
+    effect[0, :, 0, 0] = 0.0  # an early layer
+    for head in range(HEADS):
+        order = np.argsort(-effect[LAYERS - 1, head], axis=None)
+        n_tokens = math.ceil(FRACTION * order.size)
+        effect[LAYERS - 1, head].flat[order[n_tokens + head - 1 :]] -= 100
+        effect[LAYERS - 1, head].flat[order[n_tokens + head - 1]] = -0.0005 if head else 0.0005
+    for fraction in (FRACTION, 1):
+        wanted = 0
+        for layer in LATER:
+            for head in range(HEADS):
+                of_head = sorted(effect[layer, head].ravel().astype(float), reverse=True)
+                tokens = of_head[: math.ceil(fraction * len(of_head))]
+                wanted += any(abs(one) < 0.001 for one in tokens)
+        assert counting.without_unclipped_mean(sweep, fraction) == (wanted, len(LATER) * HEADS)
+        assert wanted == (1 if fraction == FRACTION else HEADS)
+
+
 def test_main_effects_by_hand():
     one, two = np.array([0.0, 3.0, 6.0]), np.array([-1.0, 1.0])
     added = one[:, None] + two
@@ -161,6 +211,7 @@ def test_other_donors_stand_beside_the_own_on_the_same_prompts():
     assert counting.multiverse_of_draws({}) is None
     table = counting.multiverse_of_draws(found)
     assert table["low"].isna().all() and sorted(table["draw"].unique()) == [0, 1, 2]
+    assert (table["n_prompts"] == 2).all()
 
 
 def test_released_points_are_the_files():
@@ -257,6 +308,14 @@ def test_table_of_both_ends_and_slopes():
     assert row["top"] == pytest.approx(
         ends.query("model == 'a' and part == 'norm frozen'")["estimate"].iloc[0]
     )
+
+
+def test_a_side_of_zero_takes_a_whole_interval():
+    rows = [("up", 0.1, 0.3), ("over", -0.1, 0.3), ("down", -0.3, -0.1), ("touches", 0.0, 0.2)]
+    table = pd.DataFrame(rows, columns=["model", "low", "high"]).assign(part="mlps")
+    table = pd.concat([table, table.assign(part="heads", low=1, high=2)])
+    wanted = {"above": ["up"], "below": ["down"], "open": ["over", "touches"]}
+    assert mirror.sides(table, "mlps") == wanted
 
 
 @pytest.fixture

@@ -13,7 +13,16 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Float
 
-from selfrepair.analysis.breakdown import FLOOR, SUMS, WAYS, Breakdown, PartMeans, TokensOfHeads, table_of
+from selfrepair.analysis.breakdown import (
+    FLOOR,
+    RESOLVED,
+    SUMS,
+    WAYS,
+    Breakdown,
+    PartMeans,
+    TokensOfHeads,
+    table_of,
+)
 from selfrepair.analysis.estimates import Estimate
 from selfrepair.analysis.published import TOKENS_OF_FRACTION, published_by_model
 from selfrepair.analysis.self_repair import with_self_repair
@@ -22,6 +31,9 @@ from selfrepair.statistics import PARTS, later_half
 
 #: Shares of tokens that a head may be judged on, those of its largest direct effect.
 FRACTIONS = (0.001, 0.005, 0.02, 0.1, 0.25, 1)
+#: Up to this fraction every way of counting has a value in most heads; over all tokens hardly any head has
+#: an unclipped mean.
+QUARTER = 0.25
 #: Bootstrap samples of each of the many points.
 N_BOOTSTRAP = 200
 #: What may be chosen, by the columns of :func:`multiverse` and as readers are shown it.
@@ -83,9 +95,52 @@ def with_draws(
 
 
 def multiverse_of_draws(draws: Mapping[int, xr.Dataset]) -> pd.DataFrame | None:
-    """:func:`points` without intervals, ``draw`` by draw, of :func:`with_draws`; nothing of none."""
-    tables = [points(sweep, n_bootstrap=0).assign(draw=draw) for draw, sweep in draws.items()]
+    """:func:`points` without intervals, ``draw`` by draw, of :func:`with_draws`; nothing of none.
+
+    Beside them ``n_prompts``, how many each draw has.
+    """
+    tables = [
+        points(sweep, n_bootstrap=0).assign(draw=draw, n_prompts=sweep.sizes["prompt"])
+        for draw, sweep in draws.items()
+    ]
     return pd.concat(tables, ignore_index=True) if tables else None
+
+
+def by_way(table: pd.DataFrame, part: str, kind: str) -> pd.DataFrame:
+    """One part's shares of :func:`multiverse` under one kind: a row for each fraction, a column for each way."""
+    here = table[(table["part"] == part) & (table["kind"] == kind)]
+    return here.pivot(index="fraction", columns="way", values="estimate")[list(WAYS)]
+
+
+def clipped_course(universes: Mapping[str, pd.DataFrame], part: str, kind: str) -> pd.DataFrame:
+    """How a part's clipped share and its floor change with the fraction of tokens: a row for each model.
+
+    ``rise``, ``floor's rise``: from the smallest fraction to :data:`QUARTER`; ``floor's rise after``: from
+    there to all tokens. ``falls``: over all tokens the share's 95% interval lies below that at the quarter.
+    """
+    rows = {}
+    for model, table in universes.items():
+        here = table[(table["part"] == part) & (table["kind"] == kind) & (table["way"] == WAYS[0])]
+        few, quarter, every = (here.set_index("fraction").loc[at] for at in (min(FRACTIONS), QUARTER, 1))
+        rows[model] = {
+            "rise": quarter["estimate"] - few["estimate"],
+            "floor's rise": quarter["floor"] - few["floor"],
+            "floor's rise after": every["floor"] - quarter["floor"],
+            "falls": every["high"] < quarter["low"],
+        }
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def without_unclipped_mean(sweep: xr.Dataset, fraction: float) -> tuple[int, int]:
+    """How many heads of the later layers have no unclipped mean, and how many heads these layers have.
+
+    A head has none where the direct effect of one of its tokens is below
+    :data:`~selfrepair.analysis.breakdown.RESOLVED`.
+    """
+    effect = later_layers(sweep)["direct_effect"].values.astype(np.float64)
+    unresolved = select_each_top(effect, fraction) & (np.abs(effect) < RESOLVED)
+    lacks_one = unresolved.any((2, 3))
+    return int(lacks_one.sum()), lacks_one.size
 
 
 def main_effects(values: Float[np.ndarray, "*choice"]) -> list[float]:

@@ -102,6 +102,17 @@ def ratio_and_slope(both: pd.DataFrame, of_slopes: pd.DataFrame) -> pd.DataFrame
     return wide.loc[order, [TOP, BOTTOM, "slope"]].reset_index()
 
 
+def sides(shares: pd.DataFrame, part: str) -> dict[str, list[str]]:
+    """Models by the side of 0 on which a part's 95% interval lies: ``above``, ``below``, or ``open``.
+
+    ``shares`` are of one end of :func:`both_ends`, or of :func:`slopes_table`.
+    """
+    of_models = shares[shares["part"] == part].set_index("model")
+    above, below = of_models["low"] > 0, of_models["high"] < 0
+    found = {"above": above, "below": below, "open": ~(above | below)}
+    return {side: of_models.index[here].tolist() for side, here in found.items()}
+
+
 def claimed(sweeps: Mapping[str, xr.Dataset], fraction: float) -> dict[str, Statistics]:
     """What the claims of notebook 07 are about, by model: of sweeps under the first kind of ablation."""
     return {model: counting_statistics(sweep, fraction) for model, sweep in sweeps.items()}
