@@ -7,6 +7,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,6 +16,7 @@ import xarray as xr
 import yaml
 from fake_sweeps import FRACTION, HEADS, LAYERS, fake_sweep, tokens_of
 from filelock import FileLock
+from matplotlib.collections import PathCollection
 
 from selfrepair.analysis import arms as analysis
 from selfrepair.analysis.estimates import Estimate
@@ -22,6 +24,7 @@ from selfrepair.cli.main import main
 from selfrepair.errors import UserError
 from selfrepair.models.loading import load_hf, load_model
 from selfrepair.paths import HELD_OUT_TEXT, MODELS, PROFILES
+from selfrepair.plots import arms as plots
 from selfrepair.run import arms as running
 from selfrepair.run.arms import load_arms, run_arms
 from selfrepair.run.study import Study
@@ -399,6 +402,48 @@ def test_a_dose_curve_has_the_means_over_seeds():
     rows = curve[curve["quantity"] == "mlps"].set_index("dose")
     assert rows["estimate"].to_dict() == pytest.approx({0.0: 0.1, 0.5: 1.0})
     assert rows["n_seeds"].to_dict() == {0.0: 2, 0.5: 1}
+
+
+def test_curves_are_compared_at_one_dose_by_seed():
+    """By hand: seeds 1 and 2 differ by 1 and 3; other doses and seeds do not matter."""
+    layers, heads = (analysis.CURVES[name].group for name in ("gpt2, layers dropped", "gpt2, fine-tuned"))
+    arms = some_arms(
+        [[value] * 41 for value in (5.0, 6.0, 9.0, 4.0, 3.0, 7.0, 8.0)],
+        group=[layers] * 3 + [heads] * 4, seed=[1, 2, 1, 1, 2, 3, 1],
+        attention_dropout_layer=[0.5, 0.5, 0.25, 0, 0, 0, 0],
+        head_dropout=[0, 0, 0, 0.5, 0.5, 0.5, 0.0],
+    )  # fmt: skip
+    names = ("gpt2, layers dropped", "gpt2, fine-tuned")
+    found = analysis.between_curves(arms, *names, 0.5, "compensation-prose")
+    assert found.value == pytest.approx(2.0) and set(found.samples) == {1.0, 2.0, 3.0}
+
+
+def test_every_arm_stands_beside_the_means_of_its_curve():
+    arms, curves = analysis.read_arms(), analysis.dose_curves(analysis.read_arms())
+    figure = plots.dose_curves(curves, arms, "7 prompts")
+    assert "7 prompts" in figure.get_suptitle()
+    axis = next(axis for axis in figure.axes if axis.get_title() == plots.TITLES["mlps"])
+    labels = {line.get_label() for line in axis.get_lines()}
+    assert {"gpt2, fine-tuned (5 seeds)", "gpt2, layers dropped (3 seeds)"} < labels
+    models = [band for band in axis.collections if isinstance(band, PathCollection)]
+    for curve, shown in zip(analysis.CURVES.values(), models, strict=True):
+        table = analysis.arms_table(curve.arms(arms))
+        wanted = np.stack([table[curve.dose] + plots.BESIDE, table["mlps"]], axis=1)
+        np.testing.assert_allclose(shown.get_offsets(), wanted)
+    plt.close(figure)
+
+
+def test_the_figure_over_training_says_which_model_and_where_its_axis_is_logarithmic():
+    saved = analysis.where(analysis.read_arms(), group=analysis.OVER_TRAINING)
+    figure = plots.over_training(saved, "7 prompts")
+    assert figure.get_suptitle().startswith("pocket-pythia over training") and "7 prompts" in (
+        figure.get_suptitle()
+    )
+    steps = sorted(set(saved["step"].values.tolist()))
+    for axis in figure.axes:
+        assert axis.get_title() and axis.get_xticks().tolist() == steps
+        assert axis.get_xlabel() == f"training step (logarithmic from {steps[1]} on)"
+    plt.close(figure)
 
 
 def test_claims_are_of_gains_and_of_what_is_left_at_the_claimed_dose():

@@ -339,7 +339,7 @@ def test_multiverse_figure_shows_every_point(drawn):
             for kind, rows in here.groupby("kind"):
                 np.testing.assert_allclose(shown[kind], rows.sort_values("fraction")["estimate"])
             assert ("floor: signs at random (0 where not clipped)" in lines) == (way == "clipped")
-            assert "resample with other donors, some of the prompts" in lines
+            assert f"resample, 2 choices of donors, {PROMPTS} of the prompts" in lines
 
 
 def test_released_figure_says_what_was_not_released(drawn):

@@ -18,6 +18,8 @@ from selfrepair.paths import ARMS
 from selfrepair.statistics import bootstrap_weights
 from selfrepair.store.stores import open_store
 
+#: What arms are measured on: heads and layers of this profile's text, and planted facts.
+PROFILE = "pocket"
 #: Bootstrap samples over prompts that are kept of every quantity of an arm.
 N_BOOTSTRAP = 400
 #: What is given back of the heads' direct effects, by which parts; all layers together.
@@ -211,6 +213,14 @@ def mean_of(arms: xr.Dataset, group: str, column: str) -> dict[float, float]:
     """Means over seeds of a column of the arms' table, by head dropout, of one group."""
     table = arms_table(where(arms, group=group))
     return table.groupby("head_dropout")[column].mean().to_dict()
+
+
+def between_curves(arms: xr.Dataset, first: str, second: str, dose: float, quantity: str) -> Estimate:
+    """A quantity of one of :data:`CURVES` less that of another at one dose: :func:`against_control`."""
+    of_first, of_second = (
+        where(arms, group=curve.group, **{curve.dose: dose}) for curve in (CURVES[first], CURVES[second])
+    )
+    return against_control(of_first, of_second, quantity)
 
 
 def claimed(arms: xr.Dataset) -> dict[str, dict[str, Estimate]]:

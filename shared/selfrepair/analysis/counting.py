@@ -148,7 +148,7 @@ def main_effects(values: Float[np.ndarray, "*choice"]) -> list[float]:
 
     ``values`` are of every combination. A choice's share is the sum of squares of its levels' means around
     the mean of all, each mean counted as often as its level comes, over the sum of squares of all values.
-    What is missing to 1 depends on the choices together. NaN where a value is missing or nothing differs.
+    The rest, up to 1, is due to combinations of choices. NaN where a value is missing or nothing differs.
     """
     around = values - values.mean()
     total = (around**2).sum()
@@ -237,6 +237,6 @@ def donors_table(draws: Mapping[str, Mapping[int, xr.Dataset]], fraction: float)
     for model, of_model in draws.items():
         if len(of_model) > 1:
             found = donors_matter(of_model, fraction)
-            row = {"model": model, "draws": len(of_model), "model's share moves by": found["model"]}
+            row = {"model": model, "draws": len(of_model), "range of the model's share": found["model"]}
             rows.append(row | {"share of the tokens' variance": found["tokens"]})
     return pd.DataFrame(rows)

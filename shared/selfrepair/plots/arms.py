@@ -32,10 +32,15 @@ CURVE_LOOKS = dict(
 PART_COLOURS = {"layernorm": "#7f7f7f", "heads": "#0173b2", "mlps": "#c2700a", "non-norm": "#000000"}
 
 
-def dose_curves(curves: Mapping[str, pd.DataFrame], arms: xr.Dataset) -> Figure:
+#: How far right of a mean the single models stand that it is of.
+BESIDE = 0.022
+
+
+def dose_curves(curves: Mapping[str, pd.DataFrame], arms: xr.Dataset, amount: str) -> Figure:
     """What is given back against the dropout that a model was trained with: a panel for each quantity.
 
-    Lines: means over training seeds with their 95% intervals (prompts and seeds drawn); points: single arms.
+    Lines: means over training seeds with their 95% intervals (prompts and seeds drawn); points beside them:
+    single arms. ``amount`` says how many prompts they were measured on.
     """
     panels = (*QUANTITIES, "loss_held_out_prose")
     figure, axes = grid(len(panels), 4, 2.35, 2.2)
@@ -44,16 +49,15 @@ def dose_curves(curves: Mapping[str, pd.DataFrame], arms: xr.Dataset) -> Figure:
         for name, curve in curves.items():
             colour, marker = CURVE_LOOKS[name]
             points = tables[name].assign(dose=tables[name][CURVES[name].dose])
-            axis.scatter(
-                *points[["dose", quantity]].to_numpy().T, s=7, color=colour, alpha=0.45, linewidths=0
-            )
+            axis.scatter(points["dose"] + BESIDE, points[quantity], s=6, color=colour, lw=0, zorder=3)
             if quantity in QUANTITIES:
                 line = curve[curve["quantity"] == quantity]
                 axis.fill_between(line["dose"], line["low"], line["high"], color=colour, alpha=0.15, lw=0)
             else:
                 line = points.groupby("dose", as_index=False)[quantity].mean()
                 line = line.rename(columns={quantity: "estimate"})
-            axis.plot(line["dose"], line["estimate"], color=colour, marker=marker, ms=4, lw=1.3, label=name)
+            label = f"{name} ({curve.loc[curve['dose'] > 0, 'n_seeds'].min()} seeds)"
+            axis.plot(line["dose"], line["estimate"], color=colour, marker=marker, ms=4, lw=1.3, label=label)
         if quantity in QUANTITIES:
             axis.axhline(0, color="0.6", lw=0.7, zorder=0)
         axis.set_title(TITLES[quantity], fontsize=9)
@@ -63,17 +67,22 @@ def dose_curves(curves: Mapping[str, pd.DataFrame], arms: xr.Dataset) -> Figure:
     axes[len(panels) - 1].set_ylabel("nats per token", fontsize=9)
     legend_below(figure, axes[0], columns=4)
     says = "Given back of the direct effect: of heads (first five panels), of attention layers (next two)"
-    say(figure, f"{says}; bands: 95% intervals over prompts and seeds, points: single models")
+    prompts = f"{amount} of prose; facts: those that a model answers"
+    what = "Lines: means over seeds; bands: 95% intervals over prompts and seeds; points beside them: models"
+    say(figure, f"{says}; {prompts}. {what}")
     return figure
 
 
-def over_training(arms: xr.Dataset) -> Figure:
+def over_training(arms: xr.Dataset, amount: str) -> Figure:
     """What each part gives back of the heads' direct effects at checkpoints of one model's training.
 
-    Bands: 95% intervals over prompts. Beside it, the loss on held-out prose.
+    Bands: 95% intervals over prompts, of which ``amount`` says how many. Beside it, the loss on held-out
+    prose.
     """
     table = arms_table(arms).sort_values("step")
-    figure, (left, right) = grid(2, 2, 3.6, 2.7)
+    figure, (left, right) = grid(2, 2, 4.0, 2.7)
+    left.set_title("given back of the heads' direct effects", fontsize=9)
+    right.set_title(TITLES["loss_held_out_prose"], fontsize=9)
     for part, colour in PART_COLOURS.items():
         left.plot(table["step"], table[part], color=colour, marker="o", ms=3.5, lw=1.3, label=TITLES[part])
         left.fill_between(
@@ -86,17 +95,19 @@ def over_training(arms: xr.Dataset) -> Figure:
     for axis in (left, right):
         _log_steps(axis, table["step"].to_numpy())
     legend_below(figure, left, columns=4)
-    say(figure, "Left: given back of the heads' direct effects; bands: 95% intervals over prompts")
+    (group,) = table["group"].unique()
+    say(figure, f"{group}: one model, one seed, no dropout; {amount}; bands: 95% intervals over prompts")
     return figure
 
 
 def _log_steps(axis: Axes, steps: np.ndarray) -> None:
-    """Training steps on a logarithmic axis that begins with step 0."""
-    axis.set_xscale("symlog", linthresh=max(1, int(steps[steps > 0].min())))
+    """Training steps on a logarithmic axis that begins with step 0: up to the next one it is linear."""
+    begins = max(1, int(steps[steps > 0].min()))
+    axis.set_xscale("symlog", linthresh=begins)
     axis.set_xlim(-1, 1.2 * steps.max())
     axis.set_xticks(steps, [str(step) for step in steps], rotation=45, fontsize=7)
     axis.minorticks_off()
-    axis.set_xlabel("training step")
+    axis.set_xlabel(f"training step (logarithmic from {begins} on)", fontsize=9)
 
 
 def live_against_table(table: pd.DataFrame) -> Figure:

@@ -36,7 +36,8 @@ def multiverse_figure(table: pd.DataFrame, draws: pd.DataFrame | None) -> Figure
     """One model's answers: parts below each other, ways side by side, against the fraction of tokens.
 
     ``table`` is as :func:`~selfrepair.analysis.counting.multiverse` gives it; a line for each kind of
-    ablation, with 95% intervals and its floor (dotted). ``draws`` are other donors (thin, without intervals).
+    ablation, with 95% intervals and its floor (dotted). ``draws`` are other donors (thin, without intervals),
+    as of :func:`~selfrepair.analysis.counting.multiverse_of_draws`.
     """
     figure, axes = _panels(WAYS)
     kinds = list(dict.fromkeys(table["kind"]))
@@ -111,7 +112,7 @@ def _line(
     at = rows["fraction"].to_numpy() * 1.07 ** (number - 1.5)
     estimate = rows["estimate"].to_numpy()
     bars = np.nan_to_num(np.abs(rows[["low", "high"]].to_numpy().T - estimate))
-    look: dict[str, Any] = {"color": colour, "marker": marker, "ms": 3.4, "lw": 1.0, "elinewidth": 0.8}
+    look: dict[str, Any] = {"color": colour, "marker": marker, "ms": 2.8, "lw": 1.0, "elinewidth": 1.6}
     axis.errorbar(at, estimate, bars, label=label, **look)
     if "floor" in rows and (rows["floor"] > 0).any():
         (floor,) = axis.plot(at, rows["floor"], color=colour, lw=0.9, ls=":")
@@ -126,9 +127,10 @@ def _line(
 
 
 def _thin(axis: Axes, rows: pd.DataFrame, limits: tuple[float, float]) -> None:
+    says = f"resample, {rows['draw'].nunique()} choices of donors, {rows['n_prompts'].max()} of the prompts"
     for number, (_, of_draw) in enumerate(rows.groupby("draw")):
         of_draw = of_draw.sort_values("fraction")
-        label = None if number else "resample with other donors, some of the prompts"
+        label = None if number else says
         shown = of_draw["estimate"].clip(*limits)
         axis.plot(of_draw["fraction"], shown, color="0.45", lw=0.8, zorder=1, label=label)
 

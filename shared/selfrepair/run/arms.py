@@ -17,7 +17,7 @@ import xarray as xr
 from filelock import FileLock, Timeout
 
 from selfrepair import __version__
-from selfrepair.analysis.arms import COMPENSATIONS, arms_dataset, arms_table, effects_of_arm
+from selfrepair.analysis.arms import COMPENSATIONS, PROFILE, arms_dataset, arms_table, effects_of_arm
 from selfrepair.analysis.estimates import Estimate
 from selfrepair.errors import NotMeasurable, UserError
 from selfrepair.models.checkpoints import checkpoints, find_model, short_name, training_metrics
@@ -32,9 +32,6 @@ from selfrepair.training.data import prepare
 from selfrepair.training.evaluate import evaluate
 from selfrepair.training.folders import put_in_place
 from selfrepair.training.loop import run_identity, save_model, train
-
-#: What arms are measured on: heads and layers of this profile's text, and planted facts.
-PROFILE = "pocket"
 
 
 @dataclass(frozen=True)
