@@ -33,7 +33,7 @@ PART_COLOURS = {"layernorm": "#7f7f7f", "heads": "#0173b2", "mlps": "#c2700a", "
 
 
 #: How far right of a mean the single models stand that it is of.
-BESIDE = 0.022
+BESIDE = 0.035
 
 
 def dose_curves(curves: Mapping[str, pd.DataFrame], arms: xr.Dataset, amount: str) -> Figure:
@@ -57,7 +57,9 @@ def dose_curves(curves: Mapping[str, pd.DataFrame], arms: xr.Dataset, amount: st
                 line = points.groupby("dose", as_index=False)[quantity].mean()
                 line = line.rename(columns={quantity: "estimate"})
             label = f"{name} ({curve.loc[curve['dose'] > 0, 'n_seeds'].min()} seeds)"
-            axis.plot(line["dose"], line["estimate"], color=colour, marker=marker, ms=4, lw=1.3, label=label)
+            axis.plot(
+                line["dose"], line["estimate"], color=colour, marker=marker, ms=3.5, lw=1.3, label=label
+            )
         if quantity in QUANTITIES:
             axis.axhline(0, color="0.6", lw=0.7, zorder=0)
         axis.set_title(TITLES[quantity], fontsize=9)
@@ -68,8 +70,8 @@ def dose_curves(curves: Mapping[str, pd.DataFrame], arms: xr.Dataset, amount: st
     legend_below(figure, axes[0], columns=4)
     says = "Given back of the direct effect: of heads (first five panels), of attention layers (next two)"
     prompts = f"{amount} of prose; facts: those that a model answers"
-    what = "Lines: means over seeds; bands: 95% intervals over prompts and seeds; points beside them: models"
-    say(figure, f"{says}; {prompts}. {what}")
+    means = "Lines: means over seeds; bands: 95% intervals over prompts and seeds"
+    say(figure, f"{says}; {prompts}. {means}; points beside the means: single models")
     return figure
 
 
