@@ -107,7 +107,7 @@ def multiverse_of_draws(draws: Mapping[int, xr.Dataset]) -> pd.DataFrame | None:
 
 
 def by_way(table: pd.DataFrame, part: str, kind: str) -> pd.DataFrame:
-    """One part's shares of :func:`multiverse` under one kind: a row for each fraction, a column for each way."""
+    """One part's shares under one kind, of :func:`multiverse`: by fraction (rows) and way (columns)."""
     here = table[(table["part"] == part) & (table["kind"] == kind)]
     return here.pivot(index="fraction", columns="way", values="estimate")[list(WAYS)]
 
