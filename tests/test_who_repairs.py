@@ -5,12 +5,14 @@ import pytest
 import xarray as xr
 from readings import cosines_of
 
+from selfrepair.analysis.estimates import Estimate
 from selfrepair.analysis.head_growth import CONTROL, TOP, PairGrowth, all_pairs
-from selfrepair.analysis.joint_ablation import JointCosts, excess_table
+from selfrepair.analysis.joint_ablation import JointCosts, beyond_control, excess_table
 from selfrepair.analysis.rules import load_statistics
 from selfrepair.analysis.who_repairs import (
     counted_pairs,
     erasers_table,
+    resemblance_gains,
     resemblances,
     who_repairs_statistics,
 )
@@ -77,7 +79,7 @@ def test_one_pair_that_carries_everything():
     found = PairGrowth.of(grown(growth), 10)
     share = found.share_of_strongest()
     assert share.value == 1 and (share.samples == 1).all() and found.net().value == 1
-    assert found.cumulative()[0] == 1 and (found.cumulative(CONTROL) == 0).all()
+    assert (found.cumulative().drawn == 1).all() and (found.cumulative(CONTROL).drawn == 0).all()
 
 
 def test_luck_does_not_carry_over_to_the_other_half():
@@ -130,6 +132,45 @@ def test_the_pair_that_grows_most_is_read_where_it_was_not_chosen():
     assert row["read"] == pytest.approx(made[a, b, c, d, 1::2].mean())
     assert row["read_low"] < row["read"] < row["read_high"]
     assert row["growth"] == pytest.approx(made[a, b, c, d].mean())
+    assert row["share"] == pytest.approx(row["read"])  # the ablated head's own effect is 1
+
+
+def by_hand(made, weights):
+    """Growth of every pair on prompts of so many weights, in order of layer and head."""
+    growth = (made * weights).sum(-1) / weights.sum()
+    n_layers, n_heads = made.shape[:2]
+    return np.array(
+        [
+            growth[a, b, c, d]
+            for a in range(n_layers)
+            for b in range(n_heads)
+            for c in range(a + 1, n_layers)
+            for d in range(n_heads)
+        ]
+    )
+
+
+def test_curve_of_the_pairs_that_grow_most_and_its_samples():
+    made = noise(3, 4, 20, seed=11)
+    found = PairGrowth.of(grown(made, prompts=20), 30)
+    curve, even = found.cumulative(), np.arange(20) % 2 == 0
+    chosen = by_hand(made, even)
+    order, n_positive = np.argsort(-chosen), int((chosen > 0).sum())
+    for draw in (0, 1, 30):
+        read = by_hand(made, found.draws_of_half(even=False)[draw])[order]
+        wanted = np.cumsum(read) / read[:n_positive].sum()
+        np.testing.assert_allclose(curve.drawn[:, draw], wanted, atol=1e-12)
+    at_tenth = curve[found.n_strongest - 1]
+    np.testing.assert_allclose(at_tenth.drawn, found.share_of_strongest().drawn, atol=1e-12)
+    np.testing.assert_allclose(curve.drawn[n_positive - 1], 1)
+
+
+def test_ablated_heads_that_have_half_of_the_growth():
+    """In the order of even prompts, odd ones give 1 + 3 + 5 of 11; pairs that shrink are left out."""
+    growth = np.full((2, 4, 2, 4, PROMPTS), -1.0)
+    growth[0, :, 1, 0, ::2] = np.array([6, 5, 3, 1])[:, None]
+    growth[0, :, 1, 0, 1::2] = np.array([1, 3, 5, 2])[:, None]
+    assert PairGrowth.of(grown(growth), 10).heads_for_half() == 3
 
 
 def test_heads_that_shrink_outweigh():
@@ -215,6 +256,38 @@ def test_growth_of_heads_that_lower_the_token():
     assert erasers_table({"m": found})[["of the growth", "of all pairs"]].values.tolist() == [[0.75, 0.25]]
 
 
+def test_share_is_read_on_the_same_prompts_as_growth():
+    made = grown(numbered())
+    made["clean_effect"][..., ::2] = 1e6  # prompts of even number are not read
+    made["clean_effect"][..., 1::2] *= 4
+    table = PairGrowth.of(made, 10).table()
+    np.testing.assert_allclose(table["share"], table["read"] / 4)
+
+
+def test_distance_from_gaussian_is_counted_with_its_interval():
+    found = PairGrowth.of(grown(noise(3, 4, 20, seed=12), prompts=20), 50)
+    row = counted_pairs({"made up": found}, all_pairs([found])).iloc[0]
+    beyond = found.share_of_strongest().drawn - found.share_if_gaussian().drawn
+    wanted = [beyond[0], *np.quantile(beyond[1:], [0.025, 0.975])]
+    np.testing.assert_allclose(row[["beyond Gaussian", "beyond low", "beyond high"]].astype(float), wanted)
+    assert row["ablated heads"] == 8 and row["heads for half"] == found.heads_for_half()
+
+
+def test_gains_in_resemblance_are_over_pairs_as_far_apart():
+    made = {
+        f"backups-{kind}-cosine{suffix}": Estimate(np.array(drawn))
+        for kind, own, control in (
+            ("output", [0.5, 0.4, 0.6], [0.1, 0.1, 0.2]),
+            ("pattern", [0.2] * 3, [0.3] * 3),
+        )
+        for suffix, drawn in (("", own), ("-same-distance", control))
+    }
+    table = resemblance_gains({"m": made})
+    assert table.loc[("m", "output"), ["cosine", "gain"]].tolist() == pytest.approx([0.5, 0.4])
+    assert table.loc[("m", "output"), ["low", "high"]].tolist() == pytest.approx([0.3025, 0.3975])
+    assert table.loc[("m", "pattern")].tolist() == pytest.approx([0.2, -0.1, -0.1, -0.1])
+
+
 def test_table_of_pairs_has_the_strongest_first():
     made = grown(numbered(), control=-0.1, clean_effect=0.5)
     found = PairGrowth.of(made, 20)
@@ -265,6 +338,24 @@ def test_costs_together_and_alone():
     np.testing.assert_allclose(table["excess"], [0.15, 0], atol=1e-12)
     np.testing.assert_allclose(table["other alone"], [0.2, 0.2])
     np.testing.assert_allclose(table["of that"], [0.75, 0], atol=1e-12)
+    assert found.n_prompts == 2
+
+
+def test_backups_beyond_the_control_drawn_together():
+    """Excesses differ by as much in every prompt, so that their difference has no spread though they have."""
+    joint = jointly(np.zeros((6, 2)), np.zeros((6, 2)))
+    both, middling, alone = RUNS.index("both"), RUNS.index("both with middling"), RUNS.index("backup")
+    joint["count"][:] = 1
+    joint["loss"][:] = 0.0
+    joint["loss"][both, :, 1::2], joint["loss"][middling, :, 1::2] = [2.0, 5.0], [1.5, 4.5]
+    joint["loss"][[alone, RUNS.index("middling")]] = np.array([1.0, 0.25])[:, None, None]
+    costs = JointCosts.of(joint, 20)
+    assert np.ptp(costs.excess("loss", "backup").samples) > 0
+    row = beyond_control([costs], "loss").loc["made up"]
+    assert row[["excess", "low", "high"]].tolist() == pytest.approx([-0.25] * 3)
+    assert row["times_alone"] == 4
+    shares = [(3.5 - 1) / 1, (3 - 0.25) / 0.25]
+    assert row["share"] == pytest.approx(shares[0] - shares[1]) and row["share_low"] < row["share_high"]
 
 
 def test_statistics_are_those_that_are_registered():

@@ -173,11 +173,24 @@ class PairGrowth:
         """:meth:`share_of_strongest`, were growth as in :meth:`if_gaussian`."""
         return self.if_gaussian(np.array([self.n_strongest / len(self.later)]))[0]
 
-    def _read(self) -> Float[np.ndarray, "pair draw"]:
+    def heads_for_half(self) -> int:
+        """How many ablated heads have half of the positive growth, those first after which others grow most.
+
+        Their order and the signs of growth by prompts of even number, growth by those of odd number.
+        """
+        n, positive = self.n_layers * self.n_heads, self.chosen_by > 0
+        chosen, read = (
+            np.bincount(self.ablated[positive], growth[positive], n)
+            for growth in (self.chosen_by, self._read()[:, 0])
+        )
+        reached = np.cumsum(read[np.argsort(-chosen, kind="stable")])
+        return 1 + int(np.argmax(reached >= reached[-1] / 2))
+
+    def _read(self, selection: str = TOP) -> Float[np.ndarray, "pair draw"]:
         """Growth of every pair on prompts of odd number; 0 where none has tokens."""
         weights = self.draws_of_half(even=False).T
-        counts = (self.counts[TOP] @ weights)[self.ablated]
-        sums = self.sums[TOP] @ weights
+        counts = (self.counts[selection] @ weights)[self.ablated]
+        sums = self.sums[selection] @ weights
         return np.divide(sums, counts, out=np.zeros_like(sums), where=counts > 0)
 
     def _total(self, chosen: Bool[np.ndarray, " pair"], selection: str = TOP) -> Estimate:
@@ -190,12 +203,14 @@ class PairGrowth:
         means = np.divide(sums @ weights, counts, out=np.zeros_like(counts), where=counts > 0)
         return Estimate(means.sum(0))
 
-    def cumulative(self, selection: str = TOP) -> Float[np.ndarray, " pair"]:
-        """Growth of the 1, 2, 3 … pairs that grow most, over the positive growth on top tokens."""
-        halves = [self.draws_of_half(even)[0] for even in (True, False)]
-        chosen, read = (np.nan_to_num(self.growth(weights, selection)) for weights in halves)
-        positive = float(self._total(self.chosen_by > 0).value)
-        return np.cumsum(read[np.argsort(-chosen, kind="stable")]) / positive
+    def cumulative(self, selection: str = TOP) -> Estimate:
+        """``[pair]``: growth of the 1, 2, 3 … pairs that grow most, over the positive growth on top tokens.
+
+        Their order by prompts of even number, growth by those of odd number, which samples draw.
+        """
+        chosen = np.nan_to_num(self.growth(self.draws_of_half(even=True)[0], selection))
+        read = Estimate(self._read(selection)[np.argsort(-chosen, kind="stable")])
+        return read.map(lambda growth: growth.cumsum(0)) / self._total(self.chosen_by > 0)
 
     def resemblance(self, cosine: Float[np.ndarray, "any_head any_head"]) -> tuple[Estimate, Estimate]:
         """Mean cosine of the tenth of the pairs that grow most, and of the other heads of the same layer.
@@ -241,23 +256,25 @@ class PairGrowth:
     def table(self) -> pd.DataFrame:
         """A row for each pair, the strongest growth first, with 95% intervals over prompts.
 
-        ``model, ablated, later, growth, low, high, share`` (of the ablated head's direct effect),
-        ``control, control_low, control_high, later_effect`` (the later head's clean one), ``chosen_by``
-        (growth on prompts of even number alone) and ``read, read_low, read_high`` (on those of odd number).
+        ``model, ablated, later, growth, low, high, control, control_low, control_high, later_effect`` (the
+        later head's clean direct effect), ``chosen_by`` (growth on prompts of even number alone), ``read,
+        read_low, read_high`` (on those of odd number), and ``share`` (``read`` over the ablated head's clean
+        direct effect on the same tokens).
         """
         known = np.maximum(self.counts[TOP].sum(1), 1)
-        own = (self.effects[1].sum(1) / known)[self.ablated]
         found = {
             "model": self.model,
             "ablated": self.names(self.ablated),
             "later": self.names(self.later),
             **self._intervals(TOP, self.draws(), ("growth", "low", "high")),
         }
-        found["share"] = found["growth"] / own
         found |= self._intervals(CONTROL, self.draws(), ("control", "control_low", "control_high"))
         found["later_effect"] = self.effects[0].sum(1) / known[self.ablated]
         found["chosen_by"] = self.chosen_by
-        found |= self._intervals(TOP, self.draws_of_half(even=False), ("read", "read_low", "read_high"))
+        odd = self.draws_of_half(even=False)
+        found |= self._intervals(TOP, odd, ("read", "read_low", "read_high"))
+        own = Estimate.bare(self.effects[1] @ odd[0]) / Estimate.bare(self.counts[TOP] @ odd[0])
+        found["share"] = (Estimate.bare(found["read"]) / own[self.ablated]).value
         return pd.DataFrame(found).sort_values("growth", ascending=False, ignore_index=True)
 
     def _intervals(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import pandas as pd
 import xarray as xr
 
@@ -55,21 +56,44 @@ def counted_pairs(growths: Mapping[str, PairGrowth], pairs: pd.DataFrame) -> pd.
 
     Surely: the 95% interval lies above or below 0, which chance alone does on 2.5% of the pairs each. Beside
     them what the strongest tenth carries of the positive growth, what it would carry by
-    :meth:`PairGrowth.share_if_gaussian`, and what all pairs together do.
+    :meth:`PairGrowth.share_if_gaussian`, how far apart the two are (``beyond Gaussian``, ``beyond low``,
+    ``beyond high``), and what all pairs together do; of ``ablated heads``, how many have half of the positive
+    growth (``heads for half``).
     """
     rows = []
     for model, growth in growths.items():
         here = pairs[pairs["model"] == model]
-        share, net = growth.share_of_strongest(), growth.net()
+        share, gaussian, net = growth.share_of_strongest(), growth.share_if_gaussian(), growth.net()
         row = {"model": model, "pairs": len(here), "strongest tenth carries": float(share.value)}
         row |= {"low": float(share.interval().low), "high": float(share.interval().high)}
-        row["if Gaussian"] = float(growth.share_if_gaussian().value)
+        row["if Gaussian"] = float(gaussian.value)
+        beyond = share - gaussian
+        row["beyond Gaussian"] = float(beyond.value)
+        row |= {"beyond low": float(beyond.interval().low), "beyond high": float(beyond.interval().high)}
         row["all pairs together"] = float(net.value)
+        row["ablated heads"] = len(np.unique(growth.ablated))
+        row["heads for half"] = growth.heads_for_half()
         for prefix, tokens in (("", "top tokens"), ("control_", "control tokens")):
             row[f"grow, {tokens}"] = float((here[f"{prefix}low"] > 0).mean())
             row[f"shrink, {tokens}"] = float((here[f"{prefix}high"] < 0).mean())
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def resemblance_gains(alike: Mapping[str, Mapping[str, Estimate]]) -> pd.DataFrame:
+    """How much more alike backups are than heads as far apart, by model and kind (``output``, ``pattern``).
+
+    ``cosine`` of backups, ``gain`` over the control, ``low, high``: 95% interval of the gain, which says only
+    which pairs grow most. ``alike`` is what :func:`resemblances` gives.
+    """
+    rows = {}
+    for model, of_model in alike.items():
+        for kind in ("output", "pattern"):
+            cosine = of_model[f"backups-{kind}-cosine"]
+            gain = cosine - of_model[f"backups-{kind}-cosine-same-distance"]
+            row = {"cosine": float(cosine.value), "gain": float(gain.value)}
+            rows[model, kind] = row | gain.interval()._asdict()
+    return pd.DataFrame.from_dict(rows, orient="index")
 
 
 def erasers_table(growths: Mapping[str, PairGrowth]) -> pd.DataFrame:

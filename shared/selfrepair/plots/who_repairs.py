@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -13,12 +13,13 @@ from matplotlib.figure import Figure
 from selfrepair.analysis.estimates import Estimate
 from selfrepair.analysis.head_growth import CONTROL, STRONGEST, TOP, PairGrowth
 from selfrepair.analysis.joint_ablation import JointCosts
-from selfrepair.analysis.words import signed
+from selfrepair.analysis.words import number, signed
 from selfrepair.plots.panels import grid, label_left, legend_below, say
-from selfrepair.plots.style import looks
 
 #: What panels of matrices are of.
 SELECTIONS = {TOP: "where the head mattered", CONTROL: "control: where it did not"}
+#: So much of the pairs is drawn, those that grow most.
+SHOWN = 0.5
 #: Colour, marker and filling of the other head that is ablated, and what it is called.
 OTHERS = {
     "backup": ("C0", "o", "C0", "with its strongest backup"),
@@ -84,27 +85,36 @@ def _layers_as_ticks(axis: Axes, one: PairGrowth) -> None:
 
 
 def concentration(growths: Sequence[PairGrowth]) -> Figure:
-    """Growth that the pairs that grow most carry together, against how many of all pairs they are."""
-    figure, axis = plt.subplots(figsize=(5.4, 4.2))
-    for one in growths:
-        colour, _ = looks([other.model for other in growths])[one.model]
-        share = np.arange(1, len(one.later) + 1) / len(one.later)
-        axis.plot(share, one.cumulative(), color=colour, lw=1.6, label=one.model)
-        axis.plot(share, one.cumulative(CONTROL), color=colour, lw=1, ls=":")
-        shares = np.linspace(0.005, 0.5, 100)
-        axis.plot(shares, one.if_gaussian(shares).value, color=colour, lw=0.9, ls="--")
-    for line, label in ((":", "control tokens"), ("--", "Gaussian, as wide as it is for each ablated head")):
-        axis.plot([], [], color="0.4", lw=1, ls=line, label=label)
-    axis.axhline(0, color="0.6", lw=0.7, zorder=0)
-    axis.plot([STRONGEST, STRONGEST, 0], [0, 0.5, 0.5], color="0.6", lw=0.8, zorder=0)
-    axis.set(
-        xlim=(0, 0.5),
-        ylim=(-0.05, 1.1),
-        xlabel="share of the pairs, those that grow most first",
-        ylabel="share of the positive growth",
+    """Growth that the pairs that grow most carry together, against how many of all pairs they are.
+
+    A panel for each model, with the same for Gaussian growth and for growth on control tokens.
+    """
+    figure, axes = grid(len(growths), 3, 3.2, 2.7, same_y=True)
+    gaussian = "were growth Gaussian, as wide as it is for each ablated head"
+    for axis, one in zip(axes, growths, strict=True):
+        axis.axhline(0, color="0.6", lw=0.7, zorder=0)
+        axis.axvline(STRONGEST, color="0.75", lw=0.8, zorder=0)
+        shares = np.arange(1, len(one.later) + 1) / len(one.later)
+        carried = one.cumulative()
+        axis.fill_between(shares, *carried.interval(), color="C0", alpha=0.25, lw=0)
+        axis.plot(shares, carried.value, color="C0", lw=1.5, label="top tokens")
+        finely = np.linspace(0.005, SHOWN, 100)
+        axis.plot(finely, one.if_gaussian(finely).value, color="0.2", lw=1, ls="--", label=gaussian)
+        axis.plot(shares, one.cumulative(CONTROL).value, color="0.5", lw=1, ls=":", label="control tokens")
+        tenth, by_chance = one.share_of_strongest().value, one.share_if_gaussian().value
+        axis.plot(STRONGEST, tenth, color="C0", marker="o", ms=5, ls="none")
+        axis.plot(STRONGEST, by_chance, color="0.2", marker="s", mfc="white", ms=5, ls="none")
+        axis.set(xlim=(0, SHOWN), ylim=(-0.05, 1.1), xlabel="share of the pairs")
+        means = f"tenth {number(tenth)}, if Gaussian {number(by_chance)}"
+        axis.set_title(f"{one.model}, {len(one.later)} pairs\n{means}", fontsize=9)
+    label_left(axes, 3, "share of the\npositive growth")
+    legend_below(figure, axes[0], columns=3)
+    say(
+        figure,
+        f"pairs in order of their growth on {_prompts(growths, even=True)} prompts of even number, growth on "
+        f"{_prompts(growths, even=False)} of odd number; band: 95% interval over these; grey line, circle and "
+        "square: the strongest tenth",
     )
-    legend_below(figure, [axis], columns=2)
-    axis.set_title("order by prompts of even number, growth by those of odd number", fontsize=9)
     return figure
 
 
@@ -141,19 +151,25 @@ def joint_excess(found: Sequence[JointCosts]) -> Figure:
                 **{"fmt": marker, "ms": 5, "mfc": filling, "color": colour, "elinewidth": 0.8},
                 label=label,
             )
-        means = [signed(float(one.excess("loss", other).value)) for other in OTHERS]
+        means = [signed(float(one.excess("loss", other).value), 3) for other in OTHERS]
         axis.set_title(f"{one.model}\nmean {means[0]}, control {means[1]}", fontsize=9)
         axis.set_xlabel("sum of what each costs alone")
     label_left(axes, 3, "cost together less the sum")
     legend_below(figure, axes[0], columns=2)
     say(
         figure,
-        "rise of the loss (nats per token) on the ablated head's top tokens, prompts of odd number; bars: "
-        "95% intervals over prompts; dashed: together as much as the sum",
+        "rise of the loss (nats per token) on the ablated head's top tokens, "
+        f"{_amounts(one.n_prompts for one in found)} prompts of odd number; bars: 95% intervals over prompts; "
+        "dashed: together as much as the sum",
     )
     return figure
 
 
-def _prompts(growths: Sequence[PairGrowth]) -> str:
-    amounts = sorted({len(one.is_even) for one in growths})
-    return " or ".join(map(str, amounts))
+def _prompts(growths: Sequence[PairGrowth], even: bool | None = None) -> str:
+    """How many there are, or how many of even or odd number."""
+    halves = [one.is_even if even is None else one.is_even[one.is_even == even] for one in growths]
+    return _amounts(map(len, halves))
+
+
+def _amounts(counted: Iterable[int]) -> str:
+    return " or ".join(map(str, sorted(set(counted))))
