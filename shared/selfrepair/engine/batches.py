@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from selfrepair.models.devices import unless_out_of_memory
-from selfrepair.models.loading import Model
+
+if TYPE_CHECKING:
+    from selfrepair.models.loading import Model
 
 CLEAN_RUN_BYTES = 1 << 30
 #: Prompts, times heads ablated, in one forward pass on the CPU: more only spills out of the caches.

@@ -91,7 +91,7 @@ class Model:
 
     @property
     def longest_prompt(self) -> int:
-        """Tokens of the longest prompt that is measured: all of it lies in a sliding window, if there is one."""
+        """Tokens of the longest prompt that is measured; all of it lies within a sliding window, if any."""
         window = getattr(self.hf.config, "sliding_window", None)
         return min(self.context_length, window) if type(window) is int else self.context_length
 

@@ -161,8 +161,8 @@ def load_tokens(
     fewer if odd) but ``n_unseen``: that many are drawn besides, of a token file from its next rows.
 
     Raises:
-        UserError: more than one source; ``n_prompts`` odd, not positive or, with ``n_unseen``, more than there
-            are; ``prompt_len`` below 2 or beyond any model's context; missing or malformed file.
+        UserError: more than one source; ``n_prompts`` odd, not positive or, with ``n_unseen``, more than
+            there are; ``prompt_len`` below 2 or beyond any model's context; missing or malformed file.
     """
     if sum(source is not None for source in (text, dataset, tokens)) > 1:
         raise UserError("give one of a token file, a text or a dataset, not several")

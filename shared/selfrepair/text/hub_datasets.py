@@ -69,7 +69,7 @@ def dataset_rows(name: str, instead: str, *, streaming: bool) -> Iterator[dict[s
 
 @cache
 def _commit_of(name: str, instead: str) -> _Commit | None:
-    """``None`` for a folder. The hub is asked once by a process, so that all of it means the same data set."""
+    """``None`` for a folder. A process asks the hub once, so that all of it means the same data set."""
     from huggingface_hub import hf_hub_download, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
