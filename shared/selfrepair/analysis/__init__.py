@@ -3,11 +3,14 @@
 ``estimates`` are values with bootstrap samples, ``rules`` what the papers claim and what decides it
 (``claims.yaml``, ``statistics.yaml``), ``claims`` the verdicts, ``published`` the authors' numbers,
 ``comparison`` ours beside them.
+``self_repair`` says what self-repair is, ``shares`` which tokens are a head's.
 What the notebooks ask is in ``head_table`` and ``head_means`` (01), ``token_variation``, ``token_shares``
-and ``examples`` (02), ``breakdown`` and ``layernorm`` (03), ``neurons``, ``neuron_repair`` and
-``neuron_examples`` (04), ``self_feeding``, ``earlier_input``, ``cosines`` and ``iterative`` (05),
-``layers``, ``layer_means``, ``layer_findings`` and ``worked_prompt`` (06), ``head_growth``,
-``joint_ablation`` and ``who_repairs`` (09).
+and ``examples`` (02), ``breakdown`` and ``layernorm`` (03), ``neurons``, ``neuron_repair``, ``neuron_sets``
+and ``neuron_examples`` (04), ``self_feeding``, ``earlier_input``, ``cosines``, ``layer_orders`` and
+``iterative`` (05), ``layers``, ``layer_means``, ``layer_findings`` and ``worked_prompt`` (06), ``counting``
+and ``mirror`` (07), ``arms`` (08), ``head_growth``, ``joint_ablation`` and ``who_repairs`` (09).
+``passages`` are stretches of text with a number for each token, ``head_tokens`` those of every head for the
+results page, ``words`` says numbers as text and tables have them.
 """
 
 import lazy_loader
