@@ -401,7 +401,7 @@ def test_a_dose_curve_has_the_means_over_seeds():
     curve = analysis.dose_curve(arms, "head_dropout")
     rows = curve[curve["quantity"] == "mlps"].set_index("dose")
     assert rows["estimate"].to_dict() == pytest.approx({0.0: 0.1, 0.5: 1.0})
-    assert rows["n_seeds"].to_dict() == {0.0: 2, 0.5: 1}
+    assert rows["n_arms"].to_dict() == {0.0: 2, 0.5: 1}
 
 
 def test_curves_are_compared_at_one_dose_by_seed():

@@ -187,12 +187,13 @@ def against_control(arms: xr.Dataset, control: xr.Dataset, quantity: str) -> Est
 
 
 def dose_curve(arms: xr.Dataset, dose: str) -> pd.DataFrame:
-    """``dose, quantity, estimate, low, high, n_seeds``: means over seeds at each dose of dropout."""
+    """``dose, quantity, estimate, low, high, n_arms``: means over arms, one of each seed, at each dose of
+    dropout."""
     tables = []
     for at in np.unique(arms[dose].values):
         here = where(arms, **{dose: at})
         for quantity in QUANTITIES:
-            about = {"dose": float(at), "quantity": quantity, "n_seeds": here.sizes["arm"]}
+            about = {"dose": float(at), "quantity": quantity, "n_arms": here.sizes["arm"]}
             tables.append(over_seeds(effect_of(here, quantity).drawn).table({}, **about))
     return pd.concat(tables, ignore_index=True)
 

@@ -141,7 +141,8 @@ def _colours_of_areas(pixels: Int[np.ndarray, "row column 3"]) -> Int[np.ndarray
 
 
 def save(figure: Figure, out_dir: Path, name: str) -> None:
-    """Writes ``figures/<name>.png``, :data:`SHARPER` than in notebooks, and ``.pdf`` under ``out_dir``."""
+    """Writes ``figures/<name>.png`` under ``out_dir``, :data:`SHARPER` times as sharp as in notebooks, and
+    ``.pdf``."""
     folder = out_dir / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     _drawn(figure).save(folder / f"{name}.png")

@@ -181,11 +181,12 @@ class Study:
     def measured(self, name: str, ablation: str | None = None) -> dict[str, xr.Dataset]:
         """What was measured of every model that has it, by short name; measured now if need be.
 
-        A kind of ``ablation`` that some models have beside the profile's is measured of these alone.
+        A kind of ``ablation`` that some models have beside the profile's is measured of these alone, one that
+        the profile does not have at all of every model.
         """
-        own = {model: self.profile.of_model(model).ablations for model in self.profile.models}
-        is_own = ablation in self.profile.kinds
-        models = [m for m in self._measurable(name) if not is_own or ablation in own[m]]
+        models = self._measurable(name)
+        if ablation in self.profile.kinds:
+            models = [model for model in models if ablation in self.profile.of_model(model).ablations]
         tasks = {model: self.task(name, model, ablation) for model in models}
         for model_name, task in tasks.items():
             if not task.is_done():
