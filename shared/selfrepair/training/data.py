@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import tokenizers
+from jaxtyping import Integer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -30,19 +31,18 @@ N_VALIDATION_ROWS = 512
 
 @dataclass(frozen=True)
 class TrainingData:
-    """``tokenizer``, and int64-convertible rows ``[n_rows, sequence_length]`` of corpus, gazetteer and
-    validation text.
+    """``tokenizer``, and rows of tokens of corpus, gazetteer and validation text.
 
     Corpus rows are in a random order; no validation row is among them. Gazetteer rows are a
     prefix of an endless stream, as long as needed.
     """
 
     tokenizer: PreTrainedTokenizerFast
-    corpus: np.ndarray
-    validation: np.ndarray
+    corpus: Integer[np.ndarray, "row position"]
+    validation: Integer[np.ndarray, "validation_row position"]
     gazetteer: Gazetteer
 
-    def training_rows(self, config: TrainingConfig) -> np.ndarray:
+    def training_rows(self, config: TrainingConfig) -> Integer[np.ndarray, "training_row position"]:
         """All rows of a run in training order; gazetteer text is mixed in evenly within each phase.
 
         Corpus rows come again only when all have been used, and then in another order.
@@ -59,7 +59,7 @@ class TrainingData:
             used += n_corpus
         return np.concatenate(rows)
 
-    def digest(self, rows: np.ndarray) -> str:
+    def digest(self, rows: Integer[np.ndarray, "training_row position"]) -> str:
         """Differs where anything does that a run on these :meth:`training_rows` reads: they, the validation
         rows, or what a token stands for."""
         digest = hashlib.sha256(json.dumps(self.tokenizer.get_vocab(), sort_keys=True).encode())
@@ -67,7 +67,7 @@ class TrainingData:
             digest.update(f"{array.dtype} {array.shape} ".encode() + array.tobytes())
         return digest.hexdigest()[:16]
 
-    def _corpus_rows(self, start: int, count: int, seed: int) -> np.ndarray:
+    def _corpus_rows(self, start: int, count: int, seed: int) -> Integer[np.ndarray, "{count} position"]:
         n = len(self.corpus)
         epochs = range(start // n, -(-(start + count) // n))
         orders = [
@@ -79,7 +79,9 @@ class TrainingData:
         offset = start - n * (start // n)
         return self.corpus[np.concatenate([*orders, np.arange(0)])[offset : offset + count].astype(np.int64)]
 
-    def _gazetteer_rows(self, n_rows: int, seed: int, n_phrasings: int) -> np.ndarray:
+    def _gazetteer_rows(
+        self, n_rows: int, seed: int, n_phrasings: int
+    ) -> Integer[np.ndarray, "{n_rows} position"]:
         length = self.corpus.shape[1]
         paragraphs = self.gazetteer.paragraphs(seed, n_phrasings)
         documents: list[list[int]] = []

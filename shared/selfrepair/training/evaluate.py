@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -56,8 +56,10 @@ def token_loss(model: PreTrainedModel, rows: Int[Tensor, "row position"], batch_
     return total / (rows.shape[0] * (rows.shape[1] - 1))
 
 
-def text_rows(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], length: int) -> np.ndarray:
-    """Documents tokenised and packed into rows ``[n_rows, length]``, each beginning with BOS."""
+def text_rows(
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], length: int
+) -> Int[np.ndarray, "row {length}"]:
+    """Documents tokenised and packed into rows, each beginning with BOS."""
     encoded = tokenizer(list(documents), add_special_tokens=False)["input_ids"]
     return pack(encoded, tokenizer.bos_token_id, length)
 
@@ -65,9 +67,8 @@ def text_rows(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], leng
 @torch.no_grad()
 def fact_recall(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[FactPrompt]
-) -> np.ndarray:
-    """For each prompt, whether the most likely next token is the first token of the answer (bool
-    ``[n_prompts]``).
+) -> Bool[np.ndarray, " prompt"]:
+    """For each prompt, whether the most likely next token is the first token of the answer.
 
     Of a prompt longer than the model's context, the model reads the end.
     """
@@ -87,8 +88,10 @@ def fact_recall(
     return correct
 
 
-def first_tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[FactPrompt]) -> np.ndarray:
-    """The first token of each prompt's answer (int64 ``[n_prompts]``)."""
+def first_tokens(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[FactPrompt]
+) -> Int[np.ndarray, " prompt"]:
+    """The first token of each prompt's answer."""
     return np.array(
         [ids[0] for ids in tokenizer([p.answer for p in prompts], add_special_tokens=False)["input_ids"]]
     )

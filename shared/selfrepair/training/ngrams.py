@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Float, Integer
+from jaxtyping import Float, Int, Integer, Shaped
 
 
 def unigram_loss(
@@ -58,7 +58,7 @@ class KneserNeyTrigram:
 class _Order:
     """Discounted counts of one order; an n-gram is the integer ``context · vocab_size + token``."""
 
-    def __init__(self, keys: np.ndarray, counts: np.ndarray, vocab_size: int):
+    def __init__(self, keys: Int[np.ndarray, " ngram"], counts: Int[np.ndarray, " ngram"], vocab_size: int):
         once, twice = (counts == 1).sum(), (counts == 2).sum()
         self.vocab_size = vocab_size
         self.discount = once / (once + 2 * twice) if once else 0.0
@@ -67,7 +67,9 @@ class _Order:
         self.context_counts = np.bincount(inverse, weights=counts)
         self.context_types = np.bincount(inverse)
 
-    def interpolate(self, keys: np.ndarray, lower: np.ndarray) -> np.ndarray:
+    def interpolate(
+        self, keys: Int[np.ndarray, "*wanted"], lower: Float[np.ndarray, "*wanted"]
+    ) -> Float[np.ndarray, "*wanted"]:
         """``max(c − D, 0) / c(context) + D · types(context) / c(context) · lower``; ``lower`` where the
         context is new."""
         counts = _look_up(self.keys, self.counts, keys)
@@ -78,7 +80,10 @@ class _Order:
         return np.where(total > 0, seen / np.maximum(total, 1), lower)
 
 
-def _keys(rows: np.ndarray, order: int, v: int) -> np.ndarray:
+def _keys(
+    rows: Integer[np.ndarray, "row position"], order: int, v: int
+) -> Int[np.ndarray, " row*(position-{order}+1)"]:
+    """Every n-gram of this order in the rows, as :class:`_Order` has them, row by row."""
     width = rows.shape[1] - order + 1
     keys = np.zeros((rows.shape[0], width), dtype=np.int64)
     for offset in range(order):
@@ -86,6 +91,9 @@ def _keys(rows: np.ndarray, order: int, v: int) -> np.ndarray:
     return keys.ravel()
 
 
-def _look_up(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+def _look_up(
+    keys: Int[np.ndarray, " key"], values: Shaped[np.ndarray, " key"], wanted: Int[np.ndarray, "*wanted"]
+) -> Shaped[np.ndarray, "*wanted"]:
+    """The value of each wanted key, keys being sorted; 0 where there is none."""
     at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
     return np.where(keys[at] == wanted, values[at], 0)
