@@ -143,6 +143,33 @@ def state_of(hf):
     return weights | modules
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small GPT-2 on the disk, for files of tests that have no other."""
+    from families import save_family
+
+    return save_family("gpt2", tmp_path_factory.mktemp("family") / "tiny-gpt2")
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    """The same, loaded."""
+    from selfrepair.models.loading import load_model
+
+    return load_model(str(folder), "cpu")
+
+
+@pytest.fixture(scope="module")
+def token_file(tmp_path_factory):
+    """Prompts for it, in a file."""
+    import numpy as np
+    from tasks import TOKENS
+
+    path = tmp_path_factory.mktemp("tokens") / "ids.npy"
+    np.save(path, TOKENS)
+    return path
+
+
 @pytest.fixture(params=(False, True), ids=("plain", "fast"))
 def path(request):
     """``path(model)``: the model by the engine's plain path, then in another test by its fast one."""

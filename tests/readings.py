@@ -7,7 +7,7 @@ import reference
 import torch
 import xarray as xr
 from families import random_tokens
-from reference import _out_matrix, _parts
+from reference import out_matrix, parts
 
 from selfrepair.measure.measurement import find_measurement
 from selfrepair.measure.self_feeding import SCALES, VECTORS
@@ -41,7 +41,7 @@ def measured(name, model, here, **settings):
 def pass_with_input(hf, tokens, layer, change):
     """z of ``layer`` and the final residual stream of a full pass in which ``change(residual)`` replaces the
     residual before that layer."""
-    blocks, projections, norm = _parts(hf)
+    blocks, projections, norm = parts(hf)
     seen = {}
 
     def enter(_, args, kwargs):
@@ -87,12 +87,12 @@ def written(hf, z, layer, head):
     """What a head writes, its value bias moved out."""
     width = z.shape[-1] // HEADS
     part = slice(head * width, (head + 1) * width)
-    return (z[..., part] - reference.value_bias(hf, layer)[part]) @ _out_matrix(_parts(hf)[1][layer])[part]
+    return (z[..., part] - reference.value_bias(hf, layer)[part]) @ out_matrix(parts(hf)[1][layer])[part]
 
 
 @torch.no_grad()
 def effect(hf, clean, tokens, z, layer, head):
-    sigma = reference.sigma(hf, clean["residual"][len(_parts(hf)[0])])
+    sigma = reference.sigma(hf, clean["residual"][len(parts(hf)[0])])
     return reference.read_frozen(hf, written(hf, z, layer, head), sigma, tokens)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 
-def _parts(hf):
+def parts(hf):
     """(blocks, output projections, final norm) of a Hugging Face model, by its own attribute names."""
     base = hf.base_model
     kind = hf.config.model_type
@@ -45,12 +45,12 @@ def mlp_projections(hf):
         "phi": "mlp.fc2",
     }
     names |= {"llama": llama, "mistral": llama, "qwen2": llama, "qwen3": llama}
-    return [block.get_submodule(names[hf.config.model_type]) for block in _parts(hf)[0]]
+    return [block.get_submodule(names[hf.config.model_type]) for block in parts(hf)[0]]
 
 
 def value_bias(hf, layer) -> Tensor:
     """Bias of the values, one entry per input of the output projection."""
-    block = _parts(hf)[0][layer]
+    block = parts(hf)[0][layer]
     kind, d, heads = hf.config.model_type, hf.config.hidden_size, hf.config.num_attention_heads
     if kind == "gpt2":
         return block.attn.c_attn.bias[2 * d :]
@@ -60,12 +60,12 @@ def value_bias(hf, layer) -> Tensor:
         return block.self_attn.v_proj.bias
     values = block.attn.attention.v_proj if kind == "gpt_neo" else block.self_attn.v_proj
     if values.bias is None:
-        return torch.zeros(_out_matrix(_parts(hf)[1][layer]).shape[0], dtype=hf.dtype)
+        return torch.zeros(out_matrix(parts(hf)[1][layer]).shape[0], dtype=hf.dtype)
     groups = heads // hf.config.num_key_value_heads
     return values.bias.view(hf.config.num_key_value_heads, -1).repeat_interleave(groups, 0).reshape(-1)
 
 
-def _out_matrix(projection) -> Tensor:
+def out_matrix(projection) -> Tensor:
     """[input, d_model]"""
     return projection.weight if type(projection).__name__ == "Conv1D" else projection.weight.T
 
@@ -73,7 +73,7 @@ def _out_matrix(projection) -> Tensor:
 @torch.no_grad()
 def forward(hf, tokens, patch=None):
     """Full forward pass, what the definitions need of it; ``patch = (layer, head, z_new)`` replaces a z."""
-    blocks, projections, norm = _parts(hf)
+    blocks, projections, norm = parts(hf)
     heads = hf.config.num_attention_heads
     seen = {"z": {}, "attention": {}, "residual": {}}
     handles = []
@@ -115,7 +115,7 @@ def centred_correct_logit(logits, tokens):
 
 
 def sigma(hf, residual):
-    norm = _parts(hf)[2]
+    norm = parts(hf)[2]
     if type(norm).__name__ == "LayerNorm":
         return ((residual - residual.mean(-1, keepdim=True)).pow(2).mean(-1) + norm.eps).sqrt()
     return (residual.pow(2).mean(-1) + norm.variance_epsilon).sqrt()
@@ -123,7 +123,7 @@ def sigma(hf, residual):
 
 def read_frozen(hf, written, sigma_clean, tokens):
     """Direct effect of ``written`` [b, k, d]: the norm's formula, σ frozen, onto the centred unembedding."""
-    norm = _parts(hf)[2]
+    norm = parts(hf)[2]
     if type(norm).__name__ == "LayerNorm":
         written = written - written.mean(-1, keepdim=True)
     normed = norm.weight * written / sigma_clean[..., None]
@@ -164,10 +164,10 @@ def ablate(hf, tokens, layer, head, kind):
     bias = value_bias(hf, layer)[part]
     new = replaced(kind, z, bias)
     ablated = forward(hf, tokens, (layer, head, new))
-    projections = _parts(hf)[1]
+    projections = parts(hf)[1]
     last = len(projections)
     s = sigma(hf, clean["residual"][last])
-    W_O = _out_matrix(projections[layer])[part]
+    W_O = out_matrix(projections[layer])[part]
 
     def effect(written):
         return read_frozen(hf, written, s, tokens)
@@ -179,7 +179,7 @@ def ablate(hf, tokens, layer, head, kind):
     change = centred_correct_logit(ablated["logits"], tokens) - centred_correct_logit(clean["logits"], tokens)
     other_heads = 0
     for i, projection in enumerate(projections):
-        W = _out_matrix(projection)
+        W = out_matrix(projection)
         for h in range(heads):
             if (i, h) != (layer, head):
                 span = slice(h * width, (h + 1) * width)
@@ -188,7 +188,7 @@ def ablate(hf, tokens, layer, head, kind):
                 other_heads = other_heads - effect((clean["z"][i][..., span] - b) @ W[span])
     mlps = sum(effect(mlp_out(ablated, i)) - effect(mlp_out(clean, i)) for i in range(last))
     s_ablated = sigma(hf, ablated["residual"][last])
-    beta = getattr(_parts(hf)[2], "bias", None)
+    beta = getattr(parts(hf)[2], "bias", None)
     never_changes = hf.get_output_embeddings()(torch.zeros_like(W_O[0]) if beta is None else beta)
     constant = centred_correct_logit(never_changes.expand_as(clean["logits"]), tokens)
     frozen = effect(ablated["residual"][last]) + constant

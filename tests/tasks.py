@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 import xarray as xr
+from families import random_tokens
 
 from selfrepair.measure import task as task_module
 from selfrepair.measure.measurement import (
@@ -20,6 +21,8 @@ from selfrepair.measure.measurement import (
 )
 from selfrepair.measure.task import Task
 
+#: Prompts of the small model that ``conftest.py`` has in a ``folder``.
+TOKENS = random_tokens(22).numpy()
 #: Variables of the heads' ablations that have an axis of heads.
 OF_HEADS = (
     "direct_effect",

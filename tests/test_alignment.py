@@ -6,7 +6,7 @@ import reference
 import torch
 from families import ALL_FAMILIES, load_family, random_tokens
 from readings import close, measured, prompts, tokens_of
-from reference import _parts
+from reference import parts
 
 from selfrepair.engine.forward import Replay
 from selfrepair.measure import alignment as measure
@@ -25,7 +25,7 @@ def test_gradients_equal_central_differences(family, name, tmp_path):
     reference.in_float64(model.hf)
     tokens = random_tokens(2, 7)
     gradients = residual_gradients(model, Replay(model, 7), tokens).gradients
-    blocks = _parts(hf)[0]
+    blocks = parts(hf)[0]
     generator = torch.Generator().manual_seed(5)
     step = 1e-5
     for layer in range(3):
@@ -59,7 +59,7 @@ def test_alignment_equals_autograd_through_the_plain_model(family, name, monkeyp
     found = measured("alignment", model, here)
     assert [parameter.requires_grad for parameter in model.hf.parameters()] == wanted_grad
     assert all(parameter.grad is None for parameter in model.hf.parameters())
-    blocks, _, norm = _parts(hf)
+    blocks, _, norm = parts(hf)
     residuals = []
 
     def keep(residual):

@@ -136,7 +136,7 @@ def test_parts_are_what_they_are_named(like_hub, family):
         torch.testing.assert_close(
             model.value_biases[layer].flatten(), reference.value_bias(hf, layer), rtol=0, atol=0
         )
-        torch.testing.assert_close(model.W_out(layer), reference._out_matrix(projection), rtol=0, atol=0)
+        torch.testing.assert_close(model.W_out(layer), reference.out_matrix(projection), rtol=0, atol=0)
     seen = {}
     names = {id(module): name for name, module in model.hf.named_modules()}
     pairs = [(norm, part) for layer in model.first_maps for norm, maps in layer for part in maps]

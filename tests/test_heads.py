@@ -10,7 +10,7 @@ import pytest
 import reference
 import torch
 from families import VOCAB, build_family, random_tokens, save_family
-from tasks import OF_HEADS, heads_task
+from tasks import OF_HEADS, TOKENS, heads_task
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -28,31 +28,13 @@ from selfrepair.engine.identity_check import IDENTITY_POSITIONS
 from selfrepair.errors import UserError
 from selfrepair.measure import pairs
 from selfrepair.measure.task import Task
-from selfrepair.models.loading import _why_not_loaded, load_model
+from selfrepair.models.loading import _why_not_loaded
 from selfrepair.models.support import check_supported
 from selfrepair.paths import MODELS, PUBLISHED
 from selfrepair.store.stores import open_store
 
-N = 22
-TOKENS = random_tokens(N).numpy()
+N = len(TOKENS)
 VARIABLES = {*OF_HEADS, "sigma_clean", "token"}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_family("gpt2", tmp_path_factory.mktemp("family") / "tiny-gpt2")
-
-
-@pytest.fixture(scope="module")
-def model(folder):
-    return load_model(str(folder), "cpu")
-
-
-@pytest.fixture(scope="module")
-def token_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokens") / "ids.npy"
-    np.save(path, TOKENS)
-    return path
 
 
 @pytest.fixture

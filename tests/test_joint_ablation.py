@@ -7,7 +7,7 @@ import torch
 import xarray as xr
 from families import ALL_FAMILIES
 from readings import HEADS, close, measured, prompts, tokens_of
-from reference import _parts
+from reference import parts
 from test_head_growth import masks
 
 from selfrepair.engine.ablations import ABLATIONS
@@ -31,7 +31,7 @@ def logits_without(hf, tokens, heads, kind):
             z[..., part] = new.reshape(z[..., part].shape)
             return (z,)
 
-        handles.append(_parts(hf)[1][layer].register_forward_pre_hook(put_in))
+        handles.append(parts(hf)[1][layer].register_forward_pre_hook(put_in))
     try:
         return hf(input_ids=tokens, use_cache=False).logits[:, :-1]
     finally:
@@ -87,12 +87,14 @@ def test_batches_and_rows_do_not_matter(family, monkeypatch):
 
 
 def test_alone_a_head_changes_the_logit_as_measured_with_all_heads(family):
-    model, _ = family("llama-gqa")
+    model, hf = family("llama-gqa")
     here = prompts(6, 9)
+    tokens = tokens_of(here)
+    clean = reference.forward(hf, tokens)
     found, heads = (measured(name, model, here) for name in ("joint_ablation", "heads"))
     change = (found["logit"][1] - found["logit"][0]).values
     for number, (layer, head) in enumerate(found["head"].values):
-        chosen = measure.judged_tokens(heads, 0.25, np.arange(6))[0, layer, head]
+        chosen = masks(hf, clean, tokens, int(layer), int(head), 0.25)[0].numpy()
         chosen &= (np.arange(6) % 2 == 1)[:, None]
         wanted = np.where(chosen, heads["logit_change"][layer, head], 0).sum(1)
         np.testing.assert_allclose(change[number], wanted, atol=1e-3)

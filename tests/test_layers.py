@@ -34,7 +34,7 @@ def run(hf, tokens, replace=None):
 
     ``replace = (component, output)`` puts in an output at every position, or at the last if it is of one.
     """
-    blocks, projections, norm = reference._parts(hf)
+    blocks, projections, norm = reference.parts(hf)
     modules = [
         module for pair in zip(projections, reference.mlp_projections(hf), strict=True) for module in pair
     ]
@@ -77,7 +77,7 @@ def run(hf, tokens, replace=None):
 
 def effect_on(hf, token, sigma):
     """Reads what is written along the centred unembedding of a token, the norm's formula with σ frozen."""
-    norm, W_U = reference._parts(hf)[2], hf.get_output_embeddings().weight
+    norm, W_U = reference.parts(hf)[2], hf.get_output_embeddings().weight
 
     def effect(written):
         if type(norm).__name__ == "LayerNorm":
@@ -225,8 +225,8 @@ def test_self_repair_is_compensation_and_the_final_norm(family, name):
     """An attention layer ablated as heads are, all of them at once: z replaced, value biases left out."""
     model, hf = family(name, torch.float64)
     prompts, layer = made_up_prompts(((3, 12), (2, 9)), seed=4), 1
-    projections = reference._parts(hf)[1]
-    W_O, bias = reference._out_matrix(projections[layer]), reference.value_bias(hf, layer)
+    projections = reference.parts(hf)[1]
+    W_O, bias = reference.out_matrix(projections[layer]), reference.value_bias(hf, layer)
     z = {}
 
     def logits_with(tokens, new=None):

@@ -41,7 +41,7 @@ def facts_run(tmp_path_factory):
 
 
 @pytest.mark.slow("layers are measured on the facts that a model answers")
-def test_the_data_set_holds_the_chosen_prompts(facts_run):
+def test_the_store_of_facts_gives_back_the_prompts_that_were_chosen(facts_run):
     _, asked, _ = facts_run
     prompts = choose_prompts(load_model(MODEL, "cpu"), facts_for(MODEL), 12)
     assert [len(members) for members in prompts.groups] == [

@@ -63,7 +63,7 @@ def slow_run(hf, tokens, patch=None):
 def slow_effects(hf, tokens, activations, mlp, sigma):
     """Direct effect of every neuron [prompt, position-1, neuron], one neuron at a time through norm and
     unembedding."""
-    W = reference._out_matrix(reference.mlp_projections(hf)[mlp])
+    W = reference.out_matrix(reference.mlp_projections(hf)[mlp])
     return torch.stack(
         [
             reference.read_frozen(hf, activations[mlp][..., n, None] * W[n], sigma, tokens)

@@ -45,10 +45,9 @@ def plain_loss(hf, tokens, module, part, constant):
 
 def in_the_plain_model(hf, place, site, part):
     """The module that a place is in a plain model, and which part of its input is replaced."""
-    _, projections, _ = reference._parts(hf)
+    _, projections, _ = reference.parts(hf)
     if site is HEADS:
-        width = hf.config.hidden_size // hf.config.num_attention_heads
-        width = reference._out_matrix(projections[place]).shape[0] // hf.config.num_attention_heads
+        width = reference.out_matrix(projections[place]).shape[0] // hf.config.num_attention_heads
         return projections[place], slice(part * width, (part + 1) * width)
     layer, is_mlp = divmod(place, 2)
     return (reference.mlp_projections(hf) if is_mlp else projections)[layer], None

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from families import random_tokens, save_family
-from tasks import NO_MODEL, Made, heads_task, register, wanted_settings
+from families import save_family
+from tasks import NO_MODEL, TOKENS, Made, heads_task, register, wanted_settings
 
 from selfrepair.errors import UserError
 from selfrepair.measure import heads as heads_module
@@ -28,25 +28,7 @@ from selfrepair.store.files import identity
 from selfrepair.store.manifest import manifest_of
 from selfrepair.store.stores import is_whole, open_store, write_store
 
-N = 22
-TOKENS = random_tokens(N).numpy()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_family("gpt2", tmp_path_factory.mktemp("family") / "tiny-gpt2")
-
-
-@pytest.fixture(scope="module")
-def model(folder):
-    return load_model(str(folder), "cpu")
-
-
-@pytest.fixture(scope="module")
-def token_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokens") / "ids.npy"
-    np.save(path, TOKENS)
-    return path
+N = len(TOKENS)
 
 
 def flip_a_bit(store):
