@@ -76,7 +76,7 @@ def sample_of(tasks: list[Task], chance: random.Random) -> list[tuple[Task, int]
 
 
 def compute_again(sample: list[tuple[Task, int]], device: str) -> Iterator[tuple[Task, Finding]]:
-    """Each task with what is found of its shard; ``sample`` is in order of model, as by :func:`sample_of`."""
+    """Each task with what is found of its shard; ``sample`` is in the order of :func:`sample_of`."""
     for (model_name, dtype), group in groupby(sample, lambda pair: _model_of(pair[0])):
         where, model, why = resolve_device(device), None, ""
         try:
