@@ -54,12 +54,12 @@ NO_VALUE, MOST_DIGITS = "–", 6
 LEGEND = (
     "A model says *yes* if its 95% interval (bootstrap over prompts) lies in the range of the rule and, "
     "less its control, on the claimed side of 0; *no* if either lies wholly on the other side; else *open*. "
-    "Published values have no interval: their yes or no is by the estimate, and by the range alone where their "
-    "control was not released. Those of heads are over the top 2% of tokens, and are left out beside any other "
-    "share. Verdicts: "
+    "Published values have no interval: their yes or no is by the estimate, and by the range alone where "
+    "their control was not released. Those of heads are over the top 2% of tokens, and are left out beside "
+    "any other share. Verdicts: "
     + "; ".join(f"*{name}*: {meaning}" for name, meaning in VERDICTS.items())
-    + ". Beside a verdict stands how many models say yes, and how many no if any does, of those that have what "
-    "the claim is about."
+    + ". Beside a verdict stands how many models say yes, and how many no if any does, of those that have "
+    "what the claim is about."
 )
 
 

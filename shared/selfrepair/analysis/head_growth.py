@@ -309,7 +309,9 @@ def _centred(drawn: Sequence[Sequence[float]]) -> tuple[Estimate, Estimate]:
     """Two estimates from their draws, the value first; samples are moved so that their mean is the value.
 
     A sample of prompts is drawn from a sample, so that order is noisier in it than it is: pairs that are
-    chosen by it are more like any others, and correlations of ranks are smaller.
+    chosen by it are more like any others, and correlations of ranks are smaller. So samples lie around
+    another value than the estimate, which may be none of the middle 95%, and the plain interval would be of
+    that. Their spread is kept, and samples of each of the two are moved onto its own value.
     """
     values = np.array(drawn, dtype=np.float64).T
     values[:, 1:] += (values[:, 0] - np.nanmean(values[:, 1:], axis=1))[:, None]

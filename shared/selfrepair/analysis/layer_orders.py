@@ -18,7 +18,7 @@ ROUNDING = 1e-12
 
 
 def layer_orders(n_layers: int, seed: int = 0) -> Int[np.ndarray, "order layer"]:
-    """Which layer stands at each depth: all orders, or :data:`N_RANDOM` drawn ones of more layers."""
+    """Which layer stands at each depth: all orders, or of many layers :data:`N_RANDOM`, by ``seed``."""
     if n_layers <= LAYERS_IN_FULL:
         return np.array(list(itertools.permutations(range(n_layers))))
     rng = np.random.Generator(np.random.PCG64(seed))
