@@ -87,7 +87,8 @@ def ablation_against_unembedding(runs: Sequence[LayerRun]) -> Figure:
     label_grid(axes, f"{UNEMBEDDING} (logits)", f"{ABLATION} (logits)")
     scale = ScalarMappable(BoundaryNorm(np.arange(-0.5, n_layers), colours.N), colours)
     ticks = np.arange(0, n_layers, max(1, n_layers // 12))
-    figure.colorbar(scale, ax=axes, label="attention layer", ticks=ticks, shrink=0.7, aspect=30)
+    bar = figure.colorbar(scale, ax=axes, label="attention layer", ticks=ticks, shrink=0.7, pad=0.01)
+    bar.ax.minorticks_off()
     say(
         figure,
         "small points: a prompt and an attention layer; circles: a layer's means, joined in order of the "
