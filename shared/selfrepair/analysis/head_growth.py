@@ -274,7 +274,7 @@ class PairGrowth:
         odd = self.draws_of_half(even=False)
         found |= self._intervals(TOP, odd, ("read", "read_low", "read_high"))
         own = Estimate.bare(self.effects[1] @ odd[0]) / Estimate.bare(self.counts[TOP] @ odd[0])
-        found["share"] = (Estimate.bare(found["read"]) / own[self.ablated]).value
+        found["share"] = (Estimate.bare(np.asarray(found["read"])) / own[self.ablated]).value
         return pd.DataFrame(found).sort_values("growth", ascending=False, ignore_index=True)
 
     def _intervals(

@@ -104,7 +104,7 @@ def concentration(growths: Sequence[PairGrowth]) -> Figure:
         tenth, by_chance = one.share_of_strongest().value, one.share_if_gaussian().value
         axis.plot(STRONGEST, tenth, color="C0", marker="o", ms=5, ls="none")
         axis.plot(STRONGEST, by_chance, color="0.2", marker="s", mfc="white", ms=5, ls="none")
-        axis.set(xlim=(0, SHOWN), ylim=(-0.05, 1.1), xlabel="share of the pairs")
+        axis.set(xlim=(0, SHOWN), ylim=(-0.05, 1.1), xlabel="share of the pairs, largest first")
         means = f"tenth {number(tenth)}, if Gaussian {number(by_chance)}"
         axis.set_title(f"{one.model}, {len(one.later)} pairs\n{means}", fontsize=9)
     label_left(axes, 3, "share of the\npositive growth")
@@ -112,8 +112,8 @@ def concentration(growths: Sequence[PairGrowth]) -> Figure:
     say(
         figure,
         f"pairs in order of their growth on {_prompts(growths, even=True)} prompts of even number, growth on "
-        f"{_prompts(growths, even=False)} of odd number; band: 95% interval over these; grey line, circle and "
-        "square: the strongest tenth",
+        f"{_prompts(growths, even=False)} of odd number; band: 95% interval over the latter; grey line, circle "
+        "and square: the strongest tenth",
     )
     return figure
 
