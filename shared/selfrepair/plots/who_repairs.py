@@ -112,8 +112,8 @@ def concentration(growths: Sequence[PairGrowth]) -> Figure:
     say(
         figure,
         f"pairs in order of their growth on {_prompts(growths, even=True)} prompts of even number, growth on "
-        f"{_prompts(growths, even=False)} of odd number; band: 95% interval over the latter; grey line, circle "
-        "and square: the strongest tenth",
+        f"{_prompts(growths, even=False)} of odd number; band: 95% interval over the latter; grey line, "
+        "circle and square: the strongest tenth",
     )
     return figure
 
@@ -159,8 +159,8 @@ def joint_excess(found: Sequence[JointCosts]) -> Figure:
     say(
         figure,
         "rise of the loss (nats per token) on the ablated head's top tokens, "
-        f"{_amounts(one.n_prompts for one in found)} prompts of odd number; bars: 95% intervals over prompts; "
-        "dashed: together as much as the sum",
+        f"{_amounts(one.n_prompts for one in found)} prompts of odd number; bars: 95% intervals over "
+        "prompts; dashed: together as much as the sum",
     )
     return figure
 
