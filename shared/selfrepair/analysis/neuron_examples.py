@@ -27,7 +27,7 @@ def passages(neurons: ModelNeurons, sweep: xr.Dataset, n: int = 3) -> list[Passa
     found = []
     for row in strongest_of_prompts(repair)[:n].tolist():
         prompt, position = int(repair.prompt[row]), int(repair.position[row])
-        said = _said(repair, row, mlps_repair[prompt, position])
+        said = _said(repair, row, float(mlps_repair[prompt, position]))
         heading = f"{neurons.model} L{layer}H{head}, {neurons.next_token(repair, row)!r}: {said}"
         found.append(around(heading, neurons.text[prompt], mlps_repair[prompt], position))
     return found
