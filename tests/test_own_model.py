@@ -11,7 +11,7 @@ import pytest
 import reference
 import torch
 from families import FAMILIES, build_family, random_tokens
-from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
+from transformers import AutoTokenizer, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 import selfrepair
 from selfrepair.analysis.head_table import heads_table
@@ -146,13 +146,65 @@ def test_what_was_given_is_named_and_not_its_temporary_copy():
     assert found.effects.attrs["corpus"] == "tokens"
     with torch.no_grad():
         hf.transformer.h[0].attn.c_proj.weight[0, 0] = torch.nan
-    with pytest.raises(UserError, match=r"^gpt2: .*c_proj\.weight is not finite: the weights are damaged"):
+    with pytest.raises(
+        UserError, match=r"^gpt2 \(in memory\): .*c_proj\.weight is not finite: the weights are damaged"
+    ):
         selfrepair.measure_heads(hf, tokens=random_tokens(2), device="cpu")
     t5 = T5ForConditionalGeneration(
         T5Config(vocab_size=9, d_model=4, d_ff=4, num_layers=1, num_heads=1, d_kv=4)
     )
-    with pytest.raises(UserError, match=r"^t5: architecture 't5' is not supported: an encoder-decoder"):
+    with pytest.raises(
+        UserError, match=r"^t5 \(in memory\): architecture 't5' is not supported: an encoder-decoder"
+    ):
         selfrepair.measure_heads(t5, tokens=random_tokens(2), device="cpu")
+
+
+def _with_hook(hf):
+    hf.transformer.h[1].attn.register_forward_hook(
+        lambda module, inputs, outputs: (0 * outputs[0], outputs[1])
+    )
+
+
+def _with_other_activation(hf):
+    hf.transformer.h[0].mlp.act = torch.nn.ReLU()
+
+
+def _with_other_eps(hf):
+    hf.transformer.ln_f.eps = 0.5
+
+
+class Scaled(GPT2LMHeadModel):
+    def forward(self, *args, **kwargs):
+        found = super().forward(*args, **kwargs)
+        found.logits = 1.01 * found.logits
+        return found
+
+
+def _with_other_forward(hf):
+    hf.__class__ = Scaled
+
+
+@pytest.mark.parametrize("change", [_with_hook, _with_other_activation, _with_other_eps, _with_other_forward])
+def test_what_only_memory_holds_is_refused(change):
+    """The copy on the disk would be measured instead."""
+    hf = build_family("gpt2")
+    change(hf)
+    hf.train()
+    with pytest.raises(UserError, match=r"^gpt2 \(in memory\): the model in memory is not the one") as error:
+        selfrepair.measure_heads(hf, tokens=random_tokens(2), device="cpu")
+    assert "\n" not in str(error.value) and all(module.training for module in hf.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_rounding_is_no_change(dtype):
+    hf = build_family("gpt2").to(dtype)
+    found = selfrepair.measure_heads(hf, tokens=random_tokens(2), device="cpu")
+    assert found.model == "gpt2 (in memory)"
+
+
+def test_a_model_in_memory_is_called_as_it_was_loaded():
+    hf = GPT2LMHeadModel.from_pretrained(MODELS / "pocket-gpt2")
+    assert selfrepair.measure_heads(hf, tokens=random_tokens(2), device="cpu").model == "pocket-gpt2"
 
 
 @pytest.mark.parametrize("family", ["gpt2", "neox-parallel"])

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
+from jaxtyping import Int
 from matplotlib.figure import Figure
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -27,15 +28,20 @@ from selfrepair.analysis.head_table import heads_table
 from selfrepair.analysis.self_repair import with_self_repair
 from selfrepair.engine.ablations import ABLATIONS, find_ablation
 from selfrepair.engine.fast.switch import fast_path
+from selfrepair.engine.identity_check import check_tokens
 from selfrepair.engine.optimal import N_PROMPTS
 from selfrepair.errors import UserError
 from selfrepair.measure.measurement import find_measurement
 from selfrepair.measure.tokens import of_prompts
 from selfrepair.measure.unseen_tokens import of_unseen
+from selfrepair.models.checkpoints import short_name
 from selfrepair.models.loading import Model, load_model
 from selfrepair.plots.across_models import self_repair_by_depth
 from selfrepair.run.profiles import Possible, refuse_impossible
 from selfrepair.text.corpora import Prompts, load_tokens
+
+#: So many tokens of one prompt say whether a model in memory is the one that is measured.
+COMPARED = 16
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,9 @@ def measure_heads(
 
     Args:
         model: an embedded model's name, a folder, a hub id, or a Hugging Face model. Such a model is not
-            changed; it is measured in float32, as a copy that is written to a temporary folder.
+            changed; it is measured in float32, as a copy that is written to a temporary folder. So what only
+            memory holds (hooks, other modules, another forward) is not in the copy: it is refused if the
+            logits of copy and model differ.
         text: one document or several to cut into prompts of ``prompt_len`` tokens, in an order that is drawn.
             By default the prose that ships with the suite.
         tokens: token ids ``[prompt, position]`` to measure on instead; the donor of row ``i`` of ``n`` is row
@@ -97,8 +105,8 @@ def measure_heads(
         fraction: share of the tokens that each head is judged on.
 
     Raises:
-        UserError: an argument of another type; the model is not supported or cannot be loaded; the prompts
-            are too few, an odd number, too long, or not the model's; says what to do.
+        UserError: an argument of another type; the model is not supported, cannot be loaded or is not what
+            its copy is; the prompts are too few, an odd number, too long, or not the model's; says what to do.
     """
     given: dict[str, Any] = {"text": text, "tokens": tokens, "tokenizer": tokenizer, "n_prompts": n_prompts}
     given = {name: value for name, value in given.items() if value is not None}
@@ -112,6 +120,9 @@ def measure_heads(
     loaded = _loaded(model, tokenizer, device)
     reader = loaded.tokenizer if tokenizer is None else tokenizer
     prompts = _prompts(reader, text, tokens, n_prompts, prompt_len, n_unseen)
+    if isinstance(model, PreTrainedModel):
+        check_tokens(loaded, torch.from_numpy(prompts.tokens), prompts.source)
+        _check_copy(loaded, model, torch.from_numpy(prompts.tokens[:1, :COMPARED]))
     settings = {"ablation": ablation, "n_prompts": len(prompts.tokens)}
     inputs = {"tokens": of_prompts(prompts), "unseen_tokens": of_unseen(prompts)}
     heads = find_measurement("heads")
@@ -182,11 +193,42 @@ def _loaded(
     """By the one path for all models, which checks what it loads."""
     if not isinstance(model, PreTrainedModel):
         return load_model(os.fspath(model), device)
-    kind = model.config.model_type
-    with tempfile.TemporaryDirectory() as folder, _called(kind, own := f"{folder}/{kind}"):
+    name = short_name(model.name_or_path) or f"{model.config.model_type} (in memory)"
+    with tempfile.TemporaryDirectory() as folder, _called(name, own := f"{folder}/model"):
         model.save_pretrained(own)
         (_stand_in() if tokenizer is None else tokenizer).save_pretrained(own)
-        return load_model(own, device)
+        return replace(load_model(own, device), name=name)
+
+
+@torch.no_grad()
+def _check_copy(copy: Model, model: PreTrainedModel, tokens: Int[Tensor, "1 position"]) -> None:
+    """Refuses a model that computes otherwise than its ``copy``: the disk holds its weights and settings only.
+
+    Centred logits may differ by rounding: by the root of the model's precision, of the largest.
+
+    Raises:
+        UserError: it does, or cannot be run on tokens.
+    """
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        logits = model(input_ids=tokens.to(model.device)).logits.cpu().double()
+    except Exception as error:  # whatever the user's own code raises
+        raise UserError(
+            f"{copy.name}: cannot be run on token ids ({type(error).__name__}: {error})"
+        ) from error
+    finally:
+        for module, was in training.items():
+            module.training = was
+    both = (copy.hf(input_ids=tokens.to(copy.device)).logits.cpu().double(), logits)
+    wanted, found = (one - one.mean(-1, keepdim=True) for one in both)
+    error = ((found - wanted).abs().max() / wanted.abs().max()).item()
+    if not error < max(torch.finfo(of).eps for of in (model.dtype, copy.dtype)) ** 0.5:
+        raise UserError(
+            f"{copy.name}: the model in memory is not the one that its weights and configuration give (logits "
+            f"differ by {error:.1e} of the largest), and only that could be measured: undo what was changed "
+            "beside weights, such as hooks, modules or its forward"
+        )
 
 
 def _stand_in() -> PreTrainedTokenizerBase:
