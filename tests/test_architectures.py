@@ -15,6 +15,7 @@ import transformers
 from families import ALL_FAMILIES, TINY, build_family, random_tokens
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from selfrepair.engine.ablations import find_ablation
 from selfrepair.engine.forward import run_clean
@@ -25,7 +26,7 @@ from selfrepair.errors import UserError
 from selfrepair.models.architectures import ARCHITECTURES, CONDITIONS, SUPPORTED
 from selfrepair.models.loading import load_model
 from selfrepair.models.parts import weight_out_in
-from selfrepair.models.support import REFUSALS, check_supported, check_window, support_table
+from selfrepair.models.support import REFUSALS, check_config, check_supported, check_window, support_table
 from selfrepair.paths import MODELS, REPOSITORY
 
 VOCAB = 320
@@ -324,9 +325,24 @@ def test_prompts_must_lie_within_the_sliding_window():
     check_window(AutoConfig.for_model("gpt2"), 1024, "gpt2")
 
 
+@pytest.mark.parametrize("record", ARCHITECTURES, ids=lambda record: record.model_type)
+def test_only_the_language_model_of_an_architecture_is_measured(record):
+    """As config.json says; older ones do not."""
+    assert record.causal_lm == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[record.model_type]
+    config = {"model_type": record.model_type}
+    for named in ({}, {"architectures": None}, {"architectures": [record.causal_lm]}, {"auto_map": {}}):
+        check_config(config | named, 2, "hub/model")
+    for named in ("GPT2Model", ["GPT2ForSequenceClassification"], 3):
+        with pytest.raises(UserError, match=f"^hub/model: .*{record.causal_lm} would be measured in its"):
+            check_config(config | {"architectures": named}, 2, "hub/model")
+    with pytest.raises(UserError, match=r"^hub/model: not supported: by auto_map"):
+        check_config(config | {"auto_map": {"AutoModelForCausalLM": "own.Model"}}, 2, "hub/model")
+
+
 def test_missing_weights_are_refused(like_hub, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(like_hub("llama"))
     model.model.save_pretrained(tmp_path)  # all but the unembedding
+    model.config.architectures = ["LlamaForCausalLM"]
     model.config.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(like_hub("llama")).save_pretrained(tmp_path)
     with pytest.raises(

@@ -11,7 +11,13 @@ import pytest
 import reference
 import torch
 from families import FAMILIES, build_family, random_tokens
-from transformers import AutoTokenizer, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoTokenizer,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import selfrepair
 from selfrepair.analysis.head_table import heads_table
@@ -193,6 +199,15 @@ def test_what_only_memory_holds_is_refused(change):
     with pytest.raises(UserError, match=r"^gpt2 \(in memory\): the model in memory is not the one") as error:
         selfrepair.measure_heads(hf, tokens=random_tokens(2), device="cpu")
     assert "\n" not in str(error.value) and all(module.training for module in hf.modules())
+
+
+def test_a_model_of_another_head_is_refused():
+    """Its weights without the head are those of a language model, and would be measured as one."""
+    hf = GPT2ForSequenceClassification(build_family("gpt2").config)
+    with pytest.raises(
+        UserError, match=r"^gpt2 \(in memory\): .*GPT2ForSequenceClassification.*, no language"
+    ):
+        selfrepair.measure_heads(hf, tokens=random_tokens(2), device="cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])

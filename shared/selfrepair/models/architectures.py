@@ -31,7 +31,8 @@ class Condition:
 class Architecture:
     """An architecture that satisfies the definitions: how its blocks are built, and tiny models for tests.
 
-    ``models`` are well-known ones. ``parallel`` says whether the MLP reads what the attention of its block
+    ``causal_lm`` is the class of its language models in transformers, which is what is measured; ``models``
+    are well-known ones. ``parallel`` says whether the MLP reads what the attention of its block
     reads, or which setting says so, and ``one_norm`` whether both read one norm. ``any_heads`` says whether
     heads may have any width and share keys and values, ``sliding_window`` whether attention may look back
     over some tokens only. ``tiny`` has, by a tiny model's name, its settings beside :data:`TINY_SHAPE`, and
@@ -39,6 +40,7 @@ class Architecture:
     """
 
     model_type: str
+    causal_lm: str
     models: str
     norms: str
     positions: str
@@ -83,6 +85,7 @@ TINY_SHAPE = dict(num_hidden_layers=3, num_attention_heads=4, hidden_size=32, ma
 ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture(
         model_type="gpt2",
+        causal_lm="GPT2LMHeadModel",
         models="GPT-2 small to XL, DistilGPT-2",
         norms="LayerNorm",
         positions="learned",
@@ -90,6 +93,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     Architecture(
         model_type="gpt_neox",
+        causal_lm="GPTNeoXForCausalLM",
         models="Pythia, GPT-NeoX-20B",
         norms="LayerNorm",
         positions="rotary",
@@ -108,6 +112,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     Architecture(
         model_type="llama",
+        causal_lm="LlamaForCausalLM",
         models="Llama 1–3, TinyLlama, SmolLM2",
         norms="RMSNorm",
         positions="rotary",
@@ -120,6 +125,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     Architecture(
         model_type="opt",
+        causal_lm="OPTForCausalLM",
         models="OPT 125M, 1.3B to 66B",
         norms="LayerNorm",
         positions="learned",
@@ -149,6 +155,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     Architecture(
         model_type="gpt_neo",
+        causal_lm="GPTNeoForCausalLM",
         models="GPT-Neo, TinyStories",
         norms="LayerNorm",
         positions="learned",
@@ -163,6 +170,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     Architecture(
         model_type="mistral",
+        causal_lm="MistralForCausalLM",
         models="Mistral 7B",
         norms="RMSNorm",
         positions="rotary",
@@ -173,6 +181,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     Architecture(
         model_type="qwen2",
+        causal_lm="Qwen2ForCausalLM",
         models="Qwen1.5, Qwen2, Qwen2.5",
         norms="RMSNorm",
         positions="rotary",
@@ -183,6 +192,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     Architecture(
         model_type="qwen3",
+        causal_lm="Qwen3ForCausalLM",
         models="Qwen3 0.6B to 32B",
         norms="RMSNorm",
         positions="rotary",
@@ -194,6 +204,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     Architecture(
         model_type="phi",
+        causal_lm="PhiForCausalLM",
         models="Phi-1, Phi-1.5, Phi-2",
         norms="LayerNorm",
         positions="partly rotary",

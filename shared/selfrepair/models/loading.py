@@ -32,7 +32,13 @@ from selfrepair.models.architectures import is_parallel
 from selfrepair.models.checkpoints import TOKENIZER_FILES, embedded_models, find_model, short_name
 from selfrepair.models.devices import precision, resolve_device
 from selfrepair.models.parts import NormedMaps, first_maps, unhooked, value_biases, weight_out_in
-from selfrepair.models.support import check_reads_text, check_supported, find_architecture
+from selfrepair.models.support import (
+    check_architecture,
+    check_reads_text,
+    check_stock,
+    check_supported,
+    find_architecture,
+)
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -136,7 +142,7 @@ def load_model(
     device = resolve_device(str(device))
     where = find_model(model_name)
     with _unloadable_is_said(model_name, where):
-        find_architecture(_model_type(where), model_name)
+        check_architecture(_raw_config(where), model_name)
         check_supported(AutoConfig.from_pretrained(where, trust_remote_code=False), model_name)
         hf = _load_weights(model_name, where, device, dtype)
         bridge = TransformerBridge.boot_transformers(where, hf_model=hf, device=device, dtype=dtype)
@@ -146,9 +152,8 @@ def load_model(
     return name_parts(model_name, bridge)
 
 
-def _model_type(where: str) -> str | None:
-    model_type = PretrainedConfig.get_config_dict(where)[0].get("model_type")
-    return model_type and str(model_type)
+def _raw_config(where: str) -> dict[str, Any]:
+    return PretrainedConfig.get_config_dict(where)[0]
 
 
 @contextmanager
@@ -249,9 +254,11 @@ def load_hf(
     """
     where = find_model(model_name)
     with _unloadable_is_said(model_name, where):
-        model_type = _model_type(where)
+        config = _raw_config(where)
+        model_type = config.get("model_type") and str(config["model_type"])
         if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             find_architecture(model_type, model_name)
+        check_stock(config, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type], model_name)
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
         check_reads_text(tokenizer)
         model = _load_weights(model_name, where, device, dtype)

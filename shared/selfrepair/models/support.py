@@ -49,6 +49,38 @@ def find_architecture(model_type: str | None, model_name: str) -> Architecture:
     return SUPPORTED[model_type]
 
 
+def check_architecture(config: Mapping[str, Any], model_name: str) -> Architecture:
+    """The record of an architecture, by what config.json gives.
+
+    Raises:
+        UserError: as :func:`find_architecture` and :func:`check_stock`.
+    """
+    architecture = find_architecture(config.get("model_type") and str(config["model_type"]), model_name)
+    check_stock(config, architecture.causal_lm, model_name)
+    return architecture
+
+
+def check_stock(config: Mapping[str, Any], causal_lm: str, model_name: str) -> None:
+    """Refuses a checkpoint of another model than transformers' own class of language models ``causal_lm``.
+
+    Raises:
+        UserError: its config.json names other classes, or code of its own; says that the class would be
+            loaded instead.
+    """
+    instead = f"transformers' {causal_lm} would be measured in its place"
+    if config.get("auto_map"):
+        raise UserError(
+            f"{model_name}: not supported: by auto_map in its config.json it is computed by code of its own, "
+            f"which is never run, and {instead}: if that is the same model, take auto_map out"
+        )
+    named = config.get("architectures") or [causal_lm]
+    if causal_lm not in (named if isinstance(named, list) else [named]):
+        raise UserError(
+            f"{model_name}: not supported: by architectures in its config.json it is {named}, no language "
+            f"model, or one of another kind; {instead}"
+        )
+
+
 def check_supported(config: PretrainedConfig, model_name: str) -> None:
     """Refuses a model for which direct effects and self-repair are not what the definitions say.
 
@@ -89,9 +121,9 @@ def check_config(config: Mapping[str, Any], prompt_len: int, model_name: str) ->
     """Refuses by what config.json gives, before anything is loaded, what is refused later in any case.
 
     Raises:
-        UserError: the architecture is not supported, or as :func:`check_context`.
+        UserError: as :func:`check_architecture` and :func:`check_context`.
     """
-    find_architecture(config.get("model_type") and str(config["model_type"]), model_name)
+    check_architecture(config, model_name)
     for context in (config[name] for name in CONTEXT if type(config.get(name)) is int):
         check_context(context, prompt_len, model_name)
 

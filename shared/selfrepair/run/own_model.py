@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,7 @@ from selfrepair.errors import UserError
 from selfrepair.measure.measurement import find_measurement
 from selfrepair.measure.tokens import of_prompts
 from selfrepair.measure.unseen_tokens import of_unseen
+from selfrepair.models.architectures import SUPPORTED
 from selfrepair.models.checkpoints import short_name
 from selfrepair.models.loading import Model, load_model
 from selfrepair.plots.across_models import self_repair_by_depth
@@ -196,8 +198,17 @@ def _loaded(
     name = short_name(model.name_or_path) or f"{model.config.model_type} (in memory)"
     with tempfile.TemporaryDirectory() as folder, _called(name, own := f"{folder}/model"):
         model.save_pretrained(own)
+        _name_stock_class(model, Path(own) / "config.json")
         (_stand_in() if tokenizer is None else tokenizer).save_pretrained(own)
         return replace(load_model(own, device), name=name)
+
+
+def _name_stock_class(model: PreTrainedModel, saved: Path) -> None:
+    """A class that is made of transformers' own may be that one; whether it is, :func:`_check_copy` says."""
+    architecture = SUPPORTED.get(model.config.model_type)
+    if architecture and any(kind.__name__ == architecture.causal_lm for kind in type(model).__mro__):
+        config = json.loads(saved.read_bytes())
+        saved.write_text(json.dumps({**config, "architectures": [architecture.causal_lm]}), encoding="utf-8")
 
 
 @torch.no_grad()
