@@ -314,7 +314,7 @@ def test_prompts_must_lie_within_the_sliding_window():
     windowed = AutoConfig.for_model("qwen2", use_sliding_window=True, sliding_window=64)
     check_window(windowed, 64, "qwen")
     with pytest.raises(
-        UserError, match=r"qwen: its attention looks back 64 tokens .* --prompt-len 64 or less"
+        UserError, match=r"qwen: its attention looks back 64 tokens .* \(prompt_len\) of 64 tokens or less"
     ):
         check_window(windowed, 65, "qwen")
     for config in (
@@ -323,6 +323,28 @@ def test_prompts_must_lie_within_the_sliding_window():
     ):
         check_window(config, 4096, "all of it")
     check_window(AutoConfig.for_model("gpt2"), 1024, "gpt2")
+
+
+@pytest.mark.parametrize(
+    ("config", "refused"),
+    [
+        ({"model_type": "mistral", "sliding_window": 64}, True),
+        ({"model_type": "mistral", "sliding_window": None}, False),
+        ({"model_type": "qwen2", "sliding_window": 64, "use_sliding_window": True}, True),
+        ({"model_type": "qwen2", "sliding_window": 64, "use_sliding_window": False}, False),
+        ({"model_type": "qwen3", "sliding_window": 64}, False),
+        ({"model_type": "llama", "sliding_window": 64}, False),
+    ],
+)
+def test_a_sliding_window_in_force_is_refused_before_anything_is_loaded(config, refused):
+    check_config(config, 64, "windowed")
+    if refused:
+        with pytest.raises(UserError, match=r"^windowed: its attention looks back 64 tokens"):
+            check_config(config, 65, "windowed")
+    else:
+        check_config(config, 65, "windowed")
+    windows = getattr(AutoConfig.for_model(**config), "sliding_window", None)  # as it is loaded
+    assert config["model_type"] == "llama" or (windows == 64) == refused
 
 
 @pytest.mark.parametrize("record", ARCHITECTURES, ids=lambda record: record.model_type)

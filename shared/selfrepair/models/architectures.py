@@ -35,7 +35,7 @@ class Architecture:
     are well-known ones. ``parallel`` says whether the MLP reads what the attention of its block
     reads, or which setting says so, and ``one_norm`` whether both read one norm. ``any_heads`` says whether
     heads may have any width and share keys and values, ``sliding_window`` whether attention may look back
-    over some tokens only. ``tiny`` has, by a tiny model's name, its settings beside :data:`TINY_SHAPE`, and
+    over some tokens only, or which setting says so. ``tiny`` has, by a tiny model's name, its settings beside :data:`TINY_SHAPE`, and
     ``more`` what the README's table says beyond the rest.
     """
 
@@ -48,7 +48,7 @@ class Architecture:
     parallel: bool | str = False
     one_norm: bool = False
     any_heads: bool = False
-    sliding_window: bool = False
+    sliding_window: bool | str = False
     more: tuple[str, ...] = ()
     conditions: tuple[Condition, ...] = ()
 
@@ -186,7 +186,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         norms="RMSNorm",
         positions="rotary",
         any_heads=True,
-        sliding_window=True,
+        sliding_window="use_sliding_window",
         more=("grouped-query",),
         tiny={"qwen2": dict(intermediate_size=48, num_key_value_heads=2)},
     ),
@@ -197,7 +197,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         norms="RMSNorm",
         positions="rotary",
         any_heads=True,
-        sliding_window=True,
+        sliding_window="use_sliding_window",
         more=("grouped-query", "normed queries and keys"),
         # its heads together are wider than the residual stream
         tiny={"qwen3": dict(intermediate_size=48, num_key_value_heads=2, head_dim=12)},

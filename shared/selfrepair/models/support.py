@@ -121,9 +121,12 @@ def check_config(config: Mapping[str, Any], prompt_len: int, model_name: str) ->
     """Refuses by what config.json gives, before anything is loaded, what is refused later in any case.
 
     Raises:
-        UserError: as :func:`check_architecture` and :func:`check_context`.
+        UserError: as :func:`check_architecture`, :func:`check_context` and :func:`check_window`.
     """
-    check_architecture(config, model_name)
+    switch = check_architecture(config, model_name).sliding_window
+    window = config.get("sliding_window")
+    if type(window) is int and (config.get(switch) if isinstance(switch, str) else switch):
+        _check_window(window, prompt_len, model_name)
     for context in (config[name] for name in CONTEXT if type(config.get(name)) is int):
         check_context(context, prompt_len, model_name)
 
@@ -147,7 +150,11 @@ def check_window(config: PretrainedConfig, prompt_len: int, model_name: str) -> 
     Raises:
         UserError: they are; says how long prompts may be.
     """
-    window = getattr(config, "sliding_window", None)
+    _check_window(getattr(config, "sliding_window", None), prompt_len, model_name)
+
+
+def _check_window(window: object, prompt_len: int, model_name: str) -> None:
+    """``window`` (tokens) is that of a configuration; ``None``: attention looks back over all of them."""
     if window is not None and not (type(window) is int and prompt_len <= window):
         raise UserError(
             f"{model_name}: its attention looks back {window} tokens and {SHORT_WINDOW}: "
