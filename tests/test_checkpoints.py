@@ -20,6 +20,7 @@ from selfrepair.models.checkpoints import (
     find_model,
     model_folder,
     model_identity,
+    read_config,
     short_name,
 )
 from selfrepair.paths import MODELS
@@ -100,6 +101,21 @@ def test_embedded_and_local_models_are_folders(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="no such folder"):
             find_model(path)
     assert model_folder("gpt2") is None and model_folder("EleutherAI/pythia-70m") is None
+
+
+def test_a_file_in_the_place_of_a_folder_is_called_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    for name in ("model.safetensors", str(tmp_path / "model.safetensors")):
+        with pytest.raises(UserError, match=f"^{name}: a file, not a model's folder"):
+            find_model(name)
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_who_gave_a_folder_is_not_told_to_download_it(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"its config\.json .*: check the files of its folder$"):
+        read_config(str(tmp_path))
 
 
 def test_the_hub_is_asked_once_and_its_answer_is_said(hub, tmp_path):

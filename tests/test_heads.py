@@ -322,7 +322,9 @@ def test_damaged_weights_are_one_line(tmp_path, token_file, capsys):
     folder = save_family("gpt2", tmp_path / "m")
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-50])
-    one_line(capsys, main(command(folder, token_file, tmp_path)), "not a loadable", ": download it again")
+    one_line(
+        capsys, main(command(folder, token_file, tmp_path)), "not a loadable", ": check the files of its"
+    )
     for file in folder.glob("tokenizer*"):
         file.rename(tmp_path / file.name)
     one_line(capsys, main(command(folder, token_file, tmp_path)), "save the model's tokenizer in its folder")

@@ -27,7 +27,7 @@ def model_folder(model_name: str) -> Path | None:
     """The folder of an embedded or local model; ``None`` for a hub id.
 
     Raises:
-        UserError: ``model_name`` is a path but no folder with a ``config.json``.
+        UserError: ``model_name`` is a file, or a path but no folder with a ``config.json``.
     """
     if model_name in embedded_models():
         return MODELS / model_name
@@ -36,6 +36,8 @@ def model_folder(model_name: str) -> Path | None:
         if not (path / "config.json").is_file():
             raise UserError(f"{model_name}: no config.json in this folder, so it is no Hugging Face model")
         return path
+    if os.path.isfile(model_name):
+        raise UserError(f"{model_name}: a file, not a model's folder: give the folder that it lies in")
     if model_name.count("/") > 1 or model_name.startswith((".", "/", "~")):
         raise UserError(f"{model_name}: no such folder")
     return None
@@ -68,11 +70,16 @@ def read_config(model_name: str) -> dict[str, Any]:
         config = json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{model_name}: its config.json cannot be read ({error}): download it again"
+            f"{model_name}: its config.json cannot be read ({error}): {what_to_mend(model_name)}"
         ) from error
     if not isinstance(config, dict):
-        raise UserError(f"{model_name}: its config.json is no JSON object: download it again")
+        raise UserError(f"{model_name}: its config.json is no JSON object: {what_to_mend(model_name)}")
     return config
+
+
+def what_to_mend(model_name: str) -> str:
+    """What to do about a damaged model: of a folder, nobody knows here where it came from."""
+    return "download it again" if model_folder(model_name) is None else "check the files of its folder"
 
 
 def whole_name(model_name: str, folder: str | Path = "") -> str:

@@ -29,7 +29,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from selfrepair.errors import UserError
 from selfrepair.models.architectures import is_parallel
-from selfrepair.models.checkpoints import TOKENIZER_FILES, embedded_models, find_model, short_name
+from selfrepair.models.checkpoints import (
+    TOKENIZER_FILES,
+    embedded_models,
+    find_model,
+    short_name,
+    what_to_mend,
+)
 from selfrepair.models.devices import precision, resolve_device
 from selfrepair.models.parts import NormedMaps, first_maps, unhooked, value_biases, weight_out_in
 from selfrepair.models.support import (
@@ -196,7 +202,7 @@ def _check_weights(model_name: str, hf: PreTrainedModel, report: Mapping[str, It
         UserError: the checkpoint lacks weights, which would be random, or its weights are not those of its
             configuration, or not finite.
     """
-    again = "download it again"
+    again = what_to_mend(model_name)
     if missing := sorted(report["missing_keys"]):
         raise UserError(
             f"{model_name}: {len(missing)} weights are missing from this checkpoint, "
@@ -272,7 +278,7 @@ def _why_not_loaded(model_name: str, where: str, error: Exception) -> str:
     if Path(where).is_dir():
         has_tokenizer = any(file for pattern in TOKENIZER_FILES for file in Path(where).glob(pattern))
         instead = "" if has_tokenizer else "save the model's tokenizer in its folder, which has none, or "
-        return f"{model_name}: not a loadable causal language model ({said}): {instead}download it again"
+        return f"{model_name}: not a loadable causal language model ({said}): {instead}{what_to_mend(model_name)}"
     return (
         f"{model_name}: the Hugging Face hub did not give all of it ({said}): check the network, "
         f"or give the path of a local model folder; the embedded models ({', '.join(embedded_models())}) "

@@ -36,7 +36,7 @@ from selfrepair.measure.measurement import find_measurement
 from selfrepair.measure.tokens import of_prompts
 from selfrepair.measure.unseen_tokens import of_unseen
 from selfrepair.models.architectures import SUPPORTED
-from selfrepair.models.checkpoints import short_name
+from selfrepair.models.checkpoints import short_name, what_to_mend
 from selfrepair.models.loading import Model, load_model
 from selfrepair.plots.across_models import self_repair_by_depth
 from selfrepair.run.profiles import Possible, refuse_impossible
@@ -186,7 +186,8 @@ def _called(name: str, path: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise type(error)(str(error).replace(path, name)) from error
+        said = str(error).replace(what_to_mend(path), "check what was given").replace(path, name)
+        raise type(error)(said) from error
 
 
 def _loaded(
