@@ -3,9 +3,11 @@
 import errno
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -57,6 +59,17 @@ def test_other_errors_pass(tmp_path):
         raise UserError("as it was")
 
 
+@pytest.mark.parametrize("disk", [{"total": 0, "free": 0}, {"total": 1 << 30, "free": 9}])
+def test_another_reason_is_not_a_full_disk(tmp_path, monkeypatch, disk):
+    """/proc has no space at all, and nothing can be made in it."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(**disk))
+    with pytest.raises(FileNotFoundError), disk_full_is_said(tmp_path):
+        plainly(errno.ENOENT)
+    says_nothing = pytest.raises(UserError, match="disk full") if disk["total"] else pytest.raises(ValueError)
+    with says_nothing, disk_full_is_said(tmp_path):
+        raise ValueError("could not write")
+
+
 @pytest.fixture
 def largest_file():
     """``largest_file(bytes)``: no file of this process may grow beyond that, until the test ends."""
@@ -87,7 +100,7 @@ def test_size_limit_is_said_whoever_writes(tmp_path, largest_file, write):
 
 def test_size_limit_stops_a_sweep_in_one_line_and_later_it_goes_on(tmp_path, largest_file, capsys):
     model = save_family("gpt2", tmp_path / "tiny")
-    np.save(tmp_path / "ids.npy", np.tile(random_tokens(4).numpy(), (8, 1)))
+    np.save(tmp_path / "ids.npy", random_tokens(32).numpy())
     sources = ["--model", str(model), "--tokens", str(tmp_path / "ids.npy")]
     command = ["sweep", *sources, "--device", "cpu", "--out", str(tmp_path / "out")]
     largest_file(8_000)

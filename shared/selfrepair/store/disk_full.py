@@ -27,15 +27,16 @@ def disk_full_is_said(*folders: Path) -> Iterator[None]:
     reached; other errors pass.
 
     Libraries report these as :class:`OSError`, as errors of their own that name the number, or as errors
-    that say nothing: then the free space decides.
+    that say nothing: then the free space decides, of a disk that has any (``/proc`` has none).
     """
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        full = [folder for folder in folders if _free(folder) < NEARLY_NOTHING]
-        why = why_not_written(error) or (REASONS[errno.ENOSPC] if full else None)
+        full = [folder for folder in folders if _is_full(folder)]
+        says_why = isinstance(error, OSError) and error.errno is not None
+        why = why_not_written(error) or (REASONS[errno.ENOSPC] if full and not says_why else None)
         if why is None:
             raise
         raise UserError(
@@ -55,7 +56,8 @@ def why_not_written(error: BaseException | None) -> str | None:
     return None
 
 
-def _free(folder: Path) -> int:
+def _is_full(folder: Path) -> bool:
     while not folder.exists():
         folder = folder.parent
-    return shutil.disk_usage(folder).free
+    disk = shutil.disk_usage(folder)
+    return disk.total > 0 and disk.free < NEARLY_NOTHING
