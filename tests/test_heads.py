@@ -352,7 +352,7 @@ def test_unsupported_architectures_are_refused_by_name_before_weights(tmp_path, 
 def test_full_disk_is_one_line_and_the_run_goes_on_later(tmp_path, small_disk, folder, capsys):
     disk = small_disk(2)
     prompts = tmp_path / "many.npy"
-    np.save(prompts, np.tile(TOKENS, (20, 1)))
+    np.save(prompts, random_tokens(20 * N).numpy())
     status = main(command(folder, prompts, disk))
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert status == 1 and "disk full" in last

@@ -235,6 +235,41 @@ def test_a_folder_without_a_tokenizer_reads_no_text(tmp_path, family):
         selfrepair.measure_heads(build_family(family), tokenizer=empty, n_prompts=4, device="cpu")
 
 
+def test_prompts_that_are_their_own_donors_are_said(capsys):
+    """Resample ablation changes nothing there; other kinds have no donors."""
+    hf, tokens = build_family("gpt2"), random_tokens(6)
+    twice = torch.cat([tokens, tokens])
+    with pytest.raises(
+        UserError, match=r"^tokens: every prompt is the same as its donor \(row i of 12 as row i \+ 6"
+    ):
+        selfrepair.measure_heads(hf, tokens=twice, device="cpu")
+    capsys.readouterr()
+    selfrepair.measure_heads(hf, tokens=twice, ablation="zero", device="cpu")
+    assert "pairs" not in capsys.readouterr().err
+    twice[:4] = random_tokens(4, seed=1)
+    found = selfrepair.measure_heads(hf, tokens=twice, device="cpu").effects["self_repair"].values
+    assert "tokens: 2 of 6 pairs of prompts are twice the same prompt" in capsys.readouterr().err
+    assert (found[:, :, [4, 5, 10, 11]] == 0).all() and (found[:, :, [0, 6]] != 0).any()
+
+
+def test_the_last_of_an_odd_number_of_rows_is_left_out_and_said(capsys):
+    found = selfrepair.measure_heads(build_family("gpt2"), tokens=random_tokens(5), device="cpu")
+    assert found.effects.sizes["prompt"] == 4
+    said = capsys.readouterr().err
+    assert "tokens: its last row is left out" in said and said.endswith("it has 5\n")
+
+
+def test_resample_ablation_changes_nothing_behind_the_same_first_token():
+    """Every prompt begins with BOS, and its donor does; the head's own direct effect is there all the same."""
+    tokens = random_tokens(4)
+    tokens[:, 0] = 1
+    found = selfrepair.measure_heads(build_family("llama"), tokens=tokens, device="cpu").effects
+    first = found.isel(position=0)
+    for name in ("logit_change", "self_repair"):
+        np.testing.assert_allclose(first[name], 0, atol=1e-5)
+    assert np.abs(first["direct_effect"]).mean() > 0.01 and np.abs(found["self_repair"]).mean() > 0.01
+
+
 def test_a_model_in_memory_needs_its_tokenizer_for_text():
     with pytest.raises(UserError, match="needs its tokenizer"):
         selfrepair.measure_heads(build_family("gpt2"), device="cpu")

@@ -171,6 +171,7 @@ def sweep(options: argparse.Namespace) -> None:
     from selfrepair.engine.ablations import find_ablation
     from selfrepair.engine.identity_check import check_tokens
     from selfrepair.engine.optimal import N_PROMPTS
+    from selfrepair.measure.pairs import remarks_on_pairs
     from selfrepair.measure.task import Task
     from selfrepair.models.devices import all_devices, set_precision
     from selfrepair.models.loading import load_model
@@ -192,12 +193,8 @@ def sweep(options: argparse.Namespace) -> None:
     drawn = load_tokens(models[0].tokenizer, **source, **amount, n_unseen=n_unseen)
     prompts = torch.from_numpy(drawn.tokens)
     check_tokens(models[0], prompts, drawn.source)  # what is wrong is said before anything is written
-    if drawn.last_row_left_out:
-        print(
-            f"{drawn.source}: its last row is left out: prompts are each other's donors in pairs, and it has "
-            f"{len(prompts) + n_unseen + 1}",
-            file=sys.stderr,
-        )
+    for line in remarks_on_pairs(models[0], drawn, options.ablation):
+        print(line, file=sys.stderr)
     amount = {"n_prompts": len(prompts), "prompt_len": prompts.shape[1]}
     wanted = {**source, **amount, "dtype": options.dtype, "ablation": options.ablation}
     with disk_full_is_said(options.out):

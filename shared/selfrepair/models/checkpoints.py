@@ -77,9 +77,12 @@ def read_config(model_name: str) -> dict[str, Any]:
     return config
 
 
+CHECK_FOLDER = "check the files of its folder"
+
+
 def what_to_mend(model_name: str) -> str:
     """What to do about a damaged model: of a folder, nobody knows here where it came from."""
-    return "download it again" if model_folder(model_name) is None else "check the files of its folder"
+    return "download it again" if model_folder(model_name) is None else CHECK_FOLDER
 
 
 def whole_name(model_name: str, folder: str | Path = "") -> str:

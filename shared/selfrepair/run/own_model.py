@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -33,10 +34,11 @@ from selfrepair.engine.identity_check import check_tokens
 from selfrepair.engine.optimal import N_PROMPTS
 from selfrepair.errors import UserError
 from selfrepair.measure.measurement import find_measurement
+from selfrepair.measure.pairs import remarks_on_pairs
 from selfrepair.measure.tokens import of_prompts
 from selfrepair.measure.unseen_tokens import of_unseen
 from selfrepair.models.architectures import SUPPORTED
-from selfrepair.models.checkpoints import short_name, what_to_mend
+from selfrepair.models.checkpoints import CHECK_FOLDER, short_name
 from selfrepair.models.loading import Model, load_model
 from selfrepair.plots.across_models import self_repair_by_depth
 from selfrepair.run.profiles import Possible, refuse_impossible
@@ -99,7 +101,8 @@ def measure_heads(
         text: one document or several to cut into prompts of ``prompt_len`` tokens, in an order that is drawn.
             By default the prose that ships with the suite.
         tokens: token ids ``[prompt, position]`` to measure on instead; the donor of row ``i`` of ``n`` is row
-            ``i + n / 2``.
+            ``i + n / 2``. Of an odd number the last row is left out, which is said on stderr; so is how many
+            donors are equal to their prompts.
         tokenizer: that of a Hugging Face model, which needs one for text.
         n_prompts: an even number; by default 32, or all that ``text`` or ``tokens`` give.
         ablation: ``resample``, ``mean``, ``zero`` or ``optimal``, which learns from further prompts of the
@@ -122,9 +125,11 @@ def measure_heads(
     loaded = _loaded(model, tokenizer, device)
     reader = loaded.tokenizer if tokenizer is None else tokenizer
     prompts = _prompts(reader, text, tokens, n_prompts, prompt_len, n_unseen)
+    check_tokens(loaded, torch.from_numpy(prompts.tokens), prompts.source)
     if isinstance(model, PreTrainedModel):
-        check_tokens(loaded, torch.from_numpy(prompts.tokens), prompts.source)
         _check_copy(loaded, model, torch.from_numpy(prompts.tokens[:1, :COMPARED]))
+    for line in remarks_on_pairs(loaded, prompts, ablation):
+        print(line, file=sys.stderr)
     settings = {"ablation": ablation, "n_prompts": len(prompts.tokens)}
     inputs = {"tokens": of_prompts(prompts), "unseen_tokens": of_unseen(prompts)}
     heads = find_measurement("heads")
@@ -186,7 +191,7 @@ def _called(name: str, path: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        said = str(error).replace(what_to_mend(path), "check what was given").replace(path, name)
+        said = str(error).replace(CHECK_FOLDER, "check what was given").replace(path, name)
         raise type(error)(said) from error
 
 
