@@ -1,5 +1,7 @@
 """Backup heads: how few carry the growth, whether that is luck, whom they resemble, joint costs by hand."""
 
+from statistics import NormalDist
+
 import numpy as np
 import pytest
 import xarray as xr
@@ -300,6 +302,146 @@ def test_table_of_pairs_has_the_strongest_first():
     assert counted["shrink, top tokens"] == counted["grow, control tokens"] == 0
 
 
+def uneven(n_layers=3, n_heads=4, prompts=PROMPTS, seed=1):
+    """Tokens differ by head, selection and prompt, clean effects by prompt; growth is a sum over tokens."""
+    rng = np.random.default_rng(seed)
+    ablated, other = ("ablated_layer", "ablated_head"), ("layer", "head")
+    heads = (n_layers, n_heads)
+    return xr.Dataset(
+        {
+            "growth": (
+                ("selection", *ablated, *other, "prompt"),
+                rng.normal(0.2, 1, size=(2, *heads, *heads, prompts)),
+            ),
+            "clean_effect": ((*ablated, *other, "prompt"), rng.normal(size=(*heads, *heads, prompts))),
+            "count": (("selection", *ablated, "prompt"), rng.integers(1, 6, size=(2, *heads, prompts))),
+        },
+        {"prompt": np.arange(prompts)},
+        {"model": "made up", "selections": list(SELECTED)},
+    )
+
+
+class Pairs:
+    """Means over tokens of :func:`uneven` by plain sums, over ``EVERY``, ``EVEN`` or ``ODD`` prompts."""
+
+    EVERY, EVEN, ODD = slice(None), slice(0, None, 2), slice(1, None, 2)
+
+    def __init__(self, made, selection=0):
+        self.growth, self.count = (made[name].values[selection] for name in ("growth", "count"))
+        self.effect, self.top_count = made["clean_effect"].values, made["count"].values[0]
+        heads = [(layer, head) for layer in range(made.sizes["layer"]) for head in range(made.sizes["head"])]
+        self.all = [(one, later) for one in heads for later in heads if later[0] > one[0]]
+
+    def mean(self, head, later, prompts):
+        return self.growth[(*head, *later)][prompts].sum() / self.count[head][prompts].sum()
+
+    def means(self, prompts):
+        return np.array([self.mean(head, later, prompts) for head, later in self.all])
+
+    def mean_effect(self, head, later, prompts):
+        """Of the later head, on the ablated head's top tokens."""
+        return self.effect[(*head, *later)][prompts].sum() / self.top_count[head][prompts].sum()
+
+    def strongest(self, prompts):
+        """Numbers of the tenth of the pairs that grow most."""
+        return np.argsort(-self.means(prompts), kind="stable")[: int(np.ceil(0.1 * len(self.all)))]
+
+
+def test_table_of_pairs_by_loops():
+    made = uneven()
+    pairs, control = Pairs(made), Pairs(made, 1)
+    found = PairGrowth.of(made, 5)
+    table = found.table().set_index(["ablated", "later"])
+    for head, later in pairs.all:
+        row = table.loc["L{}H{}".format(*head), "L{}H{}".format(*later)]
+        own = pairs.mean_effect(head, head, Pairs.ODD)
+        wanted = {
+            "growth": pairs.mean(head, later, Pairs.EVERY),
+            "control": control.mean(head, later, Pairs.EVERY),
+            "chosen_by": pairs.mean(head, later, Pairs.EVEN),
+            "read": pairs.mean(head, later, Pairs.ODD),
+            "later_effect": pairs.mean_effect(head, later, Pairs.EVERY),
+            "share": pairs.mean(head, later, Pairs.ODD) / own,
+        }
+        assert {name: row[name] for name in wanted} == pytest.approx(wanted)
+
+
+def test_shares_of_the_growth_by_loops():
+    """Pairs and their signs by even prompts, growth by odd ones, each head's over its own tokens."""
+    made = uneven()
+    pairs, found = Pairs(made), PairGrowth.of(made, 5)
+    chosen, read = pairs.means(Pairs.EVEN), pairs.means(Pairs.ODD)
+    positive, strongest = read[chosen > 0].sum(), pairs.strongest(Pairs.EVEN)
+    assert found.share_of_strongest().value == pytest.approx(read[strongest].sum() / positive)
+    assert found.net().value == pytest.approx(read.sum() / positive)
+    order = np.argsort(-chosen, kind="stable")
+    np.testing.assert_allclose(found.cumulative().value, np.cumsum(read[order]) / positive)
+    control = Pairs(made, 1)
+    order = np.argsort(-control.means(Pairs.EVEN), kind="stable")
+    wanted = np.cumsum(control.means(Pairs.ODD)[order]) / positive
+    np.testing.assert_allclose(found.cumulative(CONTROL).value, wanted)
+    row = counted_pairs({"made up": found}, all_pairs([found])).iloc[0]
+    assert row["all pairs together"] == pytest.approx(read.sum() / positive)
+    assert row["strongest tenth carries"] == pytest.approx(read[strongest].sum() / positive)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_growth_of_heads_that_lower_the_token_by_loops(seed):
+    made = uneven(seed=seed)
+    pairs = Pairs(made)
+    read, strongest = pairs.means(Pairs.ODD), pairs.strongest(Pairs.EVEN)
+    lowers = np.array([pairs.mean_effect(*pair, Pairs.EVEN) < 0 for pair in pairs.all])
+    share, of_all = PairGrowth.of(made, 5).by_erasers()
+    wanted = sum(read[pair] for pair in strongest if lowers[pair]) / sum(read[pair] for pair in strongest)
+    assert share.value == pytest.approx(wanted) and of_all == lowers.mean()
+
+
+def test_control_of_the_strongest_tenth_by_loops():
+    """Growth that is Gaussian around 0 with the mean square that each ablated head's has on even prompts."""
+    made = uneven()
+    pairs = Pairs(made)
+    chosen, read, n = pairs.means(Pairs.EVEN), pairs.means(Pairs.ODD), len(pairs.all)
+    heads = sorted({head for head, _ in pairs.all})
+    of_head = {head: [i for i, pair in enumerate(pairs.all) if pair[0] == head] for head in heads}
+    spread = {head: np.sqrt(np.mean(chosen[of_head[head]] ** 2)) for head in heads}
+    slope = {head: (chosen * read)[of_head[head]].sum() / spread[head] for head in heads}
+    low, high = -50.0, 50.0
+    for _ in range(100):
+        threshold = (low + high) / 2
+        above = sum(len(of_head[head]) * (1 - NormalDist().cdf(threshold / spread[head])) for head in heads)
+        low, high = (threshold, high) if above > np.ceil(0.1 * n) else (low, threshold)
+    carried, positive = (
+        sum(slope[head] * np.exp(-((t / spread[head]) ** 2) / 2) for head in heads) for t in (threshold, 0)
+    )
+    found = PairGrowth.of(made, 5).share_if_gaussian()
+    assert found.value == pytest.approx(carried / positive)
+
+
+@pytest.mark.parametrize(("selection", "number"), [(TOP, 0), (CONTROL, 1)])
+def test_ranks_of_one_half_against_those_of_the_other_by_loops(selection, number):
+    made = uneven()
+    pairs, others, same = Pairs(made, number), [], []
+
+    def ranks(head, layer, prompts):
+        return np.argsort(np.argsort([pairs.mean(head, (layer, later), prompts) for later in range(4)]))
+
+    for layer, above in ((0, 1), (0, 2), (1, 2)):
+        for one in range(4):
+            for other in range(4):
+                half, rest = ranks((layer, one), above, Pairs.EVEN), ranks((layer, other), above, Pairs.ODD)
+                (same if one == other else others).append(np.corrcoef(half, rest)[0, 1])
+    shared, own = PairGrowth.of(made, 5).shared(selection)
+    assert [shared.value, own.value] == pytest.approx([np.mean(others), np.mean(same)])
+
+
+def test_halves_are_drawn_apart():
+    found = PairGrowth.of(uneven(), 50)
+    even, odd = (found.draws_of_half(half)[1:] for half in (True, False))
+    assert not even[:, 1::2].any() and not odd[:, 0::2].any()
+    assert (even.sum(1) == 6).all() and (odd.sum(1) == 6).all()
+    assert abs(np.corrcoef(even[:, 0::2].ravel(), odd[:, 1::2].ravel())[0, 1]) < 0.2
+
+
 def jointly(loss, logit):
     """``loss`` and ``logit [run, trio]`` of every token; a prompt of number ``n`` has ``n`` tokens."""
     count = np.tile(np.arange(4.0), (2, 1))
@@ -341,6 +483,35 @@ def test_costs_together_and_alone():
     assert found.n_prompts == 2
 
 
+def test_table_of_costs_alone_and_together():
+    """Logits cost where they fall; low and high are ends of the excess's interval over prompts."""
+    loss = [[2, 3], [2.5, 3.1], [2.1, 3.3], [2.9, 3.4], [2.2, 3.2], [2.7, 3.3]]
+    logit = [[5, 5], [4, 4], [4.5, 4.5], [3, 3.5], [4.5, 5], [3.5, 4]]
+    found = JointCosts.of(jointly(loss, logit), 20)
+    columns = ["head", "with", "kind", "head alone", "other alone", "sum", "together", "excess"]
+    wanted = {
+        "loss": [
+            ["L0H0", "L1H0", "backup", 0.5, 0.1, 0.6, 0.9, 0.3],
+            ["L0H1", "L2H1", "backup", 0.1, 0.3, 0.4, 0.4, 0.0],
+            ["L0H0", "L1H1", "middling", 0.5, 0.2, 0.7, 0.7, 0.0],
+            ["L0H1", "L1H0", "middling", 0.1, 0.2, 0.3, 0.3, 0.0],
+        ],
+        "logit": [
+            ["L0H0", "L1H0", "backup", 1.0, 0.5, 1.5, 2.0, 0.5],
+            ["L0H1", "L2H1", "backup", 1.0, 0.5, 1.5, 1.5, 0.0],
+            ["L0H0", "L1H1", "middling", 1.0, 0.5, 1.5, 1.5, 0.0],
+            ["L0H1", "L1H0", "middling", 1.0, 0.0, 1.0, 1.0, 0.0],
+        ],
+    }
+    for quantity, rows in wanted.items():
+        table = found.table(quantity)
+        assert (table["model"] == "made up").all()
+        for row, values in zip(table[columns].values.tolist(), rows, strict=True):
+            assert row[:3] == values[:3] and row[3:] == pytest.approx(values[3:], abs=1e-9)
+        np.testing.assert_allclose(table["low"], table["excess"], atol=1e-9)  # the same on every token
+        np.testing.assert_allclose(table["high"], table["excess"], atol=1e-9)
+
+
 def test_backups_beyond_the_control_drawn_together():
     """Excesses differ by as much in every prompt, so that their difference has no spread though they have."""
     joint = jointly(np.zeros((6, 2)), np.zeros((6, 2)))
@@ -358,18 +529,41 @@ def test_backups_beyond_the_control_drawn_together():
     assert row["share"] == pytest.approx(shares[0] - shares[1]) and row["share_low"] < row["share_high"]
 
 
-def test_statistics_are_those_that_are_registered():
+def test_statistics_by_loops_and_those_that_are_registered():
     """All of notebook 09, and no others."""
-    growth = PairGrowth.of(grown(noise(3, 4)), 10)
-    cosines = cosines_of(np.zeros((3, 3, 2)), np.eye(12)[None])
-    patterns = xr.Dataset({"heads": (("any_head", "other_head", "prompt"), np.ones((12, 12, 2)))})
-    alike = resemblances({"m": growth}, {"m": cosines}, {"m": patterns})
-    costs = JointCosts.of(jointly(np.ones((6, 2)), np.ones((6, 2))), 10)
+    made, rng = uneven(), np.random.default_rng(3)
+    growth, pairs = PairGrowth.of(made, 5), Pairs(made)
+    outputs, patterns = rng.normal(size=(1, 12, 12)), rng.normal(size=(12, 12, 3))
+    alike = resemblances(
+        {"m": growth},
+        {"m": cosines_of(np.zeros((3, 3, 2)), outputs)},
+        {"m": xr.Dataset({"heads": (("any_head", "other_head", "prompt"), patterns)})},
+    )
+    costs = JointCosts.of(jointly(rng.normal(size=(6, 2)), rng.normal(size=(6, 2))), 10)
     found = who_repairs_statistics({"m": growth}, {"m": costs}, alike)["m"]
     known = load_statistics()
-    assert found.keys() <= known.keys() and "same-head" in alike["m"]
     controls = {statistic.control for name, statistic in known.items() if name in found}
-    assert {control for control in controls if isinstance(control, str)} <= found.keys()
+    assert (
+        found.keys() <= known.keys() and {name for name in controls if isinstance(name, str)} <= found.keys()
+    )
+    wanted = {
+        "growth-of-strongest-tenth": growth.share_of_strongest(),
+        "growth-of-strongest-tenth-gaussian": growth.share_if_gaussian(),
+        "same-backups": growth.shared()[0],
+        "same-backups-control-tokens": growth.shared(CONTROL)[0],
+    } | costs.statistics()
+    wanted = {name: estimate.value for name, estimate in wanted.items()}
+    assert len({round(value, 6) for value in wanted.values()}) == len(wanted)  # none is another's
+    strongest = [pairs.all[number] for number in pairs.strongest(Pairs.EVERY)]
+    for kind, cosine in (("output", outputs[0] / 2), ("pattern", patterns.mean(-1))):  # 2 prompts, 3 prompts
+        of_layers = [
+            (cosine[4 * a + b, 4 * c + d], [cosine[4 * a + b, 4 * c + e] for e in range(4) if e != d])
+            for (a, b), (c, d) in strongest
+        ]
+        wanted[f"backups-{kind}-cosine"] = np.mean([own for own, _ in of_layers])
+        wanted[f"backups-{kind}-cosine-same-distance"] = np.mean([np.mean(rest) for _, rest in of_layers])
+    assert {name: estimate.value for name, estimate in found.items()} == pytest.approx(wanted)
+    assert alike["m"]["same-head"].value == growth.shared()[1].value
 
 
 def test_names_of_selections_are_those_of_the_measurement():
