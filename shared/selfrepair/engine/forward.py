@@ -1,4 +1,4 @@
-"""Running parts of a model: one clean pass, then any blocks again with changed inputs.
+"""Running parts of a model: one clean pass, any blocks again with changed inputs, the unembedding.
 
 Blocks run with the arguments that the model itself gives them, so that nothing here knows an architecture.
 """
@@ -74,6 +74,25 @@ def float32_residual(model: Model, within: nn.Module | None = None) -> Iterator[
     norms = widened_norms(model.hf if within is None else within)
     with norms, before(model.blocks[:1], widen), torch.autocast(model.device.type, dtype=model.dtype):
         yield
+
+
+def unembed(model: Model, final: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocabulary"]:
+    """Logits (not centred, in float32 or better) of final residual streams, final norm included."""
+    with float32_residual(model):
+        logits = model.hf.get_output_embeddings()(model.final_norm(final))
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def next_token_losses(
+    model: Model,
+    final: Float[Tensor, "*variant prompt position d_model"],
+    tokens: Int[Tensor, "prompt position"],
+) -> Float[Tensor, "*variant prompt position-1"]:
+    """Negative log-probability (nats) of each next token where ``final`` is the final residual stream."""
+    logits = unembed(model, final[..., :-1, :])
+    correct = tokens[:, 1:].expand(logits.shape[:-1])
+    losses = nn.functional.cross_entropy(logits.flatten(0, -2), correct.flatten(), reduction="none")
+    return losses.view(correct.shape)
 
 
 def block_arguments(

@@ -15,8 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from selfrepair.engine.batches import prompts_that_fit
-from selfrepair.engine.forward import CleanRun, Replay, carry, run_clean
-from selfrepair.engine.unembedding import next_token_losses
+from selfrepair.engine.forward import CleanRun, Replay, carry, next_token_losses, run_clean
 from selfrepair.models.loading import Model
 
 #: Parts times prompts in one pass with gradients: logits of the whole vocabulary are held for so many.

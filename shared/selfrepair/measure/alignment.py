@@ -11,8 +11,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from selfrepair.engine.forward import Replay, run_clean
-from selfrepair.engine.unembedding import next_token_losses
+from selfrepair.engine.forward import Replay, next_token_losses, run_clean
 from selfrepair.measure.measurement import Inputs, Measurement, Settings
 from selfrepair.measure.pairs import pair_shards, prompts_of_shard, tokens_of
 from selfrepair.models.devices import on_device

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from selfrepair.engine.ablations import Replacement
 from selfrepair.engine.batches import in_halves, pairs_that_fit, partner_batches, rows_that_fit
-from selfrepair.engine.forward import Replay, carry
+from selfrepair.engine.forward import Replay, carry, unembed
 from selfrepair.engine.hooks import Arguments, before
 from selfrepair.engine.reading import Reading
-from selfrepair.engine.unembedding import unembed
 from selfrepair.errors import NotMeasurable
 from selfrepair.measure.judged_tokens import SELECTED, TOP, judged_tokens
 from selfrepair.measure.measurement import Inputs, Measurement, Settings

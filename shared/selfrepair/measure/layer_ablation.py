@@ -40,12 +40,11 @@ from transformers import DynamicCache
 
 from selfrepair.engine.ablations import Replacement, find_ablation
 from selfrepair.engine.direct_effect import FinalNorm, token_directions
-from selfrepair.engine.forward import Blocks, CleanRun, Replay, run_clean
+from selfrepair.engine.forward import Blocks, CleanRun, Replay, run_clean, unembed
 from selfrepair.engine.hooks import watching
 from selfrepair.engine.identity_check import check_identity
 from selfrepair.engine.one_position import CleanKeys, OnePosition
 from selfrepair.engine.sites import COMPONENTS
-from selfrepair.engine.unembedding import unembed
 from selfrepair.measure.facts import PromptGroup, prompt_groups
 from selfrepair.measure.measurement import Inputs, Settings
 from selfrepair.measure.unseen_tokens import learnt_from
