@@ -117,8 +117,11 @@ def test_findings_are_verdicts_alone():
     said_of_published = [published for *_, published in cells if published]
     assert len(said) == claims["claim"].nunique() and said_of_published
     for verdict, _, counted in (one.partition(", ") for one in (*said, *said_of_published)):
-        yes, models = map(int, counted.split(" of ")) if counted else (0, 0)
+        counts, _, control = counted.partition("; ")
+        found = re.fullmatch(r"(\d+)(?: yes, (\d+) no,)? of (\d+)", counts or "0 of 0")
+        yes, no, models = (int(number or 0) for number in found.groups())
         assert verdict in VERDICTS and (yes == models > 0) == (verdict == "reproduced")
+        assert yes + no <= models and (not control or "the control alone lies in the range" in control)
 
 
 def test_a_refresh_adds_no_more_than_the_guide_says():
