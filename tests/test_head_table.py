@@ -68,6 +68,16 @@ def test_heads_table_against_plain_loops():
         assert row.self_repair_low < row.self_repair < row.self_repair_high
 
 
+def test_tokens_of_one_prompt_have_no_interval():
+    """Every draw of prompts gives their mean again, as if it were known exactly."""
+    sweep = fake_sweep()
+    sweep["direct_effect"][1, 2, 3, :10] = 100
+    table = heads_table(sweep, fraction=10 / 500).set_index(["layer", "head"])
+    ends = table[["self_repair_low", "self_repair_high"]]
+    assert ends.loc[(1, 2)].isna().all() and np.isfinite(table.loc[(1, 2), "self_repair"])
+    assert ends.drop(index=[(1, 2)]).notna().all(axis=None)
+
+
 def test_parts_sum_to_self_repair():
     table = heads_table(fake_sweep())
     assert sum(table[f"self_repair_{part}"] for part in PARTS).to_numpy() == pytest.approx(

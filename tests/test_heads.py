@@ -107,6 +107,7 @@ def test_heads_command_writes_the_published_columns(tmp_path, folder, token_file
     assert len(table) == 12 and (table["n_tokens"] == np.ceil(0.1 * N * 11)).all()
     assert main(["heads", store]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 13
+    one_line(capsys, main(["heads", store, "--fraction", "1e-3"]), "tokens is less than one token: raise it")
 
 
 def one_line(capsys, status, *said):
@@ -297,7 +298,7 @@ def test_evaluating_a_model_without_a_tokenizer_is_one_line(tmp_path, capsys):
 
 def test_a_long_reason_is_cut_between_words():
     said = _why_not_loaded("mine", str(MODELS), ValueError("words\n" * 99))
-    assert re.search(r"\(ValueError: (words )+…\)", said)
+    assert re.search(r"\(ValueError: (words )+\[\.\.\.\]\)", said)
 
 
 @pytest.mark.parametrize("below", [".", "further/below"])

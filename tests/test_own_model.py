@@ -66,7 +66,7 @@ def test_text_is_cut_into_prompts():
     rows = tokens[:, 1:].tolist()
     assert sum(row in of_the_text for row in rows) >= len(rows) - 1
     assert len(rows) >= len(of_the_text) - 1 and rows != of_the_text[: len(rows)]
-    fewer = selfrepair.measure_heads(SMALL, text=text, prompt_len=16, n_prompts=2, device="cpu")
+    fewer = selfrepair.measure_heads(SMALL, text=text, prompt_len=16, n_prompts=2, fraction=0.1, device="cpu")
     assert fewer.effects.sizes["prompt"] == 2
 
 
@@ -97,6 +97,7 @@ def test_text_is_cut_into_prompts():
         ({"tokens": [[1] * 2000] * 2}, "context"),
         ({"ablation": "none"}, "none"),
         ({"fraction": 0}, "fraction"),
+        ({"tokens": [[1, 2, 3], [3, 4, 5]], "fraction": 0.2}, "^fraction 0.2 of 4 tokens is less than one"),
         ({"n_prompts": 3}, "even"),
         ({"n_prompts": 0}, "even"),
     ],
@@ -148,21 +149,21 @@ def test_a_folder_may_be_given_as_a_path_and_numbers_as_numpys(monkeypatch):
 
 def test_what_was_given_is_named_and_not_its_temporary_copy():
     hf = build_family("gpt2")
-    found = selfrepair.measure_heads(hf, tokens=random_tokens(2), device="cpu")
+    found = selfrepair.measure_heads(hf, tokens=random_tokens(6), device="cpu")
     assert found.effects.attrs["corpus"] == "tokens"
     with torch.no_grad():
         hf.transformer.h[0].attn.c_proj.weight[0, 0] = torch.nan
     with pytest.raises(
         UserError, match=r"^gpt2 \(in memory\): .*c_proj\.weight is not finite: the weights are damaged"
     ):
-        selfrepair.measure_heads(hf, tokens=random_tokens(2), device="cpu")
+        selfrepair.measure_heads(hf, tokens=random_tokens(6), device="cpu")
     t5 = T5ForConditionalGeneration(
         T5Config(vocab_size=9, d_model=4, d_ff=4, num_layers=1, num_heads=1, d_kv=4)
     )
     with pytest.raises(
         UserError, match=r"^t5 \(in memory\): architecture 't5' is not supported: an encoder-decoder"
     ):
-        selfrepair.measure_heads(t5, tokens=random_tokens(2), device="cpu")
+        selfrepair.measure_heads(t5, tokens=random_tokens(6), device="cpu")
 
 
 def _with_hook(hf):
@@ -197,7 +198,7 @@ def test_what_only_memory_holds_is_refused(change):
     change(hf)
     hf.train()
     with pytest.raises(UserError, match=r"^gpt2 \(in memory\): the model in memory is not the one") as error:
-        selfrepair.measure_heads(hf, tokens=random_tokens(2), device="cpu")
+        selfrepair.measure_heads(hf, tokens=random_tokens(6), device="cpu")
     assert "\n" not in str(error.value) and all(module.training for module in hf.modules())
 
 
@@ -207,19 +208,19 @@ def test_a_model_of_another_head_is_refused():
     with pytest.raises(
         UserError, match=r"^gpt2 \(in memory\): .*GPT2ForSequenceClassification.*, no language"
     ):
-        selfrepair.measure_heads(hf, tokens=random_tokens(2), device="cpu")
+        selfrepair.measure_heads(hf, tokens=random_tokens(6), device="cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_rounding_is_no_change(dtype):
     hf = build_family("gpt2").to(dtype)
-    found = selfrepair.measure_heads(hf, tokens=random_tokens(2), device="cpu")
+    found = selfrepair.measure_heads(hf, tokens=random_tokens(6), device="cpu")
     assert found.model == "gpt2 (in memory)"
 
 
 def test_a_model_in_memory_is_called_as_it_was_loaded():
     hf = GPT2LMHeadModel.from_pretrained(MODELS / "pocket-gpt2")
-    assert selfrepair.measure_heads(hf, tokens=random_tokens(2), device="cpu").model == "pocket-gpt2"
+    assert selfrepair.measure_heads(hf, tokens=random_tokens(6), device="cpu").model == "pocket-gpt2"
 
 
 @pytest.mark.parametrize("family", ["gpt2", "neox-parallel"])
@@ -228,8 +229,8 @@ def test_a_folder_without_a_tokenizer_reads_no_text(tmp_path, family):
     build_family(family).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"no tokenizer with a vocabulary, .*: save the model's tokenizer in"):
         selfrepair.measure_heads(str(tmp_path), n_prompts=4, prompt_len=8, device="cpu")
-    found = selfrepair.measure_heads(str(tmp_path), tokens=random_tokens(2), device="cpu")
-    assert found.effects.sizes["prompt"] == 2
+    found = selfrepair.measure_heads(str(tmp_path), tokens=random_tokens(6), device="cpu")
+    assert found.effects.sizes["prompt"] == 6
     empty = AutoTokenizer.from_pretrained(tmp_path)
     with pytest.raises(UserError, match="no tokenizer with a vocabulary"):
         selfrepair.measure_heads(build_family(family), tokenizer=empty, n_prompts=4, device="cpu")
@@ -253,15 +254,15 @@ def test_prompts_that_are_their_own_donors_are_said(capsys):
 
 
 def test_the_last_of_an_odd_number_of_rows_is_left_out_and_said(capsys):
-    found = selfrepair.measure_heads(build_family("gpt2"), tokens=random_tokens(5), device="cpu")
-    assert found.effects.sizes["prompt"] == 4
+    found = selfrepair.measure_heads(build_family("gpt2"), tokens=random_tokens(7), device="cpu")
+    assert found.effects.sizes["prompt"] == 6
     said = capsys.readouterr().err
-    assert "tokens: its last row is left out" in said and said.endswith("it has 5\n")
+    assert "tokens: its last row is left out" in said and said.endswith("it has 7\n")
 
 
 def test_resample_ablation_changes_nothing_behind_the_same_first_token():
     """Every prompt begins with BOS, and its donor does; the head's own direct effect is there all the same."""
-    tokens = random_tokens(4)
+    tokens = random_tokens(6)
     tokens[:, 0] = 1
     found = selfrepair.measure_heads(build_family("llama"), tokens=tokens, device="cpu").effects
     first = found.isel(position=0)

@@ -30,6 +30,18 @@ def select_top(
     return selected.reshape(direct_effect.shape)
 
 
+def check_fraction(fraction: float, n_tokens: int) -> None:
+    """Refuses a share of so few tokens that none is left.
+
+    Raises:
+        UserError: ``fraction`` of ``n_tokens`` is less than one token.
+    """
+    if fraction > 0 and 1 / fraction > n_tokens:
+        raise UserError(
+            f"fraction {fraction!r} of {n_tokens} tokens is less than one token: raise it or n_prompts"
+        )
+
+
 def clipped_share(
     part: Float[np.ndarray, "*token"], direct_effect: Float[np.ndarray, "*token"]
 ) -> Float[np.ndarray, "*token"]:

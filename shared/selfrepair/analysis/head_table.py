@@ -54,7 +54,7 @@ def heads_table(
     """One row per head: means (logits) over its top ``fraction`` of tokens by direct effect.
 
     The columns of the authors' published tables, and: ``self_repair`` with its 95% interval over
-    prompts (``_low``, ``_high``); beside the published ``clipped_share_*`` (mean of per-token clipped shares)
+    prompts (``_low``, ``_high``; NaN of a head whose tokens all lie in one prompt); beside the published ``clipped_share_*`` (mean of per-token clipped shares)
     ``clipped_floor_*`` (the same with signs at random, :func:`clipped_floor`) and ``share_of_means_*`` (mean
     of the part over mean direct effect); ``n_tokens``.
 
@@ -65,7 +65,9 @@ def heads_table(
     rows = []
     for layer in range(sweep.sizes["layer"]):
         tokens = LayerTokens.of_sweep(sweep, layer, fraction)
-        low, high = tokens.means("self_repair", weights).interval()
+        in_several = tokens.chosen.any(-1).sum(-1) > 1  # prompts: of one, every draw gives the same mean
+        ends = tokens.means("self_repair", weights).interval()
+        low, high = (np.where(in_several, end, np.nan) for end in ends)
         for head in range(sweep.sizes["head"]):
             interval = {"self_repair_low": low[head], "self_repair_high": high[head]}
             name = {"model": sweep.attrs["model"], "layer": layer, "head": head}

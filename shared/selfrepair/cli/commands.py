@@ -205,6 +205,7 @@ def heads(options: argparse.Namespace) -> None:
     import pandas as pd
 
     from selfrepair.analysis.head_table import heads_table
+    from selfrepair.statistics import check_fraction
     from selfrepair.store.files import write_atomically
     from selfrepair.store.stores import open_store
 
@@ -213,6 +214,7 @@ def heads(options: argparse.Namespace) -> None:
         store = open_store(path)
         if "self_repair_heads" not in store:
             raise UserError(f"{path}: no sweep of heads; give a store that 'selfrepair sweep' wrote")
+        check_fraction(options.fraction, store.sizes["prompt"] * store.sizes["position"])
         tables.append(heads_table(store, options.fraction))
         if len(options.stores) > 1:  # of one model perhaps, on other prompts
             tables[-1].insert(0, "store", str(path))

@@ -42,6 +42,7 @@ from selfrepair.models.checkpoints import CHECK_FOLDER, short_name
 from selfrepair.models.loading import Model, load_model
 from selfrepair.plots.across_models import self_repair_by_depth
 from selfrepair.run.profiles import Possible, refuse_impossible
+from selfrepair.statistics import check_fraction
 from selfrepair.text.corpora import Prompts, load_tokens
 
 #: So many tokens of one prompt say whether a model in memory is the one that is measured.
@@ -107,7 +108,7 @@ def measure_heads(
         n_prompts: an even number; by default 32, or all that ``text`` or ``tokens`` give.
         ablation: ``resample``, ``mean``, ``zero`` or ``optimal``, which learns from further prompts of the
             same source.
-        fraction: share of the tokens that each head is judged on.
+        fraction: share of the tokens that each head is judged on, at least one token.
 
     Raises:
         UserError: an argument of another type; the model is not supported, cannot be loaded or is not what
@@ -126,6 +127,7 @@ def measure_heads(
     reader = loaded.tokenizer if tokenizer is None else tokenizer
     prompts = _prompts(reader, text, tokens, n_prompts, prompt_len, n_unseen)
     check_tokens(loaded, torch.from_numpy(prompts.tokens), prompts.source)
+    check_fraction(float(fraction), len(prompts.tokens) * (prompts.tokens.shape[1] - 1))
     if isinstance(model, PreTrainedModel):
         _check_copy(loaded, model, torch.from_numpy(prompts.tokens[:1, :COMPARED]))
     for line in remarks_on_pairs(loaded, prompts, ablation):

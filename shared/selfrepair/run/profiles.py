@@ -16,6 +16,7 @@ from selfrepair.errors import UserError
 from selfrepair.models.checkpoints import read_config, whole_name
 from selfrepair.models.support import check_config
 from selfrepair.paths import PROFILES, REPOSITORY, RUNS
+from selfrepair.statistics import check_fraction
 from selfrepair.yaml_files import read_yaml
 
 #: By name, what a value must satisfy, and how to say so.
@@ -142,12 +143,7 @@ def _profile(values: object, folder: Path) -> Profile:
                 f"ablations of a model must begin with the profile's, {', '.join(values['ablations'])}, not "
                 f"be {', '.join(settings['ablations'])}"
             )
-        n_tokens = settings["n_prompts"] * (settings["prompt_len"] - 1)
-        if 1 / settings["fraction"] > n_tokens:
-            raise UserError(
-                f"fraction {settings['fraction']!r} of {n_tokens} tokens is less than one token: raise "
-                f"it or n_prompts"
-            )
+        check_fraction(settings["fraction"], settings["n_prompts"] * (settings["prompt_len"] - 1))
     return Profile(**{**values, "models": models, "per_model": per_model})
 
 
