@@ -7,7 +7,7 @@ ROOT="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)"
 
 show_help() {
     cat <<'HELP'
-Usage: ./run_all.sh [--profile NAME] [--jobs N] [--slurm[=FOLDER]]
+Usage: ./run_all.sh [--profile NAME|FILE.yaml] [--jobs N] [--slurm[=FOLDER]]
        ./run_all.sh --update [--jobs N]
        ./run_all.sh --test[=fast] [--jobs N]
        ./run_all.sh --lab
@@ -16,7 +16,8 @@ Usage: ./run_all.sh [--profile NAME] [--jobs N] [--slurm[=FOLDER]]
 Sets up a Python environment if there is none yet, then runs the suite: measurements, notebooks, figures, claims and
 the page results/NAME/index.html. Interrupted, the same command goes on from where it was.
 
-  --profile NAME  what to measure: a file profiles/NAME.yaml (default: pocket, which needs no network)
+  --profile NAME  what to measure: a file profiles/NAME.yaml (default: pocket, which needs no network), or any
+                  other by its path, FILE.yaml
   --jobs N        how many jobs run side by side (default: the number of cores);
                   with --test: how many tests, each on one core (default: the number of cores, at most 4)
   --slurm         hand the jobs to a SLURM cluster; what it asks for is in workflow/slurm/config.yaml, or in
@@ -81,6 +82,7 @@ known_profiles() {
 }
 
 PROFILE=pocket
+PROFILE_FILE= # of a profile that was given by its path
 JOBS=
 SLURM=
 TESTS=
@@ -103,8 +105,17 @@ while (($# > 0)); do
     esac
     case "$option" in
         --profile)
-            [[ "$value" =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$ ]] || fail_usage "--profile needs a profile's name, not" "$value"
             PROFILE=$value
+            PROFILE_FILE=
+            if [[ "$value" == *.yaml || "$value" == *.yml ]]; then
+                [[ -f "$value" ]] || fail_usage "no such file of a profile:" "$value"
+                PROFILE_FILE="$(CDPATH='' cd -- "$(dirname -- "$value")" && pwd -P)/$(basename -- "$value")"
+                PROFILE="$(basename -- "${value%.*}")"
+                case "$PROFILE_FILE" in # which Snakemake would not read as it stands
+                    *$'\n'* | *[{}]* | *' #'* | *': '*) fail_usage "--profile needs a path without line breaks, braces, ' #' and ': ', not" "$value" ;;
+                esac
+            fi
+            [[ "$PROFILE" =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$ ]] || fail_usage "--profile needs a profile's name (letters, digits, . _ -) or its file, not" "$value"
             ;;
         --jobs)
             [[ "$value" =~ ^[1-9][0-9]{0,3}$ ]] || fail_usage "--jobs needs a whole number from 1 to 9999, not" "$value"
@@ -133,8 +144,12 @@ done
 if [[ "$MODE" == update && "$PROFILE" != pocket ]]; then
     fail_usage "--update refreshes what is committed of the pocket profile, not of" "$PROFILE"
 fi
-if [[ "$MODE" == run && ! -f "$ROOT/profiles/$PROFILE.yaml" ]]; then
-    fail_usage "no profile $PROFILE; there are:$(known_profiles)"
+if [[ -n "$PROFILE_FILE" ]]; then
+    if [[ -f "$ROOT/profiles/$PROFILE.yaml" && ! "$PROFILE_FILE" -ef "$ROOT/profiles/$PROFILE.yaml" ]]; then
+        fail_usage "there is a profile $PROFILE already, whose results lie in results/$PROFILE: rename" "$PROFILE_FILE"
+    fi
+elif [[ "$MODE" == run && ! -f "$ROOT/profiles/$PROFILE.yaml" ]]; then
+    fail_usage "no profile $PROFILE; there are:$(known_profiles), or give the path of a .yaml file"
 fi
 
 OWN_ENVIRONMENT=1
@@ -287,7 +302,9 @@ export JUPYTER_PREFER_ENV_PATH=1 # the notebooks' kernel "python3" is this envir
 
 # profile_for_snakemake: its name, or its file, if Snakemake would read the name as a number (007 as 7) or a truth value.
 profile_for_snakemake() {
-    if [[ "$PROFILE" =~ ^[A-Za-z] && ! "$PROFILE" =~ ^([Nn][Aa][Nn]|[Ii][Nn][Ff].*|[Tt]rue|[Ff]alse)$ ]]; then
+    if [[ -n "$PROFILE_FILE" ]]; then
+        printf '%s\n' "$PROFILE_FILE"
+    elif [[ "$PROFILE" =~ ^[A-Za-z] && ! "$PROFILE" =~ ^([Nn][Aa][Nn]|[Ii][Nn][Ff].*|[Tt]rue|[Ff]alse)$ ]]; then
         printf '%s\n' "$PROFILE"
     else
         printf 'profiles/%s.yaml\n' "$PROFILE"

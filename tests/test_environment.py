@@ -571,6 +571,24 @@ def test_other_folders_are_not_refused(tmp_path, name):
 
 
 @needs_bash
+def test_a_profile_may_be_given_by_its_path(clone):
+    """Results go to a folder of its name, unless a profile of the repository has that already."""
+    folder = clone.elsewhere / "my profiles"
+    folder.mkdir()
+    for name in ("mine.yaml", "pocket.yaml", "1.5.yml"):
+        (folder / name).touch()
+    for name in ("mine.yaml", "1.5.yml"):
+        assert clone.run("--profile", str(folder / name)).returncode == 0
+        of_profile, of_out = clone.calls[-1].split("--config ")[1].rsplit(" ", 1)
+        found = parse_config([of_profile, of_out])
+        assert found == {"profile": str(folder / name), "out": f"results/{Path(name).stem}"}
+    done = clone.run("--profile", str(folder / "pocket.yaml"))
+    assert done.returncode == 2 and "there is a profile pocket already" in done.stderr
+    own = clone.run(f"--profile={clone.root}/profiles/pocket.yaml")
+    assert own.returncode == 0 and clone.calls[-1].endswith("out=results/pocket")
+    assert "no such file of a profile" in clone.run("--profile", str(folder / "none.yaml")).stderr
+
+
 @pytest.mark.parametrize("profile", ["007", "1.10", "1e3", "nan", "Infinity", "True", "null", "paper-small"])
 def test_a_profiles_name_is_no_number(clone, profile):
     """Snakemake reads what it is given as numbers and truth values where it can."""
