@@ -301,6 +301,16 @@ def test_a_long_reason_is_cut_between_words():
     assert re.search(r"\(ValueError: (words )+\[\.\.\.\]\)", said)
 
 
+@pytest.mark.parametrize("option", ["--model", "--out", "--text", "--tokens", "--dataset"])
+def test_an_empty_argument_is_one_line(capsys, option):
+    """An empty path would be the working directory."""
+    given = ["sweep", "--model", "pocket-gpt2", "--out", "out", option, ""]
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main(given)
+    said = capsys.readouterr().err
+    assert f"argument {option}: is empty" in said and said.count("\n") == 1
+
+
 @pytest.mark.parametrize("below", [".", "further/below"])
 @pytest.mark.parametrize(
     "arguments",

@@ -114,6 +114,7 @@ def test_bad_requests_are_one_line(settings, said):
     "given",
     [
         {"model": None},
+        {"model": ""},
         {"model": 3},
         {"model": np.zeros(2)},
         {"text": Path("README.md")},

@@ -164,7 +164,7 @@ def _as_array(tokens: Any) -> np.ndarray | None:
 #: What callers may give.
 _OF_CALLERS: Possible = {
     "model": (
-        lambda value: isinstance(value, str | os.PathLike | PreTrainedModel),
+        lambda value: isinstance(value, str | os.PathLike | PreTrainedModel) and value != "",
         "the name of a model, its folder or a Hugging Face model",
     ),
     "text": (_is_text, "a text or a list of texts (of a file, what it holds)"),
