@@ -9,11 +9,12 @@ import xarray as xr
 
 from selfrepair.cli.main import main
 from selfrepair.engine.fast import fast_path
-from selfrepair.errors import UserError
+from selfrepair.errors import NotMeasurable, UserError
 from selfrepair.measure.measurement import Measurement, find_measurement, measurement_names
 from selfrepair.paths import BY_HAND, MODELS, PROFILES, RUNS
 from selfrepair.run import profiles
 from selfrepair.run import study as study_module
+from selfrepair.run.profiles import Profile
 from selfrepair.run.study import N_FACTS, Study
 from selfrepair.run.verify import verify
 from selfrepair.store.manifest import manifest_of
@@ -148,6 +149,26 @@ def test_what_some_models_alone_have_is_measured_of_these(tmp_path, monkeypatch)
     one_kind = Study.of(str(file), ablation="mean", out_dir=tmp_path)
     assert list(one_kind.measured("heads", "mean")) == ["pocket-gpt2", MODEL]
     assert one_kind.profile.kinds == ["mean"]
+
+
+def test_a_model_that_cannot_be_measured_is_left_out_of_several(tmp_path, monkeypatch, capsys):
+    """Such as one that answers no facts; of one model alone it is an error."""
+    none_knows = ["pocket-gpt2"]
+
+    def merge(task, models):
+        if task.model_name in none_knows:
+            raise NotMeasurable(f"{task.model_name}: answers 0 of 600 facts")
+
+    monkeypatch.setattr(Study, "load", lambda self, name: [])
+    monkeypatch.setattr(study_module.Task, "merge", merge)
+    monkeypatch.setattr(study_module, "open_store", lambda path: xr.Dataset())
+    settings = {"ablations": ["zero"], "n_prompts": 2}
+    several = Study(Profile(["pocket-gpt2", MODEL], **settings), 0, "cpu", tmp_path)
+    assert list(several.measured("layers")) == [MODEL]
+    assert capsys.readouterr().out == "left out of layers: pocket-gpt2: answers 0 of 600 facts\n"
+    none_knows.append(MODEL)
+    with pytest.raises(NotMeasurable, match=r"^pocket-gpt2: answers 0"):
+        several.measured("layers")
 
 
 def test_the_readers_changes_go_before_the_profile(tmp_path):

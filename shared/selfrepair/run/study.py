@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import xarray as xr
 
-from selfrepair.errors import UserError
+from selfrepair.errors import NotMeasurable, UserError
 from selfrepair.measure.measurement import find_measurement, measurement_names
 from selfrepair.measure.task import Task
 from selfrepair.models.checkpoints import find_model, short_name, whole_name
@@ -182,16 +182,32 @@ class Study:
         """What was measured of every model that has it, by short name; measured now if need be.
 
         A kind of ``ablation`` that some models have beside the profile's is measured of these alone, one that
-        the profile does not have at all of every model.
+        the profile does not have at all of every model. Of several models, one that it cannot be measured of is
+        left out, which is said.
+
+        Raises:
+            NotMeasurable: it cannot be measured of any model.
+            UserError: as the measurement says.
         """
         models = self._measurable(name)
         if ablation in self.profile.kinds:
             models = [model for model in models if ablation in self.profile.of_model(model).ablations]
         tasks = {model: self.task(name, model, ablation) for model in models}
+        found: dict[str, xr.Dataset] = {}
+        left_out: list[NotMeasurable] = []
         for model_name, task in tasks.items():
-            if not task.is_done():
-                task.merge(self.load(model_name))
-        return {short_name(model_name): open_store(task.path) for model_name, task in tasks.items()}
+            try:
+                if not task.is_done():
+                    task.merge(self.load(model_name))
+            except NotMeasurable as error:  # facts of a model that answers none, for instance
+                left_out.append(error)
+            else:
+                found[short_name(model_name)] = open_store(task.path)
+        if left_out and not found:
+            raise left_out[0]
+        for error in left_out:
+            print(f"left out of {name}: {error}")
+        return found
 
     def load(self, model_name: str) -> list[Model]:
         """A model of the profile, once for every device that shares the work."""
