@@ -775,6 +775,21 @@ def test_a_model_is_loaded_once_for_all_of_its_shards(sweeps, monkeypatch):
     assert len(loaded) == len(set(loaded)) == 1
 
 
+def test_unfinished_work_is_said_and_its_shards_are_checked(sweeps, tmp_path):
+    np.save(tmp_path / "ids.npy", random_tokens(8).numpy())
+    task = heads_task(save_family("gpt2", tmp_path / "tiny"), tmp_path / "ids.npy", sweeps, ablation="mean")
+    task.compute([load_model(task.model_name, "cpu")], task.shards[:1])
+    said = f"unfinished: 1 of {len(task.shards)} shards"
+    finding = found(sweeps)[task.shard_folder.name]
+    assert finding.agrees and finding.detail.startswith(said)
+    shutil.copytree(task.shard_folder, tmp_path / "alone" / task.shard_folder.name)
+    assert f"agrees: {task.shard_folder.name}: {said}" in next(saying(tmp_path / "alone"))
+    chunk = next(task.shard_folder.glob("*.zarr/logit_change/c*"))
+    chunk.write_bytes(chunk.read_bytes()[:-4] + b"\1\2\3\4")
+    finding = found(sweeps)[task.shard_folder.name]
+    assert finding.agrees is False and finding.detail.endswith("000000.zarr are damaged")
+
+
 def test_nothing_to_verify_is_one_line(tmp_path, capsys):
     assert main(["verify", str(tmp_path / "nowhere")]) == 1
     said = capsys.readouterr().err

@@ -29,8 +29,10 @@ from selfrepair.store.stores import SHARD, attributes_of, kept, open_store, writ
 if TYPE_CHECKING:
     from selfrepair.models.loading import Model
 
+#: Attribute of a shard: of how many it is one.
+N_SHARDS = "n_shards"
 #: Attributes of a shard that its store does not have.
-OF_A_SHARD = ("seconds", "inputs", "format", "sha256")
+OF_A_SHARD = ("seconds", "inputs", "format", "sha256", N_SHARDS)
 #: Coordinate of a merged store that its shards do not have: which of them each place is from.
 MADE_IN_SHARD = "made_in_shard"
 
@@ -207,9 +209,8 @@ class Task:
             started = time.monotonic()
             made = self._measured(model, inputs, shard)
             seconds = time.monotonic() - started
-            return made.assign_attrs(
-                {**about, **made.attrs, "seconds": seconds, "inputs": _checksums(inputs)}
-            )
+            own = {"seconds": seconds, "inputs": _checksums(inputs), N_SHARDS: len(self.shards)}
+            return made.assign_attrs({**about, **made.attrs, **own})
 
         kept(self._shard_path(shard), compute, lambda found: found.attrs["inputs"] == _checksums(inputs))
 

@@ -13,12 +13,12 @@ import xarray as xr
 
 from selfrepair.errors import UserError
 from selfrepair.measure.measurement import settings_of
-from selfrepair.measure.task import MADE_IN_SHARD, Task
+from selfrepair.measure.task import MADE_IN_SHARD, N_SHARDS, Task
 from selfrepair.models.devices import resolve_device, set_precision
 from selfrepair.models.loading import Model, load_model
 from selfrepair.run.consistency import Finding
 from selfrepair.store.manifest import contradictions, manifest_of, read_manifest
-from selfrepair.store.stores import FormatError, open_store
+from selfrepair.store.stores import FormatError, attributes_of, open_store
 
 #: Of the shards of each measurement, computed again; at least one.
 SHARE_OF_SHARDS = 0.01
@@ -60,6 +60,17 @@ def check_store(store: Path) -> tuple[Finding, Task | None]:
     if task.path.name != store.name:
         return Finding(store.name, False, f"of what is here now, it would be {task.path.name}"), None
     return Finding(store.name, True, "every checksum, its manifest and its name"), task
+
+
+def check_unfinished(shards: Path) -> Finding:
+    """What is found of the shards of a store that is not merged yet."""
+    found = {shard.name: attributes_of(shard) for shard in sorted(shards.glob("*.zarr"))}
+    damaged = [name for name, attributes in found.items() if attributes is None]
+    if damaged:
+        return Finding(shards.name, False, f"unfinished, and of its shards {', '.join(damaged)} are damaged")
+    in_all = {attributes.get(N_SHARDS) for attributes in found.values() if attributes}
+    of = f"of {in_all.pop()} " if len(in_all) == 1 else ""
+    return Finding(shards.name, True, f"unfinished: {len(found)} {of}shards, each with its checksums")
 
 
 def sample_of(tasks: list[Task], chance: random.Random) -> list[tuple[Task, int]]:

@@ -37,7 +37,7 @@ from selfrepair.run.notebook_page import write_notebook_pages
 from selfrepair.run.notebooks import notebook_keys
 from selfrepair.run.page import make_tables, write_page
 from selfrepair.run.profiles import Profile
-from selfrepair.run.recomputed import check_store, compute_again, sample_of
+from selfrepair.run.recomputed import check_store, check_unfinished, compute_again, sample_of
 from selfrepair.run.study import Study, model_slug, with_needs
 from selfrepair.store.code_identity import code_version
 from selfrepair.store.files import hash_file, write_atomically
@@ -60,7 +60,7 @@ def verify(folder: Path, device: str = "auto", seed: int | None = None) -> Itera
 
     ``seed`` says which shards; without it they are others every time. A folder of stores alone, as
     ``selfrepair sweep`` leaves it, has no manifest of its own, nor has one that notebooks were run into by
-    hand: what these show is not checked.
+    hand: what these show is not checked. Of what is unfinished, the shards that are there are.
 
     What follows from other results is made again: names of stores from their attributes, attributes from the
     run's settings, tables of heads from stores, the page from tables, figures and manifest, notebooks as
@@ -75,8 +75,14 @@ def verify(folder: Path, device: str = "auto", seed: int | None = None) -> Itera
         UserError: nothing in the folder.
     """
     stores = sorted((folder / "measured").glob("*.zarr")) or sorted(folder.glob("*.zarr"))
+    unfinished = [
+        shards
+        for place in (folder / "measured", folder)
+        for shards in sorted(place.glob("*.shards"))
+        if shards.with_suffix(".zarr") not in stores  # else left by a run that was killed just then
+    ]
     is_of_a_run = any((folder / name).exists() for name in LEFT_BY_A_RUN)
-    if not (stores or is_of_a_run):
+    if not (stores or unfinished or is_of_a_run):
         raise UserError(
             f"{folder}: no measurements and no manifest.json, so nothing to verify; give the results "
             f"folder of a run"
@@ -94,6 +100,7 @@ def verify(folder: Path, device: str = "auto", seed: int | None = None) -> Itera
         finding, task = check_store(store)
         tasks += [] if task is None else [task]
         yield finding
+    yield from map(check_unfinished, unfinished)
     made: set[str] = set()
     findings: list[Finding] = []
     for task, finding in compute_again(sample_of(tasks, random.Random(seed)), device):
