@@ -279,18 +279,28 @@ def test_a_model_in_memory_needs_its_tokenizer_for_text():
 
 @pytest.mark.slow("the lines of Python in README and docs run")
 def test_the_example_of_the_documentation(tmp_path, monkeypatch, capsys):
-    examples = re.findall(
-        r"```python\n(.*?)```", (REPOSITORY / "docs" / "python.md").read_text(encoding="utf-8"), re.DOTALL
-    )
-    assert len(examples) == 2 and len([line for line in examples[0].splitlines() if line]) <= 5
-    for name in ("shared", "README.md"):
-        (tmp_path / name).symlink_to(REPOSITORY / name)
+    pages = [REPOSITORY / "docs" / "python.md", REPOSITORY / "CONTRIBUTING.md"]
+    texts = [page.read_text(encoding="utf-8") for page in pages]
+    examples = [code for text in texts for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
+    assert len(examples) == 4 and len([line for line in examples[0].splitlines() if line]) <= 5
     monkeypatch.chdir(tmp_path)
     matplotlib.use("agg")
     names: dict[str, object] = {}
     for example in examples:
-        exec(example, names)
+        alone: dict[str, object] = {}  # each by itself, anywhere
+        exec(example, alone)
+        names |= alone
     assert "self_repair" in capsys.readouterr().out
+    assert names["effects"].sizes["prompt"] == 4
+    in_05 = names["table"].set_index("statistic")["estimate"]
+    assert in_05["neighbour-cosine-gap"] == pytest.approx(names["estimate"].value)
+    table = names["result"].table
+    columns = re.findall(r"^\| (`.*?) \|", texts[0].partition("Columns of")[2], re.MULTILINE)
+    named = [name for cell in columns for name in re.findall("`(.*?)`", cell)]
+    of_parts = [stem.removesuffix("…") for stem in named if stem.endswith("…")]
+    assert {"n_tokens", *named} - {"store", *(stem + "…" for stem in of_parts)} == {
+        name for name in table if not name.startswith(tuple(of_parts))
+    }
     assert (tmp_path / "self_repair.png").stat().st_size > 10_000
     assert names["mine"].ablation == "mean" and names["mine"].table["layer"].nunique() == 6
     # Nothing lies beyond the picture's edges, whatever the user's settings.
