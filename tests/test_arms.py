@@ -17,6 +17,7 @@ import yaml
 from fake_sweeps import FRACTION, HEADS, LAYERS, fake_sweep, tokens_of
 from filelock import FileLock
 from matplotlib.collections import PathCollection
+from test_layer_means import made_up_effects
 
 from selfrepair.analysis import arms as analysis
 from selfrepair.analysis.estimates import Estimate
@@ -370,15 +371,15 @@ def _kinds():
 
 
 def test_an_arm_is_compared_with_the_control_of_its_own_seed():
-    """By hand: seeds 1 and 2 gain 0.3 and 0.1, seed 9 has no control."""
+    """By hand: seeds 1 and 2, in another order, gain 0.3 and 0.1; seed 9 has no control."""
     arms = some_arms(
-        [[0.1, 0.1], [0.5, 0.5], [0.4, 0.4], [0.6, 0.6], [7.0, 7.0]],
-        seed=[1, 2, 1, 2, 9], head_dropout=[0.0, 0.0, 0.5, 0.5, 0.5],
+        [[value] * 41 for value in (0.5, 0.1, 0.4, 0.6, 7.0)],
+        seed=[2, 1, 1, 2, 9], head_dropout=[0.0, 0.0, 0.5, 0.5, 0.5],
     )  # fmt: skip
     treated, control = analysis.where(arms, head_dropout=0.5), analysis.where(arms, head_dropout=0.0)
     gain = analysis.against_control(treated, control, "non-norm")
     assert gain.value == pytest.approx(0.2)
-    assert any(gain.samples == pytest.approx(value) for value in (0.1, 0.2, 0.3))
+    assert set(np.round(gain.samples, 6)) == {0.1, 0.2, 0.3}
 
 
 def test_samples_of_a_gain_draw_seeds():
@@ -402,6 +403,52 @@ def test_a_dose_curve_has_the_means_over_seeds():
     rows = curve[curve["quantity"] == "mlps"].set_index("dose")
     assert rows["estimate"].to_dict() == pytest.approx({0.0: 0.1, 0.5: 1.0})
     assert rows["n_arms"].to_dict() == {0.0: 2, 0.5: 1}
+
+
+def test_effects_of_an_arm_by_loops():
+    sweep = fake_sweep()
+    sweep["direct_effect"] = abs(sweep["direct_effect"])
+    layers = {"layers": made_up_effects(seed=1), "layers_on_prose": made_up_effects(seed=2)}
+    found = analysis.effects_of_arm(sweep, layers, FRACTION)
+    tokens = [tokens_of(sweep, layer, head) for layer in range(LAYERS) for head in range(HEADS)]
+    effect = sum(np.mean([token["direct_effect"] for token in of_head]) for of_head in tokens)
+    wanted = {
+        name: sum(np.mean([token[part] for token in of_head]) for of_head in tokens for part in parts)
+        / effect
+        for name, parts in analysis.SHARES.items()
+    }
+    for name, measurement in (("compensation-facts", "layers"), ("compensation-prose", "layers_on_prose")):
+        given, direct = (
+            sum(layers[measurement][quantity].values[component].mean() for component in (6, 8))
+            for quantity in ("compensation", "direct_effect")
+        )
+        wanted[name] = given / direct
+    assert {name: estimate.value for name, estimate in found.items()} == pytest.approx(wanted)
+
+
+def test_what_is_measured_now_stands_beside_the_arm_as_shipped():
+    """Not beside another of its name; models that are not shipped are left out."""
+    drawn = [[0.1] * 3, [0.5] * 3, [0.4, 0.2, 0.6]]
+    arms = some_arms(drawn, name=["a", "b", "a"], group=["other", "other", analysis.SHIPPED])
+    now = {"a": {"heads": Estimate.bare(0.9)}, "b": {"heads": Estimate.bare(0.8)}}
+    (row,) = analysis.compared(now, arms).to_dict("records")
+    assert (row.pop("model"), row.pop("quantity")) == ("a", "heads")
+    assert row == pytest.approx({"now": 0.9, "table": 0.4, "low": 0.21, "high": 0.59})
+
+
+def test_arms_of_a_curve_are_those_of_its_dose_and_those_without_any_dropout():
+    """One dropped in whole layers is neither; each stands in the curve once."""
+    arms = some_arms(
+        [[value, value - 1, value + 1] for value in (0.0, 0.2, 5.0, 1.0, 7.0)],
+        name=list("abcde"), group=["g"] * 5, seed=[1, 2, 1, 1, 2],
+        head_dropout=[0, 0, 0, 0.5, 0.5], attention_dropout_layer=[0, 0, 0.5, 0, 0],
+    )  # fmt: skip
+    curve = analysis.Curve("g")
+    assert curve.untreated(arms)["name"].values.tolist() == ["a", "b"]
+    assert curve.arms(arms)["name"].values.tolist() == ["a", "b", "d", "e"]
+    curves = {"x": analysis.dose_curve(curve.arms(arms), "head_dropout")}
+    assert analysis.at_dose(curves, "mlps").loc["x"].to_dict() == pytest.approx({0.0: 0.1, 0.5: 4.0})
+    assert analysis.mean_of(arms, "g", "mlps")[0.5] == pytest.approx(4.0)
 
 
 def test_curves_are_compared_at_one_dose_by_seed():

@@ -11,9 +11,12 @@ from selfrepair.analysis.layer_means import LayerMeans
 from selfrepair.analysis.layers import (
     PUBLISHED,
     LayerRun,
+    balance,
     best_layers,
     by_phrasing,
     late_mlps,
+    over_training,
+    prompts_table,
     reactions,
     statistics_of_models,
     statistics_table,
@@ -25,6 +28,17 @@ from selfrepair.analysis.worked_prompt import worked_prompt, worked_table
 from selfrepair.measure.layer_ablation import downstream
 from selfrepair.plots import layer_compensation, layers, style
 from selfrepair.statistics import bootstrap_weights
+
+BY_FIT = ("direct_effect", "compensation")
+BY_PROMPT = ("effect", "total_effect", "norm_term", *BY_FIT)
+
+
+def correlation(x, y):
+    return np.corrcoef(x, y)[0, 1]
+
+
+def slope_of(x, y):
+    return np.polyfit(x, y, 1)[0]
 
 
 def made_up_facts(n_prompts=9):
@@ -231,19 +245,126 @@ def test_no_draw_chooses_its_own_layer():
 
 
 def test_means_of_some_prompts():
+    """A table of all quantities by part and layer; what comes of attention and MLPs lies on either side."""
     effects = made_up_effects()
-    some = np.arange(9) % 2 == 0
-    part = LayerMeans.of(effects, some, n_bootstrap=3)
+    even = [0, 2, 4, 6, 8]
+    part = LayerMeans.of(effects, np.arange(9) % 2 == 0, n_bootstrap=3)
     assert part.n_prompts == 5
-    assert part.effect.value[3] == pytest.approx(
-        statistics.fmean(float(effects["effect"][i, 3]) for i in (0, 2, 4, 6, 8))
-    )
     table = part.by_layer(condition="facts").set_index(["condition", "part", "layer", "quantity"])["estimate"]
-    assert table["facts", "MLP", 1, "effect"] == pytest.approx(part.effect.value[3])
-    slope = part.compensation_fit.slope.value[8]
-    assert table["facts", "attention", 4, "compensation_slope"] == pytest.approx(slope)
-    by = [table["facts", "attention", 2, f"compensation_by_{part}"] for part in ("attention", "mlps")]
-    assert sum(by) == pytest.approx(part.compensation.value[4])
+    change = effects["change"].values[:, even].mean(1)  # [ablated, observed]
+    for component in range(12):
+        name, layer = ("attention", "MLP")[component % 2], component // 2
+        of = {key: effects[key].transpose(..., "prompt").values[component][even] for key in BY_PROMPT}
+        agreement, r = correlation(of["effect"], of["total_effect"]), np.nan
+        if component < 11:  # nothing is downstream of the last
+            r = correlation(of["direct_effect"], of["compensation"])
+        wanted = {key: values.mean() for key, values in of.items()} | {
+            "unembedding_larger": (of["effect"] > of["total_effect"]).mean(),
+            "compensation_by_attention": sum(change[component, other] for other in range(0, 12, 2)),
+            "compensation_by_mlps": sum(change[component, other] for other in range(1, 12, 2)),
+            "agreement_r_squared": agreement * abs(agreement),
+            "compensation_r_squared": r * abs(r),
+        }
+        if component < 11:
+            wanted["compensation_slope"] = slope_of(of["direct_effect"], of["compensation"])
+        found = {key: table["facts", name, layer, key] for key in wanted}
+        assert found == pytest.approx(wanted, nan_ok=True), (name, layer)
+
+
+@pytest.mark.parametrize(("change", "is_touched"), [(5e-6, False), (1e-3, True), (0.05, True)])
+def test_changes_of_rounding_touch_nothing(change, is_touched):
+    """However small the direct effect is, of which a tenth would be less."""
+    effects = made_up_effects()
+    effects["direct_effect"][:] = 1e-5
+    effects["change"][:] = change * effects["downstream"]
+    shares = LayerMeans.of(effects, n_bootstrap=0).coupling("attention").value
+    assert shares[:-1].tolist() == [float(is_touched)] * 5 and np.isnan(shares[-1])
+
+
+def test_from_the_unembedding_to_the_ablation():
+    """Means over attention layers 3 to 5 of 6."""
+    effects = made_up_effects(seed=3)
+    (row,) = balance([LayerRun.of("facts", effects, 5)]).to_dict("records")
+    change = effects["change"].values.mean(1)
+    mean = {
+        name: np.mean([effects[name].transpose(..., "prompt").values[c].mean() for c in (6, 8, 10)])
+        for name in BY_PROMPT
+    }
+    wanted = {
+        "unembedding-based": mean["effect"],
+        "mean part": mean["effect"] - mean["direct_effect"],
+        "direct effect": mean["direct_effect"],
+        "by attention": np.mean([change[c, 0::2].sum() for c in (6, 8, 10)]),
+        "by MLPs": np.mean([change[c, 1::2].sum() for c in (6, 8, 10)]),
+        "by the final norm": mean["norm_term"],
+        "ablation-based": mean["total_effect"],
+    }
+    assert {name: row[name] for name in wanted} == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_the_best_layers_are_chosen_on_one_half_and_read_off_the_other(seed):
+    effects = made_up_effects(n_prompts=14, seed=seed)
+
+    def signed(component, prompts):
+        r = correlation(*(effects[name].values[component][prompts] for name in BY_FIT))
+        return r * abs(r)
+
+    table = best_layers([LayerRun.of("prose", effects, 5)])
+    assert len(table) == 4
+    for part, candidates in (("attention", (6, 8)), ("MLP", range(1, 11, 2))):
+        best = max(candidates, key=lambda component: signed(component, slice(0, None, 2)))
+        rows = table[table["ablated"] == f"{part} {best // 2}"].set_index("quantity")["estimate"]
+        x, y = (effects[name].values[best][1::2] for name in BY_FIT)
+        assert rows.to_dict() == pytest.approx(
+            {"slope": slope_of(x, y), "R²": signed(best, slice(1, None, 2))}
+        )
+
+
+def test_a_layer_that_is_not_given_back_is_not_the_best():
+    """Its line explains everything, downwards."""
+    effects = made_up_effects(n_prompts=20)
+    effects["compensation"][6] = -2 * effects["direct_effect"][6]
+    run = LayerRun.of("facts", effects, n_bootstrap=0)
+    assert (
+        run.choosing.compensation_fit.r_squared.value[6] == pytest.approx(-1) and run.best("attention") == 8
+    )
+
+
+def test_phrasings_are_counted_apart():
+    effects = made_up_effects()
+    table = by_phrasing(LayerRun.of("facts", effects, 5), made_up_facts()).set_index("phrasing")
+    for phrasing, prompts in (("held out", slice(0, None, 2)), ("trained", slice(1, None, 2))):
+        direct, given = (sum(effects[name].values[c][prompts].mean() for c in (6, 8)) for name in BY_FIT)
+        row = table.loc[phrasing, ["direct effect", "compensation", "compensation over direct effect"]]
+        assert row.tolist() == pytest.approx([direct, given, given / direct])
+
+
+def test_donors_and_their_spread_are_means_over_prompts_and_attention_layers():
+    effects, rng = made_up_effects(), np.random.default_rng(7)
+    spread, donors = rng.gamma(2, size=(12, 9)), np.arange(9)
+    effects["total_effect_spread"], effects["n_donors"] = (("ablated", "prompt"), spread), ("prompt", donors)
+    (row,) = prompts_table([LayerRun.of("prose", effects, 2)], {}).to_dict("records")
+    assert row["spread between donors"] == pytest.approx(spread[::2].mean()) and row["donors"] == 4
+    assert row["size of the effect"] == pytest.approx(np.abs(effects["total_effect"].values[::2]).mean())
+
+
+def test_effects_over_training_by_loops():
+    steps = [made_up_effects(seed=seed) for seed in (1, 2)]
+    answered = np.random.default_rng(8).integers(0, 2, size=(2, 9))
+    effects = xr.concat(steps, "step").assign_coords(step=[4, 70])
+    effects["answered"] = (("step", "prompt"), answered)
+    table = over_training(effects).set_index(["step", "quantity"])["estimate"]
+    for number, (step, here) in enumerate(zip((4, 70), steps, strict=True)):
+        of = {name: here[name].transpose(..., "prompt").values for name in BY_PROMPT}
+        wanted = {
+            "answered": answered[number].mean(),
+            "direct effect": of["direct_effect"][[6, 8]].mean(),
+            "total effect": of["total_effect"][[6, 8]].mean(),
+            "compensation": of["compensation"][[6, 8]].mean(),
+            "late MLPs": of["effect"][[9, 11]].mean(),
+        }
+        assert table[step].to_dict() == pytest.approx(wanted)
 
 
 def drawn(runs):
