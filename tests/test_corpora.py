@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from selfrepair.errors import UserError
 from selfrepair.measure.tokens import of_prompts
-from selfrepair.text.corpora import load_tokens, pack, read_documents
+from selfrepair.text.corpora import hash_documents, load_tokens, pack, read_documents
 
 BOS = 0
 documents_of_tokens = st.lists(st.lists(st.integers(1, 50), max_size=40), max_size=12)
@@ -101,3 +101,8 @@ def test_what_editors_keep_beside_a_text_is_not_read(tmp_path):
     (tmp_path / ".story.txt").write_text("Another.")
     (tmp_path / ".story.txt.swp").write_bytes(b"b0VIM\0")
     assert read_documents(tmp_path) == ["Once."]
+
+
+def test_a_texts_hash_knows_where_its_documents_end():
+    texts = (["ab", "c"], ["a", "bc"], ["abc"], ["abc", ""], ["c", "ab"], ["ab", "ç"])
+    assert len({hash_documents(documents) for documents in texts}) == len(texts)

@@ -183,9 +183,11 @@ def test_float64_equals_the_reference_to_1e_9(family, name):
 
 
 @pytest.mark.parametrize("name", ("gpt2", "neox-parallel", "llama-gqa"))
-def test_all_positions_equal_full_forward_passes(family, name):
+def test_all_positions_equal_full_forward_passes(family, monkeypatch, name):
+    """Fewer donors than there are: those of each length are drawn apart."""
+    monkeypatch.setitem(layer_ablation.N_DONORS, "all", 2)
     model, hf = family(name)
-    prompts = made_up_prompts(((5, 12), (3, 9)))
+    prompts = made_up_prompts(((5, 12), (4, 9)))
     measured = ablate_layers(model, prompts, "resample", seed=3, positions="all")
     found = slowly(hf, prompts.tokens, "resample", donors_of(prompts, 3, "all"), "all")
     check(measured, found, 1e-4)
@@ -337,8 +339,9 @@ def test_refuses_what_it_cannot_measure(family):
 @pytest.mark.parametrize("ablation", reference.KINDS)
 @pytest.mark.parametrize("name", ("gpt2", "neox-parallel"))
 def test_prose_equals_full_forward_passes(family, monkeypatch, name, ablation):
-    """A shard's prompts are each other's donors; constants are of all prompts."""
+    """A shard's prompts are each other's donors, drawn apart for each; constants are of all prompts."""
     monkeypatch.setattr(layers_on_prose, "SHARD_PROMPTS", 4)
+    monkeypatch.setitem(layer_ablation.N_DONORS, "last", 1)
     model, hf = family(name)
     tokens = random_tokens(6, 10)
     settings = {"ablation": ablation, "layer_positions": "last", "seed": 5, "n_prompts": 6}
@@ -349,7 +352,9 @@ def test_prose_equals_full_forward_passes(family, monkeypatch, name, ablation):
         measured = layers_on_prose.MEASUREMENT.compute(model, settings, inputs, shard)
         members = range(shard, shard + 3)
         assert measured["prompt"].values.tolist() == list(members)
-        donors = {i: [j for j in members if j != i] for i in members}
+        drawn = draw_donors(np.arange(3), 1, 5 + shard)
+        donors = {shard + int(i): [shard + int(j)] for i, j in drawn}
+        assert set(donors) == set(members)
         check(measured, slowly(hf, tokens.tolist(), ablation, donors, of=members), 1e-4)
 
 

@@ -1,5 +1,6 @@
 """The models that ship: what they promise, and that every loader agrees on them."""
 
+import dataclasses
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from selfrepair.models.checkpoints import embedded_models, find_model
+from selfrepair.models.loading import load_model
 from selfrepair.paths import MODELS
 from selfrepair.text.gazetteer import Gazetteer
 from selfrepair.training.card import TABLE_MARKS, render_card, render_table
@@ -117,3 +119,18 @@ def test_answers_begin_with_a_space():
         whole = tokenizer.encode(prompt.text + prompt.answer)
         assert whole[: len(tokenizer.encode(prompt.text))] == tokenizer.encode(prompt.text)
         assert whole[len(tokenizer.encode(prompt.text))] == token
+
+
+def test_a_models_hash_knows_which_weight_is_which():
+    """Two of one shape that have changed places are another model."""
+    model = load_model("pocket-pythia-small", "cpu")
+    before = model.weights_sha256
+    one, other = (
+        model.hf.get_parameter(f"gpt_neox.layers.{layer}.mlp.dense_h_to_4h.weight") for layer in (0, 1)
+    )
+    with torch.no_grad():
+        kept = one.clone()
+        one.copy_(other)
+        other.copy_(kept)
+    assert load_model("pocket-pythia-small", "cpu").weights_sha256 == before
+    assert dataclasses.replace(model).weights_sha256 != before

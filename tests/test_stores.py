@@ -220,6 +220,22 @@ def test_a_store_is_checked_once_unless_a_file_changes(tmp_path, monkeypatch):
     assert len(checked) == 2 * len(set(checked))
 
 
+def test_another_file_of_the_same_size_and_time_is_another_state(tmp_path):
+    """As a copy puts it there that keeps times."""
+    path = tmp_path / "a.zarr"
+    write_store(parts_of(6), path)
+    before, chunk = stores.state_of(path), largest_chunk(path)
+    assert stores.state_of(path) == before
+    shutil.copy2(chunk, tmp_path / "other")
+    flip_a_bit(tmp_path / "other")
+    times = chunk.stat()
+    os.utime(tmp_path / "other", ns=(times.st_atime_ns, times.st_mtime_ns))
+    (tmp_path / "other").replace(chunk)
+    now = chunk.stat()
+    assert (now.st_size, now.st_mtime_ns) == (times.st_size, times.st_mtime_ns)
+    assert stores.state_of(path) != before
+
+
 def test_a_store_takes_the_place_of_another_as_a_whole(tmp_path):
     path = tmp_path / "~" / "a.zarr"
     write_store(parts_of(6, 6), path)

@@ -11,6 +11,7 @@ from selfrepair.cli.main import main
 from selfrepair.engine.fast import fast_path
 from selfrepair.errors import NotMeasurable, UserError
 from selfrepair.measure.measurement import Measurement, find_measurement, measurement_names
+from selfrepair.measure.task import Task
 from selfrepair.paths import BY_HAND, MODELS, PROFILES, RUNS
 from selfrepair.run import profiles
 from selfrepair.run import study as study_module
@@ -377,3 +378,13 @@ def test_an_edited_pocket_profile_is_not_what_committed_notebooks_describe(tmp_p
     monkeypatch.setattr(profiles, "PROFILES", tmp_path)
     assert Study.of("pocket").profile.n_prompts == 64
     assert not Study.of("pocket").is_as_committed
+
+
+@pytest.mark.parametrize("name", sorted(set(measurement_names()) - {"tokens", "unseen_tokens"}))
+def test_what_a_model_computes_is_another_store_in_another_precision(tmp_path, name):
+    """Tokens alone are the same."""
+    settings = Study.of(model=MODEL, device="cpu", out_dir=tmp_path).wanted(MODEL, "resample")
+    one, other = (
+        Task(name, MODEL, settings | {"dtype": dtype}, tmp_path).path for dtype in ("float32", "float64")
+    )
+    assert one != other

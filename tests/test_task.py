@@ -512,3 +512,9 @@ def test_a_store_of_another_format_is_measured_again(tmp_path, monkeypatch):
         (task.path / "zarr.json").read_text().replace('"format": 4', '"format": 3')
     )
     assert not task.is_done() and task.merge([NO_MODEL]) and task.is_done()
+
+
+def test_another_version_of_the_library_makes_another_store(folder, token_file, tmp_path, monkeypatch):
+    before = heads_task(folder, token_file, tmp_path).path
+    monkeypatch.setattr(task_module, "__version__", "0.0.1")
+    assert heads_task(folder, token_file, tmp_path).path != before
