@@ -177,7 +177,9 @@ def test_noise_has_the_share_of_its_floor():
 
 
 def test_heads_without_repair_by_hand():
+    """One of which repairs nothing at all."""
     dataset = fake_sweep(seed=2)
+    dataset["self_repair_mlps"][1, 0] = 0
     breakdown = Breakdown.of_sweep(dataset, FRACTION, 4, seed=5)
     found = breakdown.without_repair("mlps")
     everything = [range(PROMPTS)]

@@ -168,6 +168,7 @@ def test_variance_is_of_all_combinations_in_whatever_order():
         row = found.loc[part]
         assert row[list(counting.CHOICES.values())].tolist() == pytest.approx([25 / 41, 16 / 41, 0])
         assert row["choices together"] == pytest.approx(0) and row["largest"] == 7 * number
+        assert row["least"] == -2 * number
     few = counting.variance_explained(table, counting.CHOICES, most=0.5).set_index("part")
     assert few.loc["heads"].tolist()[:3] == pytest.approx([0, 1, 0])
     one_kind = counting.variance_of_models({"m": table[table["kind"] == "x"]}, most=1)
@@ -198,6 +199,40 @@ def test_what_hangs_on_donors_by_hand():
     assert counting.donors_matter(same, 1) == {"model": 0, "tokens": 0}
     table = counting.donors_table({"a": sweeps, "b": {}}, 1)
     assert table["model"].tolist() == ["a"] and table["draws"].tolist() == [2]
+
+
+def test_what_hangs_on_donors_by_loops():
+    """On the tokens of the first draw for a head's variance, on each draw's own for the model's share."""
+    sweeps = {draw: fake_sweep(draw) for draw in (0, 1, 2)}
+    found = counting.donors_matter(sweeps, FRACTION)
+    of_heads, shares = [], []
+    for sweep in sweeps.values():
+        rows = [row for layer in LATER for head in range(HEADS) for row in tokens_of(sweep, layer, head)]
+        lost = sum(row["direct_effect"] for row in rows)
+        shares.append(sum(row["heads"] + row["mlps"] + row["layernorm"] for row in rows) / lost)
+    for layer in LATER:
+        for head in range(HEADS):
+            order = np.argsort(-sweeps[0]["direct_effect"].values[layer, head].ravel())
+            top = order[: math.ceil(FRACTION * order.size)]
+            repair = np.array(
+                [
+                    (one["logit_change"] - one["ablated_direct_effect"] + one["direct_effect"])
+                    .values[layer, head]
+                    .ravel()[top]
+                    for one in sweeps.values()
+                ]
+            )
+            within = np.mean([np.var(of_token, ddof=1) for of_token in repair.T])
+            of_heads.append(within / np.var(repair.ravel(), ddof=1))
+    assert found == pytest.approx({"model": max(shares) - min(shares), "tokens": np.mean(of_heads)})
+
+
+def test_the_norms_clipped_share_is_above_its_own_floor():
+    sweep = fake_sweep()
+    found = mirror.counting_statistics(sweep, FRACTION, 3)["layernorm-clipped-above-floor"]
+    rows = [tokens_of(sweep, layer, head) for layer in range(LAYERS) for head in range(HEADS)]
+    above = [counted(one, "layernorm")["clipped"] - floor(one, "layernorm") for one in rows]
+    assert found.value == pytest.approx(statistics.fmean(above))
 
 
 def test_other_donors_stand_beside_the_own_on_the_same_prompts():

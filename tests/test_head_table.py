@@ -121,6 +121,7 @@ def test_layer_means():
     )
     means = layer_means(table)
     assert means["self_repair"].tolist() == [2, 0, 6] and means["relative_depth"].tolist() == [0, 0.5, 1]
+    assert layer_means(table[table["layer"] == 0])["relative_depth"].tolist() == [0]
 
 
 def test_extreme_heads():

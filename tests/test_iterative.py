@@ -11,13 +11,17 @@ from selfrepair.analysis.cosines import cosine_by_distance, head_cosines
 from selfrepair.analysis.iterative import alignment_table, iterative_statistics
 from selfrepair.analysis.rules import load_claims, load_statistics
 from selfrepair.analysis.self_feeding import (
+    EVERYWHERE,
+    ONE_POSITION,
+    OWN_OUTPUT,
+    RELEASED,
     published_self_feeding,
     self_feeding_table,
     slopes,
     slopes_by_way,
 )
 from selfrepair.measure import pairs, self_feeding
-from selfrepair.measure.self_feeding import SCALES
+from selfrepair.measure.self_feeding import SCALES, VECTORS
 from selfrepair.measure.task import Task
 from selfrepair.plots import iterative as plots
 from selfrepair.plots import self_feeding as self_feeding_plots
@@ -130,6 +134,15 @@ def test_slopes_are_plotted_where_they_are():
     assert len(lines) == 3 + 2  # a line for each head, one for each control
     for wanted in (*found[:, 0], found[:, 1].mean(0), found[:, 2].mean(0)):
         assert any(np.allclose(line, wanted) for line in lines)
+
+
+def test_slopes_of_every_way_by_hand():
+    """Read with the fed run's norm they are those of the same vector, over 1.1."""
+    ways = slopes_by_way("some", feeding(HEADS)).set_index(["vector", "way"])["estimate"]
+    means = np.mean(list(HEADS.values()), axis=0)
+    wanted = {(vector, ONE_POSITION): mean for vector, mean in zip(VECTORS, means, strict=True)}
+    wanted |= {(vector, RELEASED): mean / 1.1 for vector, mean in zip(VECTORS, means, strict=True)}
+    assert ways.to_dict() == pytest.approx(wanted | {(OWN_OUTPUT, EVERYWHERE): 0.5})
 
 
 def test_ways_are_plotted_where_they_are():

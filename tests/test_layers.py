@@ -187,7 +187,7 @@ def test_all_positions_equal_full_forward_passes(family, monkeypatch, name):
     """Fewer donors than there are: those of each length are drawn apart."""
     monkeypatch.setitem(layer_ablation.N_DONORS, "all", 2)
     model, hf = family(name)
-    prompts = made_up_prompts(((5, 12), (4, 9)))
+    prompts = made_up_prompts(((5, 12), (6, 9)))
     measured = ablate_layers(model, prompts, "resample", seed=3, positions="all")
     found = slowly(hf, prompts.tokens, "resample", donors_of(prompts, 3, "all"), "all")
     check(measured, found, 1e-4)

@@ -103,7 +103,9 @@ def test_run_of_known_facts(facts_run):
     run, asked, _ = facts_run
     assert run.effects["answered"].all() and (run.effects["token"].values == asked["answer"].values).all()
     (row,) = prompts_table([run], {MODEL: asked}).to_dict("records")
-    assert (row["asked"], row["prompts"]) == (36, asked.sizes["prompt"]) and row["spread between donors"] > 0
+    assert (row["asked"], row["prompts"]) == (36, asked.sizes["prompt"])
+    spread = run.effects["total_effect_spread"].sel(ablated=[0, 2, 4, 6])
+    assert row["spread between donors"] == pytest.approx(float(spread.mean())) and spread.min() > 0
     total = run.effects["total_effect"].sel(ablated=[0, 2, 4, 6])
     assert row["size of the effect"] == pytest.approx(float(abs(total).mean()))
     phrasings = by_phrasing(run, asked).set_index("phrasing")

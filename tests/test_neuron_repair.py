@@ -130,6 +130,14 @@ def test_summaries_equal_loops(n_tokens, n_neurons, seed):
     np.testing.assert_allclose(totals.share_by_rank, curve)
 
 
+@pytest.mark.parametrize("direct_effect", [2.0, -2.0])
+def test_changes_of_rounding_do_not_count_as_moved(direct_effect):
+    """Less than a ten-thousandth of the direct effect, in all neurons together and whatever their signs."""
+    part = direct_effect * np.array([[0, 0], [1e-6, -1e-6], [4e-5, -4e-5], [6e-5, -6e-5], [0.1, 0.2]])
+    found = summary_of(np.ones((5, 2)), part, [direct_effect] * 5)
+    assert repairs_of(found)["direct effect"][1, 0][2].moved.tolist() == [False, False, False, True, True]
+
+
 def test_scopes_join_tokens_and_sum_totals():
     rng = np.random.default_rng(0)
     clean, change = rng.normal(size=(2, 6, 7))

@@ -17,7 +17,7 @@ from matplotlib.patches import Rectangle
 from selfrepair.analysis.claims import claims_table
 from selfrepair.analysis.neuron_examples import neurons_in_context, passages
 from selfrepair.analysis.neuron_repair import IN_WORDS, repairs_of, totals_of
-from selfrepair.analysis.neuron_sets import chance_overlap, mean_overlap, pair_overlaps
+from selfrepair.analysis.neuron_sets import chance_overlap
 from selfrepair.analysis.neurons import ModelNeurons, by_selection, claimed, over_models, statistics_table
 from selfrepair.analysis.passages import AFTER, BEFORE
 from selfrepair.analysis.rules import load_claims, load_statistics
@@ -497,6 +497,18 @@ def test_a_model_without_later_heads_has_no_statistics(measured):
     assert statistics_table(by).empty and len(top_figures.against_controls(by).axes) == 6
 
 
+def mean_jaccard(pairs):
+    """Of sets of neurons of tokens in different prompts, by loops."""
+    overlaps = []
+    for one, other in pairs:
+        for prompt, chosen in zip(one.prompt, one.neurons.tolist(), strict=True):
+            for another, others in zip(other.prompt, other.neurons.tolist(), strict=True):
+                if another != prompt:
+                    common = len(set(chosen) & set(others))
+                    overlaps.append(common / len(set(chosen) | set(others)))
+    return sum(overlaps) / len(overlaps)
+
+
 def test_tables(measured):
     model, inputs, found = measured("llama")
     layer, head = found.chosen
@@ -510,11 +522,15 @@ def test_tables(measured):
     assert alone.iloc[5]["≥ 0.1"] == repair.repaired_alone(once, 1).value[1, 0]
     assert len(everyone.prompt) == N_HEADS * 44 and set(everyone.head) == set(range(N_HEADS))
     overlaps = found.overlaps()
+    assert overlaps[["MLP", "tokens of"]].values.tolist() == [
+        [mlp, of] for mlp in (1, 2) for of in (f"L1H{head}", "one head of L1", "two heads of L1")
+    ]
     assert overlaps["chance"].unique().tolist() == [chance_overlap(48, 20)]
     for kind, column in (("repairers", "overlap"), ("strongest", "strongest")):
         heads = [found.repairs["direct effect"][1, h][2].sets(kind) for h in range(N_HEADS)]
-        two = sum(pair_overlaps(a, b, 8) for a, b in zip(heads, [*heads[1:], heads[0]], strict=True))
-        assert overlaps.iloc[5][column] == pytest.approx(mean_overlap(two, once).value)
+        own, one = mean_jaccard([(heads[head], heads[head])]), mean_jaccard([(of, of) for of in heads])
+        two = mean_jaccard(list(zip(heads, [*heads[1:], heads[0]], strict=True)))
+        assert overlaps[column].tolist()[3:] == pytest.approx([own, one, two]) and own != one != two
         low, high = (overlaps[f"{column} {end}"] for end in ("low", "high"))
         assert ((low <= overlaps[column]) & (overlaps[column] <= high)).all()
 
@@ -544,11 +560,26 @@ def test_tables(measured):
         sum(few[1]) / -mlps for few, mlps in zip(broken.largest, broken.mlps_repair, strict=True) if mlps < 0
     ]
     assert first.iloc[3]["few of MLPs"] == pytest.approx(np.median(part))
+    for row, selection, side in ((0, "direct effect", 0), (1, "direct effect", 1), (3, "breakage", 1)):
+        (_, of) = found.scopes(selection).values()
+        shares = [
+            sum(max(change, 0) for change in few) / total
+            for few, total in zip(of.largest[:, side].tolist(), of.total[:, side].tolist(), strict=True)
+            if total > 0
+        ]
+        assert first.iloc[row]["few of total"] == pytest.approx(np.median(shares))
+    summed = found.total_scopes()["all heads of L1"]
+    for name in ("change_by_neuron", "clean_by_neuron", "share_by_rank"):
+        wanted = sum(getattr(found.totals[1, number][2], name) for number in range(N_HEADS))
+        np.testing.assert_allclose(getattr(summed, name), wanted)
 
     often = found.frequencies()
     counts = [sum(n in of[:10] for of in repair.repairers.tolist()) for n in range(48)]
     assert often["neurons"].tolist() == ["repairers", "strongest", "random"] * 2
     assert often.iloc[0]["first"] == max(counts) / 44
+    chosen_by_chance = np.random.default_rng(1).random((2000, 44, 48)).argsort(-1)[..., :10].reshape(2000, -1)
+    largest = [np.bincount(neurons, minlength=48).max() / 44 for neurons in chosen_by_chance]
+    assert often.iloc[2]["first"] == pytest.approx(np.mean(largest), abs=0.02)
     assert often.iloc[0]["ten"] == pytest.approx(sum(sorted(counts)[-10:]) / 440)
     assert often.iloc[0]["ever"] == np.mean([count > 0 for count in counts])
 
