@@ -27,6 +27,7 @@ class Median:
     name = "median"
     is_fitted = True
     fits_unseen = False
+    has_donors = False
 
     def prepare(self, model, batches, site):
         by_batch = [[one.flatten(0, 1) for one in site.activations(model, tokens)] for tokens in batches]

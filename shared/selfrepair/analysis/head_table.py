@@ -54,7 +54,8 @@ def heads_table(
     """One row per head: means (logits) over its top ``fraction`` of tokens by direct effect.
 
     The columns of the authors' published tables, and: ``self_repair`` with its 95% interval over
-    prompts (``_low``, ``_high``; NaN of a head whose tokens all lie in one prompt); beside the published ``clipped_share_*`` (mean of per-token clipped shares)
+    prompts (``_low``, ``_high``; NaN of a head whose tokens all lie in one prompt); beside the published
+    ``clipped_share_*`` (mean of per-token clipped shares)
     ``clipped_floor_*`` (the same with signs at random, :func:`clipped_floor`) and ``share_of_means_*`` (mean
     of the part over mean direct effect); ``n_tokens``.
 

@@ -171,11 +171,10 @@ def sweep(options: argparse.Namespace) -> None:
     from selfrepair.engine.ablations import find_ablation
     from selfrepair.engine.identity_check import check_tokens
     from selfrepair.engine.optimal import N_PROMPTS
-    from selfrepair.measure.pairs import remarks_on_pairs
     from selfrepair.measure.task import Task
     from selfrepair.models.devices import all_devices, set_precision
     from selfrepair.models.loading import load_model
-    from selfrepair.text.corpora import load_tokens
+    from selfrepair.text.corpora import load_tokens, remarks_on_pairs
 
     logging.disable_progress_bar()
     devices = all_devices(options.device)
@@ -189,11 +188,12 @@ def sweep(options: argparse.Namespace) -> None:
     }
     prompt_len = 128 if options.prompt_len is None else options.prompt_len
     amount = {"n_prompts": options.n_prompts, "prompt_len": prompt_len}
-    n_unseen = N_PROMPTS if find_ablation(options.ablation).fits_unseen else 0
+    kind = find_ablation(options.ablation)
+    n_unseen = N_PROMPTS if kind.fits_unseen else 0
     drawn = load_tokens(models[0].tokenizer, **source, **amount, n_unseen=n_unseen)
     prompts = torch.from_numpy(drawn.tokens)
     check_tokens(models[0], prompts, drawn.source)  # what is wrong is said before anything is written
-    for line in remarks_on_pairs(models[0], drawn, options.ablation):
+    for line in remarks_on_pairs(drawn, options.ablation, kind.has_donors):
         print(line, file=sys.stderr)
     amount = {"n_prompts": len(prompts), "prompt_len": prompts.shape[1]}
     wanted = {**source, **amount, "dtype": options.dtype, "ablation": options.ablation}

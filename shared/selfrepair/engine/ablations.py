@@ -68,11 +68,12 @@ class Replacement(Protocol):
 class Ablation(Protocol):
     """A kind of ablation.
 
-    ``is_fitted`` if it learns :class:`Constants`, which are kept: from all prompts, or ``fits_unseen`` from
-    text that is never measured on.
+    ``has_donors`` is that of its replacements. ``is_fitted`` if it learns :class:`Constants`, which are kept:
+    from all prompts, or ``fits_unseen`` from text that is never measured on.
     """
 
     name: ClassVar[str]
+    has_donors: ClassVar[bool]
     is_fitted: ClassVar[bool]
     fits_unseen: ClassVar[bool]
 
@@ -123,6 +124,7 @@ class Resample:
     """By the activation of a donor prompt (Rushing & Nanda 2024, §2)."""
 
     name: ClassVar[str] = "resample"
+    has_donors: ClassVar[bool] = FromDonors.has_donors
     is_fitted: ClassVar[bool] = False
     fits_unseen: ClassVar[bool] = False
 
@@ -134,6 +136,7 @@ class Mean:
     """By the mean over all prompts and positions, summed in float64 (Rushing & Nanda 2024, appendix)."""
 
     name: ClassVar[str] = "mean"
+    has_donors: ClassVar[bool] = Constants.has_donors
     is_fitted: ClassVar[bool] = True
     fits_unseen: ClassVar[bool] = False
 
@@ -151,6 +154,7 @@ class Zero:
     """By nothing: of a head, its value bias alone is left (Rushing & Nanda 2024, appendix)."""
 
     name: ClassVar[str] = "zero"
+    has_donors: ClassVar[bool] = Constants.has_donors
     is_fitted: ClassVar[bool] = False
     fits_unseen: ClassVar[bool] = False
 
@@ -166,6 +170,7 @@ class Optimal:
     """
 
     name: ClassVar[str] = "optimal"
+    has_donors: ClassVar[bool] = Constants.has_donors
     is_fitted: ClassVar[bool] = True
     fits_unseen: ClassVar[bool] = True
 

@@ -13,9 +13,7 @@ from torch import Tensor
 from selfrepair.engine.ablations import Constants, Replacement, find_ablation
 from selfrepair.engine.identity_check import check_tokens
 from selfrepair.engine.sites import HEADS
-from selfrepair.errors import UserError
 from selfrepair.measure.measurement import Inputs, Settings
-from selfrepair.text.corpora import Prompts
 
 if TYPE_CHECKING:
     from selfrepair.models.loading import Model
@@ -51,38 +49,6 @@ def tokens_of(
     everything = torch.from_numpy(inputs["tokens"]["token"].values)
     check_tokens(model, everything, str(inputs["tokens"].attrs["corpus"]))
     return everything[prompts]
-
-
-def remarks_on_pairs(model: Model, prompts: Prompts, ablation: str) -> list[str]:
-    """What a reader should know of prompts that are each other's donors, one line each.
-
-    Raises:
-        UserError: with an ablation that puts in what donors have, every prompt's donor is that prompt again.
-    """
-    lines = []
-    n_taken = len(prompts.tokens)
-    if prompts.last_row_left_out:
-        n_rows = n_taken + 1 + (0 if prompts.unseen is None else len(prompts.unseen))
-        lines.append(
-            f"{prompts.source}: its last row is left out: prompts are each other's donors in pairs, and it has "
-            f"{n_rows}"
-        )
-    kind = find_ablation(ablation)
-    if kind.is_fitted or not kind.prepare(model, [], HEADS).has_donors:
-        return lines
-    first, partners = np.split(prompts.tokens, 2)
-    n_equal = int((first == partners).all(-1).sum())
-    if n_equal == len(first):
-        raise UserError(
-            f"{prompts.source}: every prompt is the same as its donor (row i of {n_taken} as row i + "
-            f"{n_taken // 2}), so that {ablation} ablation changes nothing: give other rows, or another order"
-        )
-    if n_equal:
-        lines.append(
-            f"{prompts.source}: {n_equal} of {len(first)} pairs of prompts are twice the same prompt, where "
-            f"{ablation} ablation changes nothing"
-        )
-    return lines
 
 
 def head_replacement(model: Model, settings: Settings, inputs: Inputs) -> Replacement:

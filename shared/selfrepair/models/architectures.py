@@ -35,8 +35,8 @@ class Architecture:
     are well-known ones. ``parallel`` says whether the MLP reads what the attention of its block
     reads, or which setting says so, and ``one_norm`` whether both read one norm. ``any_heads`` says whether
     heads may have any width and share keys and values, ``sliding_window`` whether attention may look back
-    over some tokens only, or which setting says so. ``tiny`` has, by a tiny model's name, its settings beside :data:`TINY_SHAPE`, and
-    ``more`` what the README's table says beyond the rest.
+    over some tokens only, or which setting says so. ``tiny`` has, by a tiny model's name, its settings beside
+    :data:`TINY_SHAPE`, and ``more`` what the README's table says beyond the rest.
     """
 
     model_type: str

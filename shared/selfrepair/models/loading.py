@@ -278,7 +278,8 @@ def _why_not_loaded(model_name: str, where: str, error: Exception) -> str:
     if Path(where).is_dir():
         has_tokenizer = any(file for pattern in TOKENIZER_FILES for file in Path(where).glob(pattern))
         instead = "" if has_tokenizer else "save the model's tokenizer in its folder, which has none, or "
-        return f"{model_name}: not a loadable causal language model ({said}): {instead}{what_to_mend(model_name)}"
+        mend = what_to_mend(model_name)
+        return f"{model_name}: not a loadable causal language model ({said}): {instead}{mend}"
     return (
         f"{model_name}: the Hugging Face hub did not give all of it ({said}): check the network, "
         f"or give the path of a local model folder; the embedded models ({', '.join(embedded_models())}) "

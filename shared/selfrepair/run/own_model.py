@@ -34,7 +34,6 @@ from selfrepair.engine.identity_check import check_tokens
 from selfrepair.engine.optimal import N_PROMPTS
 from selfrepair.errors import UserError
 from selfrepair.measure.measurement import find_measurement
-from selfrepair.measure.pairs import remarks_on_pairs
 from selfrepair.measure.tokens import of_prompts
 from selfrepair.measure.unseen_tokens import of_unseen
 from selfrepair.models.architectures import SUPPORTED
@@ -43,7 +42,7 @@ from selfrepair.models.loading import Model, load_model
 from selfrepair.plots.across_models import self_repair_by_depth
 from selfrepair.run.profiles import Possible, refuse_impossible
 from selfrepair.statistics import check_fraction
-from selfrepair.text.corpora import Prompts, load_tokens
+from selfrepair.text.corpora import Prompts, load_tokens, remarks_on_pairs
 
 #: So many tokens of one prompt say whether a model in memory is the one that is measured.
 COMPARED = 16
@@ -112,13 +111,14 @@ def measure_heads(
 
     Raises:
         UserError: an argument of another type; the model is not supported, cannot be loaded or is not what
-            its copy is; the prompts are too few, an odd number, too long, or not the model's; says what to do.
+            its copy is; the prompts are too few, too long, or not the model's; says what to do.
     """
     given: dict[str, Any] = {"text": text, "tokens": tokens, "tokenizer": tokenizer, "n_prompts": n_prompts}
     given = {name: value for name, value in given.items() if value is not None}
     given |= {"model": model, "prompt_len": prompt_len, "fraction": fraction}
     refuse_impossible(given | {"ablation": ablation, "device": device}, _OF_CALLERS)
-    n_unseen = N_PROMPTS if find_ablation(ablation).fits_unseen else 0
+    kind = find_ablation(ablation)
+    n_unseen = N_PROMPTS if kind.fits_unseen else 0
     if text is not None and tokens is not None:
         raise UserError("give a text or tokens, not both")
     if isinstance(model, PreTrainedModel) and tokens is None and tokenizer is None:
@@ -130,7 +130,7 @@ def measure_heads(
     check_fraction(float(fraction), len(prompts.tokens) * (prompts.tokens.shape[1] - 1))
     if isinstance(model, PreTrainedModel):
         _check_copy(loaded, model, torch.from_numpy(prompts.tokens[:1, :COMPARED]))
-    for line in remarks_on_pairs(loaded, prompts, ablation):
+    for line in remarks_on_pairs(prompts, ablation, kind.has_donors):
         print(line, file=sys.stderr)
     settings = {"ablation": ablation, "n_prompts": len(prompts.tokens)}
     inputs = {"tokens": of_prompts(prompts), "unseen_tokens": of_unseen(prompts)}
@@ -221,7 +221,7 @@ def _name_stock_class(model: PreTrainedModel, saved: Path) -> None:
 
 @torch.no_grad()
 def _check_copy(copy: Model, model: PreTrainedModel, tokens: Int[Tensor, "1 position"]) -> None:
-    """Refuses a model that computes otherwise than its ``copy``: the disk holds its weights and settings only.
+    """Refuses a model that computes otherwise than its ``copy``: a disk holds weights and settings alone.
 
     Centred logits may differ by rounding: by the root of the model's precision, of the largest.
 
@@ -244,9 +244,9 @@ def _check_copy(copy: Model, model: PreTrainedModel, tokens: Int[Tensor, "1 posi
     error = ((found - wanted).abs().max() / wanted.abs().max()).item()
     if not error < max(torch.finfo(of).eps for of in (model.dtype, copy.dtype)) ** 0.5:
         raise UserError(
-            f"{copy.name}: the model in memory is not the one that its weights and configuration give (logits "
-            f"differ by {error:.1e} of the largest), and only that could be measured: undo what was changed "
-            "beside weights, such as hooks, modules or its forward"
+            f"{copy.name}: the model in memory is not the one that its weights and configuration give "
+            f"(logits differ by {error:.1e} of the largest), and only that could be measured: undo what was "
+            "changed beside weights, such as hooks, modules or its forward"
         )
 
 

@@ -141,6 +141,37 @@ class Prompts:
         return hashlib.sha256(f"{ids.shape}".encode() + ids.tobytes()).hexdigest()
 
 
+def remarks_on_pairs(prompts: Prompts, ablation: str, has_donors: bool) -> list[str]:
+    """What a reader should know of prompts that are each other's donors, one line each.
+
+    ``has_donors``: whether the kind of ``ablation`` puts in what donors have.
+
+    Raises:
+        UserError: it does, and every prompt's donor is that prompt again.
+    """
+    lines, n_taken = [], len(prompts.tokens)
+    if prompts.last_row_left_out:
+        n_rows = n_taken + 1 + (0 if prompts.unseen is None else len(prompts.unseen))
+        lines.append(
+            f"{prompts.source}: its last row is left out: prompts are each other's donors in pairs, and it "
+            f"has {n_rows}"
+        )
+    first, partners = np.split(prompts.tokens, 2)
+    n_equal = int((first == partners).all(-1).sum()) if has_donors else 0
+    if n_equal == len(first):
+        raise UserError(
+            f"{prompts.source}: every prompt is the same as its donor (row i of {n_taken} as row "
+            f"i + {n_taken // 2}), so that {ablation} ablation changes nothing: give other rows, or another "
+            "order"
+        )
+    if n_equal:
+        lines.append(
+            f"{prompts.source}: {n_equal} of {len(first)} pairs of prompts are twice the same prompt, where "
+            f"{ablation} ablation changes nothing"
+        )
+    return lines
+
+
 def load_tokens(
     tokenizer: PreTrainedTokenizerBase,
     *,

@@ -221,8 +221,8 @@ def choose_prompts(
         raise NotMeasurable(
             f"{model.name}: answers {n_answered} of {len(asked)} facts, "
             "no two of them of one length in tokens, so none has a donor: "
-            "ask more of them (n_facts, a parameter of notebook 06) or others that it knows (facts, a CounterFact "
-            ".json or data set)"
+            "ask more of them (n_facts, a parameter of notebook 06) or others that it knows (facts, a "
+            "CounterFact .json or data set)"
         )
     return FactPrompts(
         facts=[asked[i] for i in chosen],
