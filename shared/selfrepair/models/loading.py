@@ -261,7 +261,7 @@ def load_hf(
     where = find_model(model_name)
     with _unloadable_is_said(model_name, where):
         config = _raw_config(where)
-        model_type = config.get("model_type") and str(config["model_type"])
+        model_type = str(config.get("model_type"))
         if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             find_architecture(model_type, model_name)
         check_stock(config, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type], model_name)

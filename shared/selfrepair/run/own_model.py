@@ -203,7 +203,7 @@ def _loaded(
     """By the one path for all models, which checks what it loads."""
     if not isinstance(model, PreTrainedModel):
         return load_model(os.fspath(model), device)
-    name = short_name(model.name_or_path) or f"{model.config.model_type} (in memory)"
+    name = short_name(model.name_or_path or "") or f"{model.config.model_type} (in memory)"
     with tempfile.TemporaryDirectory() as folder, _called(name, own := f"{folder}/model"):
         model.save_pretrained(own)
         _name_stock_class(model, Path(own) / "config.json")
@@ -241,11 +241,11 @@ def _check_copy(copy: Model, model: PreTrainedModel, tokens: Int[Tensor, "1 posi
             module.training = was
     both = (copy.hf(input_ids=tokens.to(copy.device)).logits.cpu().double(), logits)
     wanted, found = (one - one.mean(-1, keepdim=True) for one in both)
-    error = ((found - wanted).abs().max() / wanted.abs().max()).item()
-    if not error < max(torch.finfo(of).eps for of in (model.dtype, copy.dtype)) ** 0.5:
+    apart = ((found - wanted).abs().max() / wanted.abs().max()).item()
+    if not apart < max(torch.finfo(of).eps for of in (model.dtype, copy.dtype)) ** 0.5:
         raise UserError(
             f"{copy.name}: the model in memory is not the one that its weights and configuration give "
-            f"(logits differ by {error:.1e} of the largest), and only that could be measured: undo what was "
+            f"(logits differ by {apart:.1e} of the largest), and only that could be measured: undo what was "
             "changed beside weights, such as hooks, modules or its forward"
         )
 

@@ -205,8 +205,8 @@ class Study:
                 found[short_name(model_name)] = open_store(task.path)
         if left_out and not found:
             raise left_out[0]
-        for error in left_out:
-            print(f"left out of {name}: {error}")
+        for why in left_out:
+            print(f"left out of {name}: {why}")
         return found
 
     def load(self, model_name: str) -> list[Model]:
