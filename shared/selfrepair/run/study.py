@@ -182,8 +182,8 @@ class Study:
         """What was measured of every model that has it, by short name; measured now if need be.
 
         A kind of ``ablation`` that some models have beside the profile's is measured of these alone, one that
-        the profile does not have at all of every model. Of several models, one that it cannot be measured of is
-        left out, which is said.
+        the profile does not have at all of every model. Of several models, one that it cannot be measured of
+        is left out, which is said.
 
         Raises:
             NotMeasurable: it cannot be measured of any model.
