@@ -1,6 +1,7 @@
 """Arms: models trained alike but for dropout and seed; their table, and what notebook 08 says of it."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 import threading
@@ -477,6 +478,28 @@ def test_every_arm_stands_beside_the_means_of_its_curve():
         table = analysis.arms_table(curve.arms(arms))
         wanted = np.stack([table[curve.dose] + plots.BESIDE, table["mlps"]], axis=1)
         np.testing.assert_allclose(shown.get_offsets(), wanted)
+    bands = [band for band in axis.collections if band not in models]
+    for curve, band in zip(curves.values(), bands, strict=True):
+        corners = {tuple(corner) for corner in np.round(band.get_paths()[0].vertices, 9)}
+        for row in curve[curve["quantity"] == "mlps"].round(9).itertuples():
+            assert {(row.dose, row.low), (row.dose, row.high)} <= corners
+    plt.close(figure)
+
+
+def test_what_is_measured_now_is_drawn_beside_the_table():
+    rows = [
+        {"model": model, "quantity": quantity, "now": place, "table": place + 0.5}
+        | {"low": place + 0.4, "high": place + 0.7}
+        for place, (quantity, model) in enumerate(itertools.product(analysis.QUANTITIES, "ab"))
+    ]
+    figure = plots.live_against_table(pd.DataFrame(rows))
+    for axis, place in zip(figure.axes, range(0, len(rows), 2), strict=True):
+        cross = next(line for line in axis.lines if line.get_marker() == "x")
+        point, _, (bars,) = axis.containers[0]
+        np.testing.assert_allclose(cross.get_xydata(), [[place, 0], [place + 1, 1]])
+        np.testing.assert_allclose(point.get_xydata(), [[place + 0.5, 0], [place + 1.5, 1]])
+        ends = [bar[:, 0] for bar in bars.get_segments()]
+        np.testing.assert_allclose(ends, [[place + 0.4, place + 0.7], [place + 1.4, place + 1.7]])
     plt.close(figure)
 
 
@@ -487,6 +510,10 @@ def test_the_figure_over_training_says_which_model_and_where_its_axis_is_logarit
         figure.get_suptitle()
     )
     steps = sorted(set(saved["step"].values.tolist()))
+    table = analysis.arms_table(saved).sort_values("step")
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    for part in plots.PART_COLOURS:
+        np.testing.assert_allclose(lines[plots.TITLES[part]].get_ydata(), table[part])
     for axis in figure.axes:
         assert axis.get_title() and axis.get_xticks().tolist() == steps
         assert axis.get_xlabel() == f"training step (logarithmic from {steps[1]} on)"

@@ -5,6 +5,7 @@ import statistics
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import reference
 import torch
@@ -314,6 +315,49 @@ def test_clipped_shares_by_layer_stand_above_dotted_floors():
         wanted = table[(table["part"] == part) & (table["quantity"] == FLOOR)]["estimate"]
         assert line.get_ydata() == pytest.approx(wanted.to_numpy())
     plt.close(figure)
+
+
+def lying_bars(axis):
+    """Ends of the level lines of two points, and their height."""
+    lines = (line for line in axis.lines if len(line.get_xdata()) == 2)
+    level = [line for line in lines if len(set(line.get_ydata())) == 1 and set(line.get_xdata()) != {0, 1}]
+    return [tuple(line.get_xdata()) for line in level]
+
+
+def test_bars_of_parts_end_where_intervals_do():
+    """In every figure of shares; longer above than below."""
+    table = pd.DataFrame(
+        [
+            {"model": "m", "layer": layer, "part": part, "quantity": quantity}
+            | {"estimate": 0.2 + layer / 10, "low": 0.15 + layer / 10, "high": 0.4 + layer / 10}
+            for quantity in ("logits", *WAYS, FLOOR)
+            for part in PARTS
+            for layer in (0, 1)
+        ]
+    )
+    for axis in plots.breakdown_by_layer(table).axes:
+        for bars in axis.containers:
+            ends = [bar[:, 1] for bar in bars[2][0].get_segments()]
+            np.testing.assert_allclose(ends, [[0.15, 0.4], [0.25, 0.5]])
+    spans = {part: (0.1 + i / 50, 0.4 + i / 50) for i, part in enumerate(plots.SUMS)}
+    of_parts = pd.DataFrame(
+        [
+            {"model": "m", "part": part, "estimate": 0.3, "low": low, "high": high}
+            for part, (low, high) in spans.items()
+        ]
+    )
+    for axis in plots.restored_by_part(of_parts, of_parts, "made up").axes:
+        assert lying_bars(axis) == list(spans.values())
+    ways = {way: (0.1 + i / 50, 0.4 + i / 50) for i, way in enumerate(WAYS)}
+    of_ways = pd.DataFrame(
+        [
+            {"model": "m", "way": way, "estimate": 0.3, "low": low, "high": high}
+            for way, (low, high) in ways.items()
+        ]
+    )
+    (axis,) = plots.ways_of_counting(of_ways, of_ways.drop(columns=["low", "high"])).axes
+    assert lying_bars(axis) == list(ways.values())
+    plt.close("all")
 
 
 def test_parts_are_drawn_apart_and_what_was_not_released_is_said():

@@ -377,6 +377,21 @@ def test_multiverse_figure_shows_every_point(drawn):
             assert f"resample, 2 choices of donors, {PROMPTS} of the prompts" in lines
 
 
+def test_bars_of_every_way_end_where_intervals_do(drawn):
+    rows = [
+        {"part": part, "way": way, "fraction": fraction, "kind": "resample", "floor": 0.0}
+        | {"estimate": 0.2 + fraction, "low": 0.1 + fraction, "high": 0.5 + fraction}
+        for part in SUMS
+        for way in WAYS
+        for fraction in (0.01, 0.1)
+    ]
+    figure = plots.multiverse_figure(pd.DataFrame(rows), None)
+    assert len(figure.axes) == len(SUMS) * len(WAYS)
+    for axis in figure.axes:
+        ends = [bar[:, 1] for bar in axis.containers[0][2][0].get_segments()]
+        np.testing.assert_allclose(ends, [[0.11, 0.51], [0.2, 0.6]])
+
+
 def test_released_figure_says_what_was_not_released(drawn):
     figure = plots.released_figure(counting.released_points())
     said = [text.get_text() for axis in figure.axes for text in axis.texts]

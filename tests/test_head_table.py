@@ -36,7 +36,7 @@ from selfrepair.analysis.head_table import (
 from selfrepair.analysis.published import published_heads
 from selfrepair.analysis.rules import VERDICTS, load_claims
 from selfrepair.errors import UserError
-from selfrepair.plots.across_models import self_repair_by_depth
+from selfrepair.plots.across_models import effect_against_change, self_repair_by_depth
 
 NAMES = ("direct_effect", "ablated_direct_effect", "logit_change", "self_repair_heads", "self_repair_mlps")
 
@@ -387,3 +387,14 @@ def test_panels_share_one_linear_scale_and_tails_are_at_its_edge():
         beyond = int((shown["self_repair"] > high).sum()), int((shown["self_repair"] < low).sum())
         assert ((points[:, 1] == high).sum(), (points[:, 1] == low).sum()) == beyond
     plt.close(figure)
+
+
+def test_heads_stand_against_the_line_of_no_repair():
+    """Below 0 by as much as the direct effect."""
+    table = pd.DataFrame({"model": "m", "direct_effect": [0.1, 0.5, 2.0], "logit_change": [0.0, -0.2, -1.0]})
+    (axis,) = effect_against_change({"measured": table}).axes
+    (line,) = (line for line in axis.lines if "no repair" in line.get_label())
+    assert (line.get_ydata() == -line.get_xdata()).all() and max(line.get_xdata()) >= 2
+    (heads,) = (one for one in axis.collections if one.get_label() == "m")
+    np.testing.assert_allclose(heads.get_offsets(), table[["direct_effect", "logit_change"]])
+    plt.close("all")

@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import xarray as xr
+from matplotlib.colors import to_rgb
 
 from selfrepair.analysis.layer_means import LayerMeans
 from selfrepair.analysis.layers import (
@@ -434,4 +435,62 @@ def test_figures_show_the_means():
     axis = layer_compensation.compensation_split([run]).axes[0]
     total = sum(bar.get_height() for bars in axis.containers for bar in list(bars)[2:3])
     assert total == pytest.approx(means.compensation.value[4] + means.norm_term.value[4])
+    plt.close("all")
+
+
+def ends_of(bars, axis=1):
+    """The two ends of each bar along ``axis``, out of the lines of an error bar's container."""
+    return np.array([segment[:, axis] for segment in bars[min(axis, len(bars) - 1)].get_segments()])
+
+
+def test_bars_by_layer_end_where_intervals_do():
+    run = LayerRun.of("facts", made_up_effects(), n_bootstrap=50)
+    for axis, first in zip(layers.effects_by_layer([run]).axes, (0, 1), strict=True):
+        for bars, estimate in zip(axis.containers, (run.means.effect, run.means.total_effect), strict=True):
+            np.testing.assert_allclose(ends_of(bars[2]), np.stack(estimate[first::2].interval(), 1))
+    plt.close("all")
+
+
+def test_layers_that_change_by_more_than_every_threshold_are_drawn():
+    run = LayerRun.of("facts", made_up_effects(), n_bootstrap=4)
+    change, direct = run.effects["change"].values, run.effects["direct_effect"].values
+    (axis,) = layer_compensation.coupling([run], 5).axes
+    lines = {line.get_label(): line for line in axis.lines}
+    for offset, part in enumerate(("attention", "MLP")):
+        wanted = []
+        for threshold in (0.01, 0.01 * 10**0.75, 0.01 * 10**1.5, 0.01 * 10**2.25, 10):
+            shares = []
+            for ablated in range(0, 12, 2):
+                least = threshold * np.abs(direct[ablated]).mean()
+                below = range(ablated + 1 + (offset == 0), 12)
+                sizes = [np.abs(change[ablated, :, o]).mean() for o in below if o % 2 == offset]
+                shares += [np.mean([size > least for size in sizes])] if sizes else []
+            wanted.append(np.mean(shares))
+        np.testing.assert_allclose(lines[part].get_xdata()[[0, -1]], [0.01, 10])
+        np.testing.assert_allclose(lines[part].get_ydata(), wanted)
+        assert 0 < np.ptp(wanted)
+    plt.close("all")
+
+
+def test_compensation_stands_above_the_direct_effect():
+    """Prompts that the layer is chosen on are grey, those of the line blue."""
+    run = LayerRun.of("facts", made_up_effects(), n_bootstrap=50)
+    (axis,) = layer_compensation.compensation_scatter([run]).axes
+    points = np.stack([run.effects[name].values[run.best("attention")] for name in BY_FIT], 1)
+    for label, colour, prompts in (
+        ("prompts that the layer is chosen on", "0.6", slice(0, None, 2)),
+        ("prompts of line, slope and R²", "C0", slice(1, None, 2)),
+    ):
+        (shown,) = (one for one in axis.collections if one.get_label() == label)
+        np.testing.assert_allclose(shown.get_offsets(), points[prompts])
+        np.testing.assert_allclose(shown.get_facecolor()[0, :3], to_rgb(colour))
+    (line,) = (line for line in axis.lines if line.get_label() == "regression")
+    slope, constant = np.polyfit(*points[1::2].T, 1)
+    np.testing.assert_allclose(line.get_ydata(), slope * line.get_xdata() + constant)
+    by_layer = layer_compensation.compensation_by_layer([run]).axes[0].containers[0]
+    means = [run.effects[name].values[:11:2].mean(1) for name in BY_FIT]
+    np.testing.assert_allclose(by_layer[0].get_xydata(), np.stack(means, 1))
+    for number, estimate in enumerate((run.means.direct_effect, run.means.compensation)):
+        ends = ends_of(by_layer[2], number)
+        np.testing.assert_allclose(ends, np.stack(estimate[:11:2].interval(), 1))
     plt.close("all")

@@ -88,6 +88,13 @@ def test_histograms_say_how_many_tokens_they_leave_out():
         ):
             outside = sum(value < edges[0] or value > edges[-1] for value in values.ravel())
             assert label.endswith(f"{(values > 1).mean():.0%} above 1, {outside} outside")
+        for patch, values in zip(axis.patches, (one.all_tokens, one.all_tokens[one.top]), strict=True):
+            corners = patch.get_xy()
+            bins = np.linspace(edges[0], edges[-1], 45)
+            density = np.histogram(values, bins, density=True)[0]
+            assert corners[:, 1].max() == pytest.approx(density.max())
+            at_largest = corners[corners[:, 1] == corners[:, 1].max(), 0]
+            assert bins[density.argmax()] == pytest.approx(at_largest.min())
         (mark,) = [line for line in axis.lines if line.get_marker() == "v"]
         assert mark.get_xdata()[0] == statistics.median(one.all_tokens[one.top].tolist())
 

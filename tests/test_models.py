@@ -1,7 +1,7 @@
 """The models that ship: what they promise, and that every loader agrees on them."""
 
-import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from selfrepair.models.checkpoints import embedded_models, find_model
-from selfrepair.models.loading import load_model
+from selfrepair.models.loading import Model
 from selfrepair.paths import MODELS
 from selfrepair.text.gazetteer import Gazetteer
 from selfrepair.training.card import TABLE_MARKS, render_card, render_table
@@ -121,16 +121,19 @@ def test_answers_begin_with_a_space():
         assert whole[len(tokenizer.encode(prompt.text))] == token
 
 
-def test_a_models_hash_knows_which_weight_is_which():
-    """Two of one shape that have changed places are another model."""
-    model = load_model("pocket-pythia-small", "cpu")
-    before = model.weights_sha256
-    one, other = (
-        model.hf.get_parameter(f"gpt_neox.layers.{layer}.mlp.dense_h_to_4h.weight") for layer in (0, 1)
-    )
-    with torch.no_grad():
-        kept = one.clone()
-        one.copy_(other)
-        other.copy_(kept)
-    assert load_model("pocket-pythia-small", "cpu").weights_sha256 == before
-    assert dataclasses.replace(model).weights_sha256 != before
+def test_a_models_hash_knows_names_places_shapes_and_types_of_weights():
+    def hashed(weights):
+        return Model.weights_sha256.func(SimpleNamespace(hf=SimpleNamespace(state_dict=lambda: weights)))
+
+    one, other, nothing = torch.arange(6.0), torch.ones(6), torch.zeros(6)
+    models = [
+        {"a": one, "b": other},
+        {"a": other, "b": one},
+        {"a": one, "c": other},
+        {"a": one.reshape(2, 3), "b": other},
+        {"a": one.reshape(3, 2), "b": other},
+        {"a": nothing},
+        {"a": nothing.int()},
+    ]
+    assert len({hashed(weights) for weights in models}) == len(models)
+    assert hashed({"b": other, "a": one}) == hashed(models[0])
