@@ -1,6 +1,7 @@
 """The models that ship: what they promise, and that every loader agrees on them."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,14 @@ from selfrepair.paths import MODELS
 from selfrepair.text.gazetteer import Gazetteer
 from selfrepair.training.card import TABLE_MARKS, render_card, render_table
 from selfrepair.training.config import Phase, TrainingConfig, load_config
-from selfrepair.training.evaluate import fact_recall, first_tokens, induction_losses, token_loss
+from selfrepair.training.evaluate import (
+    fact_chance,
+    fact_recall,
+    first_tokens,
+    induction_losses,
+    sample,
+    token_loss,
+)
 
 CHECKPOINTS = sorted((MODELS / "pocket-pythia" / "checkpoints").iterdir())
 FOLDERS = [MODELS / name for name in embedded_models()] + CHECKPOINTS
@@ -110,6 +118,55 @@ def test_induction_is_measured_on_the_repetition_only():
 
     first, second = induction_losses(Repeats(PretrainedConfig(vocab_size=50)), bos=0, length=13, n_rows=8)
     assert second < 3 < first
+
+
+def test_the_first_token_of_a_repetition_is_not_counted():
+    """A model that is sure of another token there, and knows nothing elsewhere."""
+
+    class Misled(PreTrainedModel):
+        config_class = PretrainedConfig
+        device = torch.device("cpu")
+
+        def forward(self, input_ids):
+            logits = torch.zeros(*input_ids.shape, 50)
+            for row, tokens in enumerate(input_ids.tolist()):
+                logits[row, 6, (tokens[7] + 1) % 50] = 20  # after BOS and six tokens, that are then repeated
+            return type("Output", (), {"logits": logits})()
+
+    losses = induction_losses(Misled(PretrainedConfig(vocab_size=50)), bos=0, length=13, n_rows=8)
+    assert losses == pytest.approx([math.log(50)] * 2)
+
+
+@pytest.mark.parametrize(("temperature", "least", "most"), [(0.02, 30, 30), (1.0, 12, 26), (50.0, 0, 14)])
+def test_a_cold_sample_is_of_the_most_likely_token(temperature, least, most):
+    """Of three, of probability 2/3, 2/9 and 1/9 at temperature 1."""
+
+    class Fixed(PreTrainedModel):
+        config_class = PretrainedConfig
+        device = torch.device("cpu")
+
+        def forward(self, input_ids):
+            logits = torch.full((*input_ids.shape, 4096), -1e6)
+            logits[..., [10, 11, 12]] = torch.tensor([6.0, 2.0, 1.0]).log()
+            return type("Output", (), {"logits": logits})()
+
+    tokenizer = AutoTokenizer.from_pretrained(MODELS / "pocket-gpt2")
+    letters = tokenizer.decode([10]), tokenizer.decode([11]), tokenizer.decode([12])
+    model = Fixed(PretrainedConfig(vocab_size=4096, max_position_embeddings=64))
+    drawn = sample(model, tokenizer, "", n_tokens=30, temperature=temperature)
+    assert len(drawn) == 30 and set(drawn) <= set(letters)
+    assert least <= drawn.count(letters[0]) <= most
+
+
+def test_chance_is_of_each_relations_most_frequent_first_token():
+    tokenizer = AutoTokenizer.from_pretrained(MODELS / "pocket-gpt2")
+    prompts = Gazetteer(0).prompts()[::7]
+    first = {}
+    for prompt in prompts:
+        first.setdefault(prompt.fact.relation, []).append(tokenizer.encode(prompt.answer)[0])
+    right = sum(max(tokens.count(token) for token in tokens) for tokens in first.values())
+    assert len(first) > 1
+    assert fact_chance(tokenizer, prompts) == pytest.approx(right / len(prompts))
 
 
 def test_answers_begin_with_a_space():
