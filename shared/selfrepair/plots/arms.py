@@ -56,7 +56,7 @@ def dose_curves(curves: Mapping[str, pd.DataFrame], arms: xr.Dataset, amount: st
             else:
                 line = points.groupby("dose", as_index=False)[quantity].mean()
                 line = line.rename(columns={quantity: "estimate"})
-            label = f"{name} ({curve.loc[curve['dose'] > 0, 'n_seeds'].min()} seeds)"
+            label = f"{name} ({curve.loc[curve['dose'] > 0, 'n_arms'].min()} seeds)"
             axis.plot(
                 line["dose"], line["estimate"], color=colour, marker=marker, ms=3.5, lw=1.3, label=label
             )
