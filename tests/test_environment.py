@@ -710,13 +710,14 @@ def without_encoding(tree: ast.AST) -> list[str]:
         if name in READS_TEXT and not (is_binary or of_another or "encoding" in named):
             if len(call.args) <= READS_TEXT[name]:
                 found.append(ast.unparse(call))
-        if "text" in named and "encoding" not in named:
+        as_text = any(word.arg == "text" and ast.unparse(word.value) == "True" for word in call.keywords)
+        if as_text and "encoding" not in named:
             found.append(ast.unparse(call))
     return found
 
 
 def test_calls_without_an_encoding_are_found():
-    calls = "a.read_text(); open('x'); open(b, 'rb'); a.read_text('utf-8'); run(c, text=True)"
+    calls = "a.read_text(); open('x'); open(b, 'rb'); a.read_text('utf-8'); run(c, text=True); A(text=b)"
     assert without_encoding(ast.parse(calls)) == ["a.read_text()", "open('x')", "run(c, text=True)"]
 
 

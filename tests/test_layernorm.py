@@ -177,7 +177,8 @@ def test_tables_of_ours_and_of_what_was_released():
     assert share == pytest.approx(0.17, abs=0.005)
     measured, published = claimed(sweeps, FRACTION)
     assert measured["a"]["layernorm-clipped-floor"].value == ours["a"].floor("layernorm")[FLOOR].value
-    assert [*measured] == ["a", "b"] and [*published] == [*released]
+    assert [*measured] == ["a", "b"] and [*published] == []  # released at another share of tokens
+    assert [*claimed(sweeps, 0.02)[1]] == [*released]
 
 
 def plain_statistics(kinds, prompts=range(PROMPTS)):
