@@ -86,7 +86,7 @@ def test_the_control_of_notebook_00_changes_the_picture(tmp_path):
         jupyter_lab(tmp_path / "lab", tmp_path / "notebooks") as address,
         Page(tmp_path / "browser") as page,
     ):
-        page.open(address.format(NOTEBOOK), height=1600)
+        page.open(address.format(NOTEBOOK), height=6000)  # cells out of view have no output
         page.wait_for(f"document.querySelectorAll('.jp-Cell').length === {len(notebook.cells)}")
         page.wait_for(f"{IDLE} && !document.querySelector('.jp-Spinner')")
         page.run(
