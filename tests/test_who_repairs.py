@@ -282,7 +282,7 @@ def test_gains_in_resemblance_are_over_pairs_as_far_apart():
             ("output", [0.5, 0.4, 0.6], [0.1, 0.1, 0.2]),
             ("pattern", [0.2] * 3, [0.3] * 3),
         )
-        for suffix, drawn in (("", own), ("-same-distance", control))
+        for suffix, drawn in (("", own), ("-same-layer", control))
     }
     table = resemblance_gains({"m": made})
     assert table.loc[("m", "output"), ["cosine", "gain"]].tolist() == pytest.approx([0.5, 0.4])
@@ -561,7 +561,7 @@ def test_statistics_by_loops_and_those_that_are_registered():
             for (a, b), (c, d) in strongest
         ]
         wanted[f"backups-{kind}-cosine"] = np.mean([own for own, _ in of_layers])
-        wanted[f"backups-{kind}-cosine-same-distance"] = np.mean([np.mean(rest) for _, rest in of_layers])
+        wanted[f"backups-{kind}-cosine-same-layer"] = np.mean([np.mean(rest) for _, rest in of_layers])
     assert {name: estimate.value for name, estimate in found.items()} == pytest.approx(wanted)
     assert alike["m"]["same-head"].value == growth.shared()[1].value
 

@@ -7,8 +7,12 @@ from jaxtyping import Bool, Float
 
 from selfrepair.errors import UserError
 
+#: A head: its layer, and its number in the layer.
+Head = tuple[int, int]
 #: What repairs, as columns of tables call it.
 PARTS = ("layernorm", "heads", "mlps")
+#: Tokens on which the direct effect is largest, and those, none of the first, on which it is small.
+TOP, CONTROL = "top", "control"
 
 
 def select_top(

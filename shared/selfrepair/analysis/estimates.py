@@ -15,6 +15,9 @@ from numpy.lib.array_utils import normalize_axis_tuple
 
 from selfrepair.statistics import bootstrap_weights
 
+#: On which side of a value an interval lies; the last: the value is in it.
+ABOVE, BELOW, OPEN = "above", "below", "open"
+
 LEVEL = 0.95
 
 
@@ -156,3 +159,9 @@ def selected_means(
     """Means over chosen tokens when whole prompts are drawn; NaN where a draw has none of them."""
     totals = Estimate(np.where(chosen, values, 0).sum(-1) @ weights.T)
     return totals / Estimate(chosen.sum(-1) @ weights.T)
+
+
+def sides_of(table: pd.DataFrame, value: float = 0.0) -> pd.Series:
+    """On which side of ``value`` the interval ``low`` to ``high`` of each row lies."""
+    sides = np.select([table["low"] > value, table["high"] < value], [ABOVE, BELOW], OPEN)
+    return pd.Series(sides, index=table.index)

@@ -19,8 +19,8 @@ import xarray as xr
 from jaxtyping import Bool, Float, Int
 
 from selfrepair.analysis.estimates import Estimate, draws
+from selfrepair.statistics import CONTROL, TOP
 
-TOP, CONTROL = "top", "control"
 #: The pairs that grow most: this share of all.
 STRONGEST = 0.1
 

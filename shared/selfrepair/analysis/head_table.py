@@ -149,8 +149,13 @@ def restored_of_strong(table: pd.DataFrame, least: float = 1.0) -> float:
 
 def strong_heads(table: pd.DataFrame, least: float = 1.0) -> pd.DataFrame:
     """A heads table's rows of the later half of layers with a direct effect above ``least`` (logits)."""
+    return table[in_later_half(table) & (table["direct_effect"] > least)]
+
+
+def in_later_half(table: pd.DataFrame) -> pd.Series:
+    """Which rows of a table, by ``model`` and ``layer``, are of the later half of the model's layers."""
     n_layers = table.groupby("model")["layer"].transform("nunique")
-    return table[(table["layer"] >= n_layers.map(later_half)) & (table["direct_effect"] > least)]
+    return table["layer"] >= n_layers.map(later_half)
 
 
 def furthest_below(table: pd.DataFrame) -> pd.DataFrame:
@@ -160,8 +165,7 @@ def furthest_below(table: pd.DataFrame) -> pd.DataFrame:
     says whether the head's layer is in the later half.
     """
     table = table.assign(above=table["logit_change"] + table["direct_effect"])
-    n_layers = table.groupby("model")["layer"].transform("nunique")
-    table = table.assign(is_later=table["layer"] >= n_layers.map(later_half))
+    table = table.assign(is_later=in_later_half(table))
     lowest = table.groupby("model", sort=False)["above"].idxmin()
     return table.loc[lowest, ["model", "layer", "head", "above", "is_later"]].reset_index(drop=True)
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from selfrepair.analysis.estimates import ABOVE, BELOW, OPEN, sides_of
+
 #: Logits by which a late MLP may differ and still does what it did before. Chosen after looking.
 AS_BEFORE = 0.02
 
@@ -17,8 +19,8 @@ def sides(larger: pd.DataFrame) -> pd.Series:
 
     ``either`` if the interval has one half in it. Indexed by ``condition, model``, in order.
     """
-    side = np.select([larger["low"] > 0.5, larger["high"] < 0.5], ["more", "less"], "either")
-    return pd.Series(side, index=pd.MultiIndex.from_frame(larger[["condition", "model"]]), name="side")
+    side = sides_of(larger, 0.5).map({ABOVE: "more", BELOW: "less", OPEN: "either"})
+    return side.set_axis(pd.MultiIndex.from_frame(larger[["condition", "model"]])).rename("side")
 
 
 def where_means_agree(larger: pd.DataFrame, balance: pd.DataFrame) -> pd.DataFrame:

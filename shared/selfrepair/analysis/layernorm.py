@@ -13,10 +13,10 @@ from jaxtyping import Bool, Float
 from selfrepair.analysis.breakdown import Breakdown, PartMeans, TokensOfHeads, table_of
 from selfrepair.analysis.claims import Statistics
 from selfrepair.analysis.estimates import Estimate, draws, selected_means
-from selfrepair.analysis.head_table import heads_table, strongest_head
+from selfrepair.analysis.head_table import heads_table, in_later_half, strongest_head
 from selfrepair.analysis.published import comparable, published_by_model
 from selfrepair.errors import UserError
-from selfrepair.statistics import later_half, select_top
+from selfrepair.statistics import select_top
 
 
 @dataclass(frozen=True)
@@ -154,9 +154,8 @@ def by_place(table: pd.DataFrame) -> pd.DataFrame:
     """
     places = ["model", "layer", "part"]
     found = table.pivot(index=places, columns="quantity", values="estimate").reset_index()
-    n_layers = found.groupby("model")["layer"].transform("max") + 1
-    is_later = found["layer"] >= n_layers.map(later_half)
-    return found.assign(from_last=n_layers - 1 - found["layer"], is_later=is_later)
+    last = found.groupby("model")["layer"].transform("max")
+    return found.assign(from_last=last - found["layer"], is_later=in_later_half(found))
 
 
 def above_floor(models: Mapping[str, Breakdown], part: str) -> pd.DataFrame:

@@ -11,7 +11,7 @@ import xarray as xr
 from selfrepair.analysis.breakdown import SUMS, PartMeans, TokensOfHeads, table_of
 from selfrepair.analysis.claims import Statistics
 from selfrepair.analysis.counting import later_layers
-from selfrepair.analysis.estimates import Estimate, draws
+from selfrepair.analysis.estimates import ABOVE, BELOW, OPEN, Estimate, draws, sides_of
 from selfrepair.analysis.head_table import EFFECTS
 from selfrepair.analysis.self_repair import with_self_repair
 
@@ -108,9 +108,8 @@ def sides(shares: pd.DataFrame, part: str) -> dict[str, list[str]]:
     ``shares`` are of one end of :func:`both_ends`, or of :func:`slopes_table`.
     """
     of_models = shares[shares["part"] == part].set_index("model")
-    above, below = of_models["low"] > 0, of_models["high"] < 0
-    found = {"above": above, "below": below, "open": ~(above | below)}
-    return {side: of_models.index[here].tolist() for side, here in found.items()}
+    side = sides_of(of_models)
+    return {name: side.index[side == name].tolist() for name in (ABOVE, BELOW, OPEN)}
 
 
 def claimed(sweeps: Mapping[str, xr.Dataset], fraction: float) -> dict[str, Statistics]:

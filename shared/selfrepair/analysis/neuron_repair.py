@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from selfrepair.analysis.claims import Statistics
 from selfrepair.analysis.estimates import Estimate
 from selfrepair.analysis.neuron_sets import NeuronSets, mean_overlap, pair_overlaps
-from selfrepair.statistics import clipped_share
+from selfrepair.statistics import Head, clipped_share
 
 #: Tokens of a head: where its direct effect is largest, where the MLPs repair most, where they break most.
 DIRECT_EFFECT, REPAIR, BREAKAGE = "direct effect", "repair", "breakage"
@@ -55,8 +55,6 @@ IN_WORDS = {
     FIRST: "the first to repair is an eraser",
     FIRST_OF_EITHER: "the first to repair or break is an eraser",
 }
-
-Head = tuple[int, int]
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from selfrepair.analysis.neuron_repair import (
     FIRST_OF_EITHER,
     REPAIR,
     REPAIRING,
-    Head,
     NeuronRepair,
     NeuronTotals,
     Repairs,
@@ -32,6 +31,7 @@ from selfrepair.analysis.neuron_repair import (
     totals_of,
 )
 from selfrepair.analysis.neuron_sets import chance_overlap, mean_overlap, pair_overlaps
+from selfrepair.statistics import Head
 
 #: Selections of tokens, and of those for the mirror image, as tables and figures call them.
 SELECTED = {"largest direct effect": (DIRECT_EFFECT, DIRECT_EFFECT), "largest MLP repair": (REPAIR, BREAKAGE)}

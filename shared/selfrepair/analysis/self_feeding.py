@@ -124,6 +124,7 @@ def smallest_slopes(fed: Mapping[str, xr.Dataset], n_tokens: int = 10) -> pd.Dat
         low, high = own[head].interval()
         before = found["before"].values[head].astype(np.float64)
         squares = np.sort(((before - before.mean()) ** 2).ravel())
+        weight = squares[-n_tokens:].sum() / squares.sum()
         rows.append(
             {
                 "model": model_name,
@@ -132,7 +133,7 @@ def smallest_slopes(fed: Mapping[str, xr.Dataset], n_tokens: int = 10) -> pd.Dat
                 "slope": float(own[head].value),
                 "low": float(low),
                 "high": float(high),
-                "weight": (weight := squares[-n_tokens:].sum() / squares.sum()),
+                "weight": weight,
                 "few tokens": bool(weight > 0.5),
             }
         )

@@ -27,7 +27,7 @@ def resemblances(
         attended = patterns[model]["heads"].mean("prompt").values
         for kind, cosine in (("output", head_cosines(outputs[model])), ("pattern", attended)):
             name = f"backups-{kind}-cosine"
-            of_model[name], of_model[f"{name}-same-distance"] = growth.resemblance(cosine)
+            of_model[name], of_model[f"{name}-same-layer"] = growth.resemblance(cosine)
         of_model["same-backups"], of_model["same-head"] = growth.shared()
         of_model["same-backups-control-tokens"], _ = growth.shared(CONTROL)
         found[model] = of_model
@@ -81,7 +81,8 @@ def counted_pairs(growths: Mapping[str, PairGrowth], pairs: pd.DataFrame) -> pd.
 
 
 def resemblance_gains(alike: Mapping[str, Mapping[str, Estimate]]) -> pd.DataFrame:
-    """How much more alike backups are than heads as far apart, by model and kind (``output``, ``pattern``).
+    """How much more alike backups are than the other heads of their layer, by model and kind (``output``,
+    ``pattern``).
 
     ``cosine`` of backups, ``gain`` over the control, ``low, high``: 95% interval of the gain, which says only
     which pairs grow most. ``alike`` is what :func:`resemblances` gives.
@@ -90,7 +91,7 @@ def resemblance_gains(alike: Mapping[str, Mapping[str, Estimate]]) -> pd.DataFra
     for model, of_model in alike.items():
         for kind in ("output", "pattern"):
             cosine = of_model[f"backups-{kind}-cosine"]
-            gain = cosine - of_model[f"backups-{kind}-cosine-same-distance"]
+            gain = cosine - of_model[f"backups-{kind}-cosine-same-layer"]
             row = {"cosine": float(cosine.value), "gain": float(gain.value)}
             rows[model, kind] = row | gain.interval()._asdict()
     return pd.DataFrame.from_dict(rows, orient="index")

@@ -28,39 +28,23 @@ from selfrepair.models.loading import Model
 
 
 @dataclass(frozen=True)
-class LayerAblations:
-    """Effects (logits) of ablating each head of a layer, and the final norm's scale then.
+class HeadAblations:
+    """Effects (logits) of ablating each head, and the final norm's scale then and in the clean run.
 
-    The last position, which has no next token, is dropped.
+    The last position, which has no next token, is dropped. Those of one layer have no axis of layers.
     """
 
-    direct_effect: Float[Tensor, "head prompt read_position"]
-    ablated_direct_effect: Float[Tensor, "head prompt read_position"]
-    logit_change: Float[Tensor, "head prompt read_position"]
-    self_repair_heads: Float[Tensor, "head prompt read_position"]
-    self_repair_mlps: Float[Tensor, "head prompt read_position"]
-    sigma_ablated: Float[Tensor, "head prompt read_position"]
-
-
-@dataclass(frozen=True)
-class HeadAblations:
-    """The same of all layers swept, and the final norm's scale in the clean run."""
-
-    direct_effect: Float[Tensor, "layer head prompt read_position"]
-    ablated_direct_effect: Float[Tensor, "layer head prompt read_position"]
-    logit_change: Float[Tensor, "layer head prompt read_position"]
-    self_repair_heads: Float[Tensor, "layer head prompt read_position"]
-    self_repair_mlps: Float[Tensor, "layer head prompt read_position"]
-    sigma_ablated: Float[Tensor, "layer head prompt read_position"]
+    direct_effect: Float[Tensor, "*layer head prompt read_position"]
+    ablated_direct_effect: Float[Tensor, "*layer head prompt read_position"]
+    logit_change: Float[Tensor, "*layer head prompt read_position"]
+    self_repair_heads: Float[Tensor, "*layer head prompt read_position"]
+    self_repair_mlps: Float[Tensor, "*layer head prompt read_position"]
+    sigma_ablated: Float[Tensor, "*layer head prompt read_position"]
     sigma_clean: Float[Tensor, "prompt read_position"]
 
-    @classmethod
-    def of_layers(
-        cls, layers: Sequence[LayerAblations], sigma_clean: Float[Tensor, "prompt read_position"]
-    ) -> HeadAblations:
-        names = [field.name for field in dataclasses.fields(LayerAblations)]
-        stacked = {name: torch.stack([getattr(layer, name) for layer in layers]) for name in names}
-        return cls(**stacked, sigma_clean=sigma_clean)
+
+#: The fields of :class:`HeadAblations` that are of a layer.
+OF_LAYERS = tuple(field.name for field in dataclasses.fields(HeadAblations) if field.name != "sigma_clean")
 
 
 @torch.no_grad()
@@ -85,7 +69,9 @@ def ablate_heads(
         Reading(model, tokens), Replay(model, tokens.shape[1]), replacement, max(1, rows // len(tokens))
     )
     layers = range(model.n_layers) if layers is None else layers
-    return HeadAblations.of_layers([swept.ablate(layer) for layer in layers], swept.reading.sigma)
+    parts = [swept.ablate(layer) for layer in layers]
+    stacked = {name: torch.stack([getattr(part, name) for part in parts]) for name in OF_LAYERS}
+    return HeadAblations(**stacked, sigma_clean=swept.reading.sigma)
 
 
 def ablate_pairs(
@@ -161,7 +147,7 @@ class _Layers:
         self.replacement, self.at_once = replacement, at_once
         self.attention_read = [reading.read(output) for output in reading.clean.attention_outputs]
 
-    def ablate(self, layer: int) -> LayerAblations:
+    def ablate(self, layer: int) -> HeadAblations:
         """Those of one layer."""
         reading, sigma = self.reading, self.reading.sigma
         z = reading.clean.z[layer]
@@ -177,13 +163,14 @@ class _Layers:
         for values in (logit_change, ablated.heads, mlps):
             values[unchanged] = 0  # exactly, where rounding of differently stacked passes would leave 1e-7
         ablated.sigma[unchanged] = sigma
-        return LayerAblations(
+        return HeadAblations(
             direct_effect=direct_effect,
             ablated_direct_effect=ablated_direct_effect,
             logit_change=logit_change,
             self_repair_heads=ablated.heads,
             self_repair_mlps=mlps,
             sigma_ablated=ablated.sigma,
+            sigma_clean=sigma,
         )
 
     def _run_above(self, layer: int, change: Float[Tensor, "prompt position head d_head"]) -> _Ablated:

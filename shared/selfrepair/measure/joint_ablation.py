@@ -28,6 +28,7 @@ from selfrepair.measure.pairs import (
     tokens_of,
 )
 from selfrepair.models.devices import on_device
+from selfrepair.statistics import Head
 
 if TYPE_CHECKING:
     from selfrepair.models.loading import Model
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
 MOST_HEADS = 8
 #: Pairs of prompts that are run.
 MOST_PAIRS = 64
-
-Head = tuple[int, int]
 
 
 class Trio(NamedTuple):

@@ -6,10 +6,8 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Bool, Int
 
-from selfrepair.statistics import select_top
+from selfrepair.statistics import CONTROL, TOP, select_top
 
-#: Tokens on which the direct effect is largest, and those, none of the first, on which it is small.
-TOP, CONTROL = "top", "control"
 SELECTED = (TOP, CONTROL)
 #: Of all tokens, those with the smallest absolute direct effect of a head: its control tokens.
 SMALL = 0.5

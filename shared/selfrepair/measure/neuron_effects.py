@@ -22,13 +22,12 @@ from selfrepair.engine.hooks import watching
 from selfrepair.engine.reading import Reading
 from selfrepair.errors import UserError
 from selfrepair.models.loading import Model
+from selfrepair.statistics import Head
 
 #: Tokens × neurons are held for so many tokens at a time.
 TOKENS_AT_ONCE = 1024
 #: What is held of a batch is as large as so many clean runs: its neurons are four times as wide as its heads.
 CLEAN_RUNS = 3
-
-Head = tuple[int, int]
 
 
 def first_later_mlp(model: Model, layer: int) -> int:

@@ -17,7 +17,6 @@ from selfrepair.errors import NotMeasurable, UserError
 from selfrepair.measure.measurement import Inputs, Measurement, Settings
 from selfrepair.measure.neuron_effects import (
     Combination,
-    Head,
     NeuronEffects,
     first_later_mlp,
     last_layer,
@@ -39,7 +38,7 @@ from selfrepair.measure.pairs import (
     prompts_of_shard,
     tokens_of,
 )
-from selfrepair.statistics import later_half
+from selfrepair.statistics import Head, later_half
 
 if TYPE_CHECKING:
     from selfrepair.models.loading import Model

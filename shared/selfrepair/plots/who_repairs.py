@@ -29,11 +29,11 @@ OTHERS = {
 ALIKE = {
     "cosine of outputs": {
         "backups-output-cosine": "head and its backups",
-        "backups-output-cosine-same-distance": "head and others of the backups' layer",
+        "backups-output-cosine-same-layer": "head and others of the backups' layer",
     },
     "cosine of attention patterns": {
         "backups-pattern-cosine": "head and its backups",
-        "backups-pattern-cosine-same-distance": "head and others of the backups' layer",
+        "backups-pattern-cosine-same-layer": "head and others of the backups' layer",
     },
     "rank correlation of growth": {
         "same-backups": "after another head",
